@@ -1,0 +1,5 @@
+"""``python -m hvdx`` is the ``hvdx`` command."""
+
+from hvdx.cli import main
+
+main()

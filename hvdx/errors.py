@@ -1,0 +1,34 @@
+"""What hvdx raises. Every message names the value, the rank and the remedy."""
+
+from __future__ import annotations
+
+
+class HvdxError(Exception):
+    """Base of every error that hvdx itself raises."""
+
+
+class NotInitializedError(HvdxError, ValueError):
+    """A call that needs a running Horovod came before ``hvd.init()``.
+
+    A ``ValueError`` because that is what Horovod raises here.
+    """
+
+
+class HorovodMissingError(HvdxError, ImportError):
+    """Horovod is absent, or was built for other frameworks than those installed."""
+
+
+class MismatchError(HvdxError, RuntimeError):
+    """Ranks disagree: in a tensor's shape or dtype, a model, a framework, an option.
+
+    Raised on every rank. Not Horovod's ``HorovodInternalError``, which elastic training
+    answers by trying again: trying again mends no disagreement.
+    """
+
+
+class LaunchError(HvdxError, RuntimeError):
+    """A job could not be started: hosts, slots, network interface or environment."""
+
+
+class InstallError(HvdxError, RuntimeError):
+    """Building or installing Horovod failed; the message holds cause, remedy and log file."""

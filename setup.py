@@ -1,0 +1,11 @@
+"""Packaging of hvdx; everything declarative that setuptools reads elsewhere is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["hvdx", "hvdx.*"]), "hvdx.integrations"],
+    # `integrations/` lies beside the package and is imported as `hvdx.integrations`.
+    package_dir={"hvdx.integrations": "integrations"},
+    package_data={"hvdx": ["py.typed"]},
+    entry_points={"console_scripts": ["hvdx = hvdx.cli:main"]},
+)
