@@ -1,0 +1,88 @@
+"""A rank's side of the rendezvous, for hvdx's own few keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from hvdx.errors import LaunchError
+from hvdx.launch.rendezvous import OWN_SCOPE, REQUEST_SECONDS
+
+
+def ask(environ: Mapping[str, str], verb: str, key: str, body: bytes = b"") -> bytes | None:
+    """Send one request about hvdx's ``key``; return the value, None if there is none.
+
+    Raises:
+        OSError: nobody listens, or not any more.
+        LaunchError: the rendezvous refuses.
+    """
+    from http.client import HTTPConnection, HTTPException
+
+    address = environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"]
+    port = environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]
+    place, _, token = address.partition("/")
+    connection = HTTPConnection(place, timeout=REQUEST_SECONDS)
+    try:
+        path = f"/{token}:{port}/{OWN_SCOPE}/{key}"
+        connection.request(verb, path, body, {"Content-Length": str(len(body))})
+        response = connection.getresponse()
+        value = response.read()
+    except HTTPException as error:
+        raise LaunchError(f"{place} does not answer as a rendezvous does: {error!r}") from None
+    finally:
+        connection.close()
+    if response.status == 404:
+        return None
+    if response.status != 200:
+        raise LaunchError(f"the rendezvous at {place} refused {verb} {key}: {response.status}")
+    return value
+
+
+_reported = False
+
+
+def report_up(environ: Mapping[str, str] | None = None) -> None:
+    """Tell the rendezvous that this rank has initialised every core and process set it declared.
+
+    When all ranks have, the rendezvous closes its port. Does nothing where hvdx does not serve
+    the rendezvous: under ``horovodrun``, under MPI, in a single process.
+    """
+    global _reported
+    environ = os.environ if environ is None else environ
+    if "HVDX_RENDEZVOUS" not in environ or "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in environ:
+        return
+    rank = environ.get("HOROVOD_RANK", "0")
+    try:
+        accepted = ask(environ, "PUT", f"up_{rank}", b"1")
+    except OSError as error:
+        if _reported:  # up again, after all were up once and the port was closed
+            return
+        raise LaunchError(
+            f"rank {rank}: the rendezvous at {_place(environ)} is gone ({error}): "
+            "did the launcher end?"
+        ) from None
+    if accepted is None:
+        raise LaunchError(
+            f"rank {rank}: the rendezvous at {_place(environ)} does not know this job's token"
+        )
+    _reported = True
+
+
+def check_open(environ: Mapping[str, str]) -> None:
+    """Raise if this process was up before and the rendezvous has closed since.
+
+    Raises:
+        LaunchError: a second ``init`` came after the port was closed.
+    """
+    if _reported and environ.get("HVDX_RENDEZVOUS") == "closes":
+        rank = environ.get("HOROVOD_RANK", "0")
+        raise LaunchError(
+            f"rank {rank}: init() was called again, but the rendezvous closed when all ranks were "
+            "up. Declare all frameworks and process sets in the first init(), or keep it open: "
+            "`hvdx run --keep-rendezvous` (under other launchers HVDX_KEEP_RENDEZVOUS=1)."
+        )
+
+
+def _place(environ: Mapping[str, str]) -> str:
+    """Return the rendezvous' host and port, without the token."""
+    return environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"].partition("/")[0]

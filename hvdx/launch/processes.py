@@ -1,0 +1,235 @@
+"""Start the ranks, pass on what they print, end all when one fails."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import IO, NamedTuple, TextIO
+
+from hvdx.launch.shell import GRACE_SECONDS
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Start(NamedTuple):
+    """How to start one rank: a shell that reads ``script`` and obeys its lifeline."""
+
+    rank: int
+    host: str
+    shell: Sequence[str]  # ["sh", "-s"], or ssh with it
+    script: str
+    environ: Mapping[str, str] | None  # None: the launcher's own
+
+
+class Failure(NamedTuple):
+    """How a rank ended that did not end well."""
+
+    rank: int
+    host: str
+    code: int  # exit code, or minus the signal
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank} on {self.host}"
+        number = -self.code if self.code < 0 else self.code - 128
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(number).name
+            if self.code < 0:
+                return f"{where} was killed by signal {number} ({name})"
+            return f"{where} exited with code {self.code} (128 + {number}: {name})"
+        if self.code == 127:
+            return f"{where} exited with code 127 (command not found)"
+        return f"{where} exited with code {self.code}"
+
+    @property
+    def status(self) -> int:
+        """The exit status that says the same to a shell."""
+        return 128 - self.code if self.code < 0 else self.code
+
+
+class Ended(NamedTuple):
+    """How the job ended."""
+
+    failures: list[Failure]  # those that failed by themselves, the first first
+    signal: int | None  # what ended the launcher
+
+
+class _Rank:
+    """One rank's process and the threads that serve it."""
+
+    def __init__(self, start: Start, events: SimpleQueue[tuple[str, int, int]]) -> None:
+        self.start = start
+        self.process = subprocess.Popen(
+            start.shell,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=start.environ,
+            start_new_session=True,
+        )
+        self._events = events
+        self._feeder = threading.Thread(target=self._feed, daemon=True)
+        self._feeder.start()
+
+    def _feed(self) -> None:
+        """Send the script; in a thread, because a host that hangs must not hold up the others."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # ended already: its exit code says so
+            self.process.stdin.write(self.start.script.encode(errors="surrogateescape"))
+            self.process.stdin.flush()
+
+    def watch(self, outputs: Sequence[threading.Thread]) -> None:
+        """Report the exit once all output has been passed on."""
+
+        def wait() -> None:
+            code = self.process.wait()
+            for output in outputs:
+                output.join(GRACE_SECONDS)  # a grandchild may hold the pipe
+            self._events.put(("exit", self.start.rank, code))
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def end(self) -> None:
+        """Cut the lifeline: the watcher beside the rank ends its process group."""
+        assert self.process.stdin is not None
+        if self._feeder.is_alive():
+            self.process.terminate()
+            return
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+    def kill(self) -> None:
+        """End what still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def run_ranks(
+    starts: Sequence[Start], *, folder: str | None = None, timestamps: bool = False
+) -> Ended:
+    """Run all ranks to their end; when one fails or a signal comes, end the others.
+
+    Args:
+        starts: one per rank.
+        folder: also write each rank's output to ``folder/rank.<rank>/stdout`` and ``stderr``.
+        timestamps: put the time before each line's prefix.
+    """
+    events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
+    alive: dict[int, _Rank] = {}
+    failures: list[Failure] = []
+    caught: int | None = None
+    ending_since: float | None = None
+    with _signals_to(events), contextlib.ExitStack() as files:
+        for start in starts:
+            rank = alive[start.rank] = _Rank(start, events)
+            outputs = []
+            for name, source, console in (
+                ("stdout", rank.process.stdout, sys.stdout),
+                ("stderr", rank.process.stderr, sys.stderr),
+            ):
+                copies = [console]
+                if folder:
+                    path = Path(folder, f"rank.{start.rank:0{len(str(len(starts) - 1))}}", name)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    copies.append(files.enter_context(path.open("w")))
+                assert source is not None
+                forward = threading.Thread(
+                    target=_forward,
+                    args=(source, copies, f"[{start.rank}]<{name}>:", timestamps, events),
+                    daemon=True,
+                )
+                forward.start()
+                outputs.append(forward)
+            rank.watch(outputs)
+        while alive:
+            patience = None
+            if ending_since is not None:
+                patience = max(0.0, ending_since + GRACE_SECONDS + 2 - time.monotonic())
+            try:
+                kind, who, code = events.get(timeout=patience)
+            except Empty:
+                for rank in alive.values():
+                    rank.kill()
+                ending_since = time.monotonic()
+                continue
+            if kind == "exit":
+                ended = alive.pop(who)
+                ended.end()  # also ends what the rank left running
+                killed_by_us = ending_since is not None and code in (
+                    -signal.SIGTERM,
+                    -signal.SIGKILL,
+                    143,
+                    255,
+                )
+                if code != 0 and not killed_by_us:
+                    failures.append(Failure(who, ended.start.host, code))
+                failed = code != 0
+            else:
+                failed = True
+                if caught is not None:  # asked twice: no grace
+                    for rank in alive.values():
+                        rank.kill()
+                caught = caught or code
+            if failed and ending_since is None:
+                ending_since = time.monotonic()
+                for rank in alive.values():
+                    rank.end()
+    return Ended(failures, caught)
+
+
+def _forward(
+    source: IO[bytes],
+    sinks: Sequence[TextIO],
+    prefix: str,
+    timestamps: bool,
+    events: SimpleQueue[tuple[str, int, int]],
+) -> None:
+    """Copy lines to all sinks, each behind ``prefix``.
+
+    A carriage return ends a line too: progress bars show as they move. Bytes that are not
+    UTF-8 are replaced, never fatal: a rank must not stall on a full pipe.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pending = ""
+    while True:
+        chunk = os.read(source.fileno(), 1 << 16)
+        pending += decoder.decode(chunk, final=not chunk)
+        *lines, pending = re.split(r"(?<=[\r\n])", pending)
+        if not chunk and pending:
+            lines.append(pending)
+        if lines:
+            before = (time.asctime() if timestamps else "") + prefix
+            text = "".join(before + line for line in lines)
+            for sink in sinks:
+                try:
+                    sink.write(text)
+                    sink.flush()
+                except (OSError, ValueError):  # nobody reads any more: end like by SIGPIPE
+                    events.put(("signal", -1, int(signal.SIGPIPE)))
+        if not chunk:
+            source.close()
+            return
+
+
+@contextlib.contextmanager
+def _signals_to(events: SimpleQueue[tuple[str, int, int]]) -> Iterator[None]:
+    """Turn the signals that end a program into events, while the ranks run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # SimpleQueue.put may be called from a signal handler; Queue.put may not.
+    before = {s: signal.signal(s, lambda s, _: events.put(("signal", -1, s))) for s in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
