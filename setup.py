@@ -7,5 +7,4 @@ setup(
     # `integrations/` lies beside the package and is imported as `hvdx.integrations`.
     package_dir={"hvdx.integrations": "integrations"},
     package_data={"hvdx": ["py.typed"]},
-    entry_points={"console_scripts": ["hvdx = hvdx.cli:main"]},
 )

@@ -29,6 +29,56 @@ def main() -> None:
     """Horovod for today's PyTorch, TensorFlow and Keras 3."""
 
 
+@main.command()
+@click.option("--frameworks", metavar="NAMES", help="torch, tensorflow or both, by comma.")
+@click.option("--mpi", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
+@click.option(
+    "--gpu",
+    type=click.Choice(["auto", "nccl", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto: NCCL if torch was built for CUDA and a GPU is present.",
+)
+@click.option("--cuda-arch", metavar="LIST", help="Compute capabilities, as 80,90.")
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Compilers to run at once.")
+@click.option(
+    "--wheel-only",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Put the wheel in DIR and install nothing.",
+)
+@click.option("--untested", is_flag=True, help="Go on with versions that were never tried.")
+@click.option("--force", is_flag=True, help="Build anew even if a wheel is cached or installed.")
+@click.option("--verbose", "-v", is_flag=True, help="Print the build's output.")
+def install(
+    frameworks: str | None,
+    mpi: str,
+    gpu: str,
+    cuda_arch: str | None,
+    jobs: int | None,
+    wheel_only: str | None,
+    untested: bool,
+    force: bool,
+    verbose: bool,
+) -> None:
+    """Build Horovod for the frameworks installed here, and install it."""
+    from pathlib import Path
+
+    from hvdx.build.install import install as install_horovod
+    from hvdx.build.target import Options
+
+    def parts(text: str | None) -> tuple[str, ...]:
+        return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+    install_horovod(
+        Options(parts(frameworks), mpi, gpu, parts(cuda_arch), untested),
+        force=force,
+        verbose=verbose,
+        wheel_only=Path(wheel_only) if wheel_only else None,
+        jobs=jobs,
+    )
+
+
 @main.command(
     context_settings={"ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,

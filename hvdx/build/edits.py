@@ -1,0 +1,133 @@
+"""Every change that hvdx makes to Horovod's source, in one table.
+
+An edit names the text it replaces and how often that text must occur, so that another
+Horovod release, or an sdist that was edited already, stops the build instead of producing
+something that nobody tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from hvdx.errors import InstallError
+
+HOROVOD = "0.28.1"
+
+
+class Edit(NamedTuple):
+    """Replace ``find`` in ``file`` (relative to the source tree) where it occurs ``times``."""
+
+    file: str
+    find: str
+    replace: str
+    why: str
+    times: int = 1
+    when: str = "always"  # or a framework's name: only if Horovod is built for it
+
+
+EDITS = (
+    Edit(
+        "CMakeLists.txt",
+        "set(CMAKE_CXX_STANDARD 14)",
+        "set(CMAKE_CXX_STANDARD {standard})",
+        "Gloo and the common code are compiled with the framework's headers, which ask for it",
+    ),
+    Edit(
+        "horovod/torch/CMakeLists.txt",
+        "set(CMAKE_CXX_STANDARD 14)",
+        "set(CMAKE_CXX_STANDARD {standard})",
+        "torch 2.1 needs C++17, torch 2.13 C++20",
+        when="torch",
+    ),
+    Edit(
+        "horovod/torch/CMakeLists.txt",
+        "from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+        "import sysconfig; print(sysconfig.get_paths()['include'])",
+        "Python 3.12 has no distutils",
+        when="torch",
+    ),
+    Edit(
+        "horovod/tensorflow/CMakeLists.txt",
+        "set(CMAKE_CXX_STANDARD 17)",
+        "set(CMAKE_CXX_STANDARD {standard})",
+        "TensorFlow 2.21 needs C++20",
+        when="tensorflow",
+    ),
+    Edit(
+        "horovod/tensorflow/CMakeLists.txt",
+        'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
+        "",
+        "it needs highwayhash headers that TensorFlow's wheel does not ship; only "
+        "HOROVOD_ENABLE_XLA_OPS=1 would use it",
+        when="tensorflow",
+    ),
+    Edit(
+        "horovod/common/ops/cuda/CMakeLists.txt",
+        "set(CMAKE_CUDA_STANDARD 11)",
+        "set(CMAKE_CUDA_STANDARD 17)",
+        "CUDA 13 compiles C++17 and later only",
+    ),
+    Edit(
+        "horovod/common/gloo/gloo_context.cc",
+        "  device_attr.iface = gloo_iface_;\n"
+        "  device_attr.ai_family = AF_UNSPEC;\n"
+        "  auto dev = CreateDevice(device_attr);\n\n"
+        "  global_ctx = global_context.ctx;",
+        "  gloo_iface_ = global_context.gloo_iface_;\n"
+        "  device_attr.iface = gloo_iface_;\n"
+        "  device_attr.ai_family = AF_UNSPEC;\n"
+        "  auto dev = CreateDevice(device_attr);\n\n"
+        "  global_ctx = global_context.ctx;",
+        "process sets ignored HOROVOD_GLOO_IFACE and looked up the host's own name, which is "
+        "often 127.0.0.1: no two hosts could connect",
+    ),
+    Edit(
+        "setup.py",
+        "    require_list.append('cffi>=1.4.0')",
+        "    pass",
+        "nothing in Horovod uses it any more, and setup.py would fetch it past pip's settings",
+    ),
+)
+
+# Headers that GCC 13 no longer includes by way of others, and on which Horovod and Gloo rely.
+INCLUDES = ("cstdint", "stdexcept", "string")
+
+
+def chosen(frameworks: set[str]) -> list[Edit]:
+    """Return the edits that a build for ``frameworks`` needs."""
+    return [edit for edit in EDITS if edit.when == "always" or edit.when in frameworks]
+
+
+def digest() -> str:
+    """Return a short hash of all this: a changed edit means another wheel."""
+    return hashlib.sha256(repr((EDITS, INCLUDES)).encode()).hexdigest()[:12]
+
+
+def apply(tree: Path, edits: list[Edit], *, standard: int) -> None:
+    """Apply ``edits`` to the source in ``tree``; ``standard`` is the C++ standard, 17 or 20.
+
+    Raises:
+        InstallError: a file is missing, or its text does not occur as often as expected.
+            Nothing is written then.
+    """
+    texts: dict[Path, str] = {}
+    for edit in edits:
+        path = tree / edit.file
+        try:
+            text = texts[path] if path in texts else path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise InstallError(
+                f"the Horovod source in {tree} has no {edit.file}; hvdx edits Horovod {HOROVOD}. "
+                f"Remove the download and try again: the sdist is another or incomplete."
+            ) from None
+        if (times := text.count(edit.find)) != edit.times:
+            raise InstallError(
+                f"{edit.file}: expected {edit.times} times, found {times} times: {edit.find!r}. "
+                f"This is not the source of Horovod {HOROVOD}, or it was edited already. "
+                f"The edit is needed because {edit.why}."
+            )
+        texts[path] = text.replace(edit.find, edit.replace.replace("{standard}", str(standard)))
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
