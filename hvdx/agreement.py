@@ -1,0 +1,52 @@
+"""Ranks compare notes before they communicate, so that a difference is an error, not a hang."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from hvdx.errors import MismatchError
+from hvdx.frameworks import Adapter
+
+
+def digest(entries: dict[str, str]) -> str:
+    """Return a short hash of ``entries``, equal where keys, values and order are."""
+    return hashlib.sha256(json.dumps(list(entries.items())).encode()).hexdigest()[:16]
+
+
+def check_same(
+    adapter: Adapter, subject: str, entries: dict[str, str], name: str, process_set: Any = None
+) -> None:
+    """Raise on every rank unless all hold the same ``entries``; a collective call.
+
+    Args:
+        adapter: the core to ask through.
+        subject: what is compared, for the message: ``"parameters of the model"``.
+        entries: name -> description; the order counts.
+        name: of the collective, equal on all ranks.
+        process_set: the ranks that compare.
+
+    Raises:
+        MismatchError: naming the first entry that differs and what each rank has.
+    """
+    digests = adapter.allgather_object(digest(entries), name, process_set)
+    if len(set(digests)) == 1:
+        return
+    everyone = adapter.allgather_object(list(entries.items()), f"{name}/detail", process_set)
+    raise MismatchError(f"ranks disagree about the {subject}: {first_difference(everyone)}")
+
+
+def first_difference(everyone: list[list[tuple[str, str]]]) -> str:
+    """Tell the first place at which the ranks' lists differ, and what each rank has there."""
+    longest = max(map(len, everyone))
+    for position in range(longest):
+        told = [tuple(own[position]) if position < len(own) else None for own in everyone]
+        if len(set(told)) > 1:
+            each = ", ".join(
+                f"rank {rank}: " + (f"{entry[0]!r} {entry[1]}" if entry else "nothing")
+                for rank, entry in enumerate(told)
+            )
+            counts = ", ".join(str(len(own)) for own in everyone)
+            return f"entry {position} is {each} (entries per rank: {counts})"
+    return "nothing differs"

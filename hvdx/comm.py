@@ -1,0 +1,144 @@
+"""Collectives as requests: a generator yields what it needs and is resumed with the answer.
+
+Whoever holds the generator decides how the request is carried out: at once (:func:`drive`),
+many at a time while backward goes on (the torch engine), while TensorFlow traces a graph, or
+between ranks that live in one process (:func:`in_step`, for tests). The algorithm that yields
+is the same in all of them.
+
+Which requests are yielded, and in which order, may depend on shapes, options and the number
+of ranks, never on the values of tensors: ranks would wait for each other for ever, and a
+graph could not be traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from hvdx.reduce_op import ReduceOp
+
+
+class Allreduce(NamedTuple):
+    """Ask for the mean (or sum) of ``tensor`` over all ranks; same shape and dtype."""
+
+    tensor: Any
+    phase: str = "mean"  # the collective is named "<bucket>/<phase>"
+    op: ReduceOp = ReduceOp.Average
+    in_place: bool = False  # the answer may overwrite ``tensor``
+
+
+class Allgather(NamedTuple):
+    """Ask for all ranks' tensors, concatenated along the first dimension in rank order."""
+
+    tensor: Any
+    phase: str = "gather"
+
+
+class Alltoall(NamedTuple):
+    """Ask for chunk r of every rank r's ``tensor``, cut into equal chunks, in rank order."""
+
+    tensor: Any
+    phase: str = "exchange"
+
+
+class Ranks(NamedTuple):
+    """Ask how many ranks take part; answered at once, without communication."""
+
+
+class Together(NamedTuple):
+    """Ask for several requests at once; the answer is a list in the same order."""
+
+    requests: tuple[Any, ...]
+
+
+Request: TypeAlias = Allreduce | Allgather | Alltoall | Ranks | Together
+Result = TypeVar("Result")
+Work: TypeAlias = Generator[Request, Any, Result]
+
+
+def drive(work: Work[Result], answer: Callable[[Any], Any]) -> Result:
+    """Run ``work`` to its end; ``answer`` performs each request."""
+    try:
+        request = next(work)
+        while True:
+            request = work.send(answer(request))
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+
+
+def together(works: Sequence[Work[Result]]) -> Work[list[Result]]:
+    """Run generators side by side: the requests of each round travel as one group.
+
+    All must take part in every round until they end; those that end early drop out.
+    """
+    results: list[Any] = [None] * len(works)
+    replies: dict[int, Any] = dict.fromkeys(range(len(works)))
+    while True:
+        requests = {}
+        for index, reply in replies.items():
+            try:
+                requests[index] = works[index].send(reply)
+            except StopIteration as done:
+                results[index] = done.value
+        if not requests:
+            return results
+        answers = yield Together(tuple(requests.values()))
+        replies = dict(zip(requests, answers, strict=True))
+
+
+def in_step(works: Sequence[Work[Result]]) -> list[Result]:
+    """Run one generator per rank in lock-step, all in this process, on NumPy arrays.
+
+    Raises:
+        AssertionError: ranks ask for different collectives. Real ranks would wait for ever.
+    """
+    replies: list[Any] = [None] * len(works)
+    results: list[Any] = []
+    while True:
+        requests = []
+        for work, reply in zip(works, replies, strict=True):
+            try:
+                requests.append(work.send(reply))
+            except StopIteration as done:
+                results.append(done.value)
+        if results and requests:
+            raise AssertionError(f"{len(results)} ranks ended while others ask for {requests[0]}")
+        if not requests:
+            return results
+        replies = answer_in_memory(requests)
+
+
+def answer_in_memory(requests: Sequence[Any]) -> list[Any]:
+    """Answer one request per rank as Horovod would, from NumPy arrays in rank order.
+
+    Raises:
+        AssertionError: the requests differ in kind, phase, operator, dtype or shape.
+    """
+    import numpy as np
+
+    first, ranks = requests[0], len(requests)
+    if len({type(r) for r in requests}) > 1:
+        raise AssertionError(f"ranks ask for different collectives: {requests}")
+    if isinstance(first, Ranks):
+        return [ranks] * ranks
+    if isinstance(first, Together):
+        rounds = zip(*(r.requests for r in requests), strict=True)
+        return [list(each) for each in zip(*map(answer_in_memory, rounds), strict=True)]
+    tensors = [np.asarray(r.tensor) for r in requests]
+    told = {(r[1:], t.dtype, t.shape[not isinstance(first, Allreduce) :]) for r, t in
+            zip(requests, tensors, strict=True)}  # fmt: skip
+    if len(told) > 1:
+        raise AssertionError(f"ranks disagree about {type(first).__name__}: {told}")
+    if isinstance(first, Allgather):
+        return [np.concatenate(tensors)] * ranks
+    if isinstance(first, Alltoall):
+        parts = [np.split(t, ranks) for t in tensors]
+        return [np.concatenate([part[rank] for part in parts]) for rank in range(ranks)]
+    fold = {
+        ReduceOp.Average: lambda: sum(tensors) / np.asarray(ranks, tensors[0].dtype),
+        ReduceOp.Sum: lambda: sum(tensors),
+        ReduceOp.Min: lambda: np.minimum.reduce(tensors),
+        ReduceOp.Max: lambda: np.maximum.reduce(tensors),
+        ReduceOp.Product: lambda: np.multiply.reduce(tensors),
+    }
+    return [fold[first.op]()] * ranks

@@ -1,0 +1,119 @@
+"""What a compressor is, and the ones without state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from hvdx.comm import Allreduce, Ranks, Work
+from hvdx.errors import HvdxError
+from hvdx.ops import Ops
+from hvdx.reduce_op import ReduceOp
+
+_HALF_MAX = 65504.0  # the largest finite float16
+
+
+class CompressionError(HvdxError, ValueError):
+    """A compressor was given what it cannot compress; names rank and parameter."""
+
+
+class Spec(NamedTuple):
+    """What a compressor may know of a parameter before its first gradient."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as NumPy names it
+
+
+class Reduced(NamedTuple):
+    """What ``reduce`` returns."""
+
+    mean: Any  # the estimate of the mean gradient, equal on every rank
+    own: Any  # what this rank contributed to it: error feedback keeps the rest
+    state: Any
+
+
+class Compressor(NamedTuple):
+    """A way of averaging a gradient over ranks.
+
+    ``init(ops, spec)`` returns the first state of a parameter. ``reduce(ops, grad, state)``
+    is a generator of the requests of :mod:`hvdx.comm` that returns :class:`Reduced`. Both are
+    plain functions without hidden state, so state can be saved, moved and compared.
+    """
+
+    name: str
+    init: Callable[[Ops, Spec], Any]
+    reduce: Callable[[Ops, Any, Any], Work[Reduced]]
+    elementwise: bool = False
+    """Each element is treated alone and no state is kept, so that an engine may hand over a
+    whole bucket as one flat tensor instead of parameter by parameter."""
+
+    def __repr__(self) -> str:
+        return f"Compression.{self.name}"
+
+
+def _stateless(ops: Ops, spec: Spec) -> None:
+    return None
+
+
+def _identity(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
+    mean = yield Allreduce(grad)
+    return Reduced(mean, grad, state)
+
+
+def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
+    if ops.dtype(grad) not in ("float32", "float64"):
+        return (yield from _identity(ops, grad, state))
+    ranks = yield Ranks()
+    # Divided in full precision before the cast: a sum of halves overflows long before a mean.
+    share = ops.clip(ops.scale(grad, 1.0 / ranks), -_HALF_MAX, _HALF_MAX)
+    payload = ops.cast(share, "float16")
+    total = yield Allreduce(payload, op=ReduceOp.Sum)
+    own = ops.scale(ops.cast(payload, ops.dtype(grad)), ranks)
+    return Reduced(ops.cast(total, ops.dtype(grad)), own, state)
+
+
+none = Compressor("none", _stateless, _identity, elementwise=True)
+fp16 = Compressor("fp16", _stateless, _half, elementwise=True)
+
+
+def from_horovod(kind: Any) -> Compressor:
+    """Use a compressor written for Horovod: a class with static ``compress``, ``decompress``."""
+
+    def reduce(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
+        payload, context = kind.compress(grad)
+        mean = yield Allreduce(payload)
+        return Reduced(kind.decompress(mean, context), kind.decompress(payload, context), state)
+
+    return Compressor(kind.__name__, _stateless, reduce)
+
+
+class Compression:
+    """The compressors of hvdx, by name: ``hvd.Compression.fp16``.
+
+    - ``none``: the gradient as it is.
+    - ``fp16``: float16 on the wire. Divides before it sums and saturates at ±65504, where
+      Horovod's sums first and turns one large value into inf.
+    """
+
+    none = none
+    fp16 = fp16
+
+
+def as_compressor(value: Any) -> Compressor:
+    """Return the compressor meant by ``value``: one of ours, or a Horovod ``Compressor`` class.
+
+    Raises:
+        CompressionError: it is neither; the message lists what there is.
+    """
+    if isinstance(value, Compressor):
+        return value
+    if value is None or getattr(value, "__name__", "") == "NoneCompressor":
+        return none
+    if callable(getattr(value, "compress", None)) and callable(getattr(value, "decompress", None)):
+        return from_horovod(value)
+    known = ", ".join(f"hvd.Compression.{n}" for n in vars(Compression) if not n.startswith("_"))
+    raise CompressionError(
+        f"unknown compression={value!r}; use one of {known}, or a class with static "
+        "compress(tensor) -> (tensor, context) and decompress(tensor, context)"
+    )

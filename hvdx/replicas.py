@@ -1,0 +1,146 @@
+"""Keep the ranks' copies of a model equal: broadcast, compare, gather objects."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hvdx import world
+from hvdx.agreement import check_same
+from hvdx.frameworks import Adapter, framework_of_kind, kind_of
+
+_calls = itertools.count()
+
+
+def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
+    """Overwrite ``params`` on every rank with those of ``root_rank``, in place.
+
+    Names, shapes and dtypes are compared first. Any dtype travels, bool and bfloat16 too
+    (Horovod refuses both).
+
+    Args:
+        params: an ``nn.Module``, its ``state_dict()`` or ``named_parameters()``; a Keras
+            model, layer or optimizer; a list of tensors or variables.
+        root_rank: global rank to copy from.
+        process_set: the ranks that take part; all by default.
+
+    Raises:
+        MismatchError: ranks hold different parameters (raised on every rank).
+        ValueError: a Keras model has no variables yet; build it first.
+    """
+    adapter, tensors = named_tensors(params)
+    name = f"hvdx.parameters.{next(_calls)}"
+    check_same(adapter, "parameters to broadcast", _described(adapter, tensors), name, process_set)
+    adapter.broadcast_tensors(tensors, root_rank, name, process_set)
+
+
+def broadcast_optimizer_state(
+    optimizer: Any, root_rank: int = 0, model: Any = None, process_set: Any = None
+) -> None:
+    """Give ``optimizer`` the state and options of the root's.
+
+    Args:
+        optimizer: a ``torch.optim.Optimizer`` or a built Keras optimizer.
+        root_rank: global rank to copy from.
+        model: accepted for Horovod's sake and not needed.
+        process_set: the ranks that take part; all by default.
+    """
+    library = kind_of(type(optimizer))
+    if library == "keras":
+        broadcast_parameters(optimizer, root_rank, process_set)
+    elif library == "torch":
+        world.core("torch").broadcast_optimizer(optimizer, root_rank, process_set)
+    else:
+        raise TypeError(f"{type(optimizer).__name__} is no torch or Keras optimizer")
+
+
+def broadcast_object(
+    obj: Any, root_rank: int = 0, name: str | None = None, process_set: Any = None
+) -> Any:
+    """Return the root's picklable ``obj`` on every rank."""
+    adapter = world.core()
+    return adapter.broadcast_object(obj, root_rank, name or _object_name(), process_set)
+
+
+def allgather_object(obj: Any, name: str | None = None, process_set: Any = None) -> list[Any]:
+    """Return a list of every rank's picklable ``obj``, in rank order."""
+    return world.core().allgather_object(obj, name or _object_name(), process_set)
+
+
+def _object_name() -> str:
+    return f"hvdx.object.{next(_calls)}"
+
+
+def parameter_hash(params: Any) -> str:
+    """Return a hash of names, dtypes and bytes of ``params``: equal replicas, equal hashes.
+
+    Args:
+        params: what :func:`broadcast_parameters` takes. No communication.
+    """
+    adapter, tensors = named_tensors(params)
+    whole = hashlib.sha256()
+    for name, tensor in tensors.items():
+        array = adapter.to_numpy(tensor)
+        whole.update(f"{name} {adapter.dtype_name(tensor)} {array.shape}".encode())
+        whole.update(array.tobytes())
+    return whole.hexdigest()[:16]
+
+
+def named_tensors(params: Any) -> tuple[Adapter, dict[str, Any]]:
+    """Return the core that serves ``params`` and its tensors by name, in a fixed order."""
+    library = kind_of(type(params))
+    if library == "keras":
+        return world.core(framework_of_kind("keras")), _keras_tensors(params)
+    if library in ("torch", "tensorflow"):
+        adapter = world.core(library)
+        return adapter, adapter.named_tensors(params)
+    pairs = params.items() if isinstance(params, Mapping) else params
+    tensors = dict(_named(pairs))
+    libraries = {kind_of(type(tensor)) for tensor in tensors.values()}
+    if libraries == {"keras"}:
+        adapter = world.core(framework_of_kind("keras"))
+        return adapter, {name: variable.value for name, variable in tensors.items()}
+    if len(libraries) != 1 or not libraries <= {"torch", "tensorflow"}:
+        raise TypeError(
+            f"parameters of {' and '.join(sorted(map(str, libraries))) or 'no framework'} given; "
+            "give a model, its state_dict(), or tensors of one framework that can be written to"
+        )
+    return world.core(libraries.pop()), tensors
+
+
+def _named(pairs: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    for index, entry in enumerate(pairs):
+        if isinstance(entry, tuple) and len(entry) == 2:
+            name, tensor = entry
+        else:
+            name, tensor = getattr(entry, "path", None) or str(index), entry
+        if kind_of(type(tensor)) is not None and not isinstance(tensor, (int, float)):
+            yield str(name), tensor
+
+
+def _keras_tensors(owner: Any) -> dict[str, Any]:
+    if hasattr(owner, "value") and hasattr(owner, "path"):
+        variables = [owner]
+    else:  # models and layers; optimizers and metrics
+        variables = owner.weights if hasattr(owner, "weights") else owner.variables
+    if not variables:
+        raise ValueError(
+            f"{type(owner).__name__} {owner.name!r} has no variables yet; build it, or call it once"
+        )
+    tensors: dict[str, Any] = {}
+    for variable in variables:
+        path, copy = variable.path, 0
+        while path in tensors:  # Keras allows two variables of one path
+            copy += 1
+            path = f"{variable.path}#{copy}"
+        tensors[path] = variable.value
+    return tensors
+
+
+def _described(adapter: Adapter, tensors: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{adapter.dtype_name(tensor)} {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+    }
