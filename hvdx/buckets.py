@@ -1,0 +1,72 @@
+"""Which gradients travel together.
+
+One allreduce per parameter pays Horovod's negotiation and the network's latency hundreds of
+times a step; one for all would start only when the whole backward pass is over. Buckets of
+some megabytes lie between: few operations, and the first leaves while backward goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hvdx.errors import HvdxError
+
+#: Found by benchmarks/optimizer.py over Gloo on two processes; HVDX_BUCKET_MB overrides.
+DEFAULT_MEGABYTES = 16.0
+
+
+class Entry(NamedTuple):
+    """One gradient: its parameter's name, number of elements, dtype (as NumPy's) and device."""
+
+    name: str
+    elements: int
+    dtype: str
+    device: str
+
+
+_WIDTHS = {"64": 8, "32": 4, "16": 2, "8": 1}
+
+
+def width(dtype: str) -> int:
+    """Return the bytes of one element of ``dtype``, a NumPy-like name such as bfloat16."""
+    digits = dtype[len(dtype.rstrip("0123456789")) :]
+    return _WIDTHS.get(digits, 1)
+
+
+def limit_bytes() -> int:
+    """Return the size at which a bucket is full, from ``HVDX_BUCKET_MB`` where it is set."""
+    told = os.environ.get("HVDX_BUCKET_MB")
+    try:
+        megabytes = float(told) if told else DEFAULT_MEGABYTES
+    except ValueError:
+        megabytes = -1.0
+    if megabytes <= 0:
+        raise HvdxError(f"HVDX_BUCKET_MB={told!r} is no size: give megabytes, such as 16")
+    return int(megabytes * 2**20)
+
+
+def plan(entries: Sequence[Entry], limit: int) -> list[list[int]]:
+    """Group ``entries`` into buckets of one dtype and device each.
+
+    Args:
+        entries: in the order in which gradients are expected to become ready.
+        limit: bytes; a bucket that would pass it is closed, so that only a single larger
+            gradient exceeds it.
+
+    Returns:
+        Indices into ``entries``, by bucket; buckets in the order in which they fill up.
+    """
+    buckets: list[list[int]] = []
+    open_: dict[tuple[str, str], tuple[list[int], int]] = {}
+    for index, entry in enumerate(entries):
+        key = (entry.dtype, entry.device)
+        weight = entry.elements * width(entry.dtype)
+        members, held = open_.get(key, ([], 0))
+        if members and held + weight > limit:
+            buckets.append(members)
+            members, held = [], 0
+        members.append(index)
+        open_[key] = (members, held + weight)
+    return buckets + [members for members, _ in open_.values()]
