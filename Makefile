@@ -1,0 +1,79 @@
+# make demo    set up .venv, build Horovod (once), train both examples on 2 processes
+# make test    the same set-up, then every test
+# make lint    ruff and mypy
+# make bench   the benchmarks
+# make clean   remove what these made here; built Horovod wheels stay in the user's cache
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types bench clean tools .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/hvdx run
+
+demo: .venv
+	$(RUN) -np 2 -- $(BIN)/python examples/digits_torch.py
+	$(RUN) -np 2 -- $(BIN)/python examples/digits_keras.py
+
+test: .venv
+	$(BIN)/python -m pytest tests/single
+	$(BIN)/python tests/parallel/run.py 2 4
+	$(BIN)/python -m pytest tests/integration
+
+lint: .venv/packages types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow an editable install to integrations/ (imported as hvdx.integrations), so it
+# checks the tree as packaged; sed turns the paths back.
+types: .venv/packages
+	rm -rf build/lint
+	$(BIN)/python setup.py --quiet build_py --build-lib build/lint
+	$(BIN)/mypy build/lint/hvdx | sed -e 's,^build/lint/hvdx/integrations/,integrations/,' -e 's,^build/lint/,,'
+
+bench: .venv
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv: .venv/horovod
+
+# Nothing to do in seconds if the installed Horovod is the right one.
+.venv/horovod: .venv/packages $(wildcard hvdx/build/*.py)
+	$(BIN)/hvdx install
+	touch $@
+
+# torch is pinned by constraints.txt: without the pin pip takes the newest, with 3 GB of CUDA.
+.venv/packages: constraints.txt pyproject.toml setup.py | tools
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,tensorflow,examples,dev]'
+	touch $@
+
+# What pip cannot bring. make itself is here already.
+tools:
+	@missing=
+	command -v g++ >/dev/null || missing+=' g++'
+	command -v cmake >/dev/null || missing+=' cmake'
+	command -v $(PYTHON) >/dev/null || missing+=' python3'
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
+	$(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' \
+		2>/dev/null || missing+=' python3-dev'
+	if [ -n "$$missing" ]; then
+		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+			echo "Missing:$$missing. Install them and run make again" \
+				"(Debian, Ubuntu: sudo apt-get install$$missing)." >&2
+			exit 1
+		fi
+		apt-get update
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $$missing
+	fi
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || {
+		echo "hvdx needs Python 3.10 to 3.12, but $(PYTHON) is $$($(PYTHON) --version)." \
+			"Name another one: make PYTHON=python3.11" >&2
+		exit 1
+	}
