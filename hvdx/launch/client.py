@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from hvdx.errors import LaunchError
-from hvdx.launch.rendezvous import OWN_SCOPE, REQUEST_SECONDS
+from hvdx.launch.rendezvous import OWN_SCOPE, REQUEST_SECONDS, stays_open
 
 
 def ask(environ: Mapping[str, str], verb: str, key: str, body: bytes = b"") -> bytes | None:
@@ -45,11 +45,12 @@ def report_up(environ: Mapping[str, str] | None = None) -> None:
     """Tell the rendezvous that this rank has initialised every core and process set it declared.
 
     When all ranks have, the rendezvous closes its port. Does nothing where hvdx does not serve
-    the rendezvous: under ``horovodrun``, under MPI, in a single process.
+    the rendezvous (under ``horovodrun``, under MPI, in a single process), nor where process sets
+    may be added later, which needs the port.
     """
     global _reported
     environ = os.environ if environ is None else environ
-    if "HVDX_RENDEZVOUS" not in environ or "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in environ:
+    if "HVDX_RENDEZVOUS" not in environ or stays_open(environ):
         return
     rank = environ.get("HOROVOD_RANK", "0")
     try:
