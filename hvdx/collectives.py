@@ -163,7 +163,7 @@ def _compressed(
         raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum, not {op.name}")
     entered = route.enter(tensor) if route.enter else tensor
     ops = ops_for(type(entered))
-    ranks = process_set.size() if process_set is not None else world.size()
+    ranks = route.adapter.ranks(process_set)
     factor = postscale_factor * (ranks if op is ReduceOp.Sum else 1)
     if prescale_factor != 1.0:
         entered = ops.scale(entered, prescale_factor)
@@ -177,7 +177,7 @@ def _compressed(
 def perform(adapter: Adapter, request: Request, *, name: str | None, process_set: Any) -> Any:
     """Carry out one request of a compressor through a Horovod core and wait for the answer."""
     if isinstance(request, Ranks):
-        return process_set.size() if process_set is not None else world.size()
+        return adapter.ranks(process_set)
     if isinstance(request, Together):
         return [
             perform(adapter, each, name=name and f"{name}/{i}", process_set=process_set)

@@ -88,6 +88,9 @@ class Adapter(Protocol):
     def barrier(self, process_set: Any) -> None:
         """Return once every rank has called it."""
 
+    def ranks(self, process_set: Any) -> int:
+        """Count the ranks of ``process_set``."""
+
     def join(self) -> int:
         """Send zeros for this rank until all have joined; the last rank to join."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +13,6 @@ from hvdx.mismatch import explain, is_mismatch
 from hvdx.objects import pickled, unpickled
 from hvdx.reduce_op import ReduceOp
 
-_POLL_SECONDS = 50e-6
 _BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
 
 #: What Horovod reduces; all else is summed in float32 or refused.
@@ -43,17 +41,6 @@ def _explained(call: Call) -> Call:
             ) from None
 
     return checked  # type: ignore[return-value]
-
-
-def wait(horovod: Any, handle: int) -> Any:
-    """Return the result of an asynchronous operation, sleeping meanwhile.
-
-    Horovod's ``synchronize`` spins; with more ranks than cores that starves the thread it
-    waits for (measured: 4 ranks on 2 cores, 1.7-10 ms a small operation against 1.1-1.6).
-    """
-    while not horovod.poll(handle):
-        time.sleep(_POLL_SECONDS)
-    return horovod.synchronize(handle)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -197,6 +184,10 @@ class TorchAdapter:
     def barrier(self, process_set: Any) -> None:
         """Wait for all ranks."""
         self.horovod.barrier(process_set=process_set or self._everyone)
+
+    def ranks(self, process_set: Any) -> int:
+        """Count the ranks of the set; asked of the set itself, which no core can confuse."""
+        return len(process_set.ranks) if process_set is not None else int(self.horovod.size())
 
     def join(self) -> int:
         """Say that this rank has no more data."""
