@@ -1,0 +1,51 @@
+"""What all parallel tests share: a running Horovod, and an end for all when one rank fails."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+from types import ModuleType
+
+import pytest
+
+FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "both": ("torch", "tensorflow")}
+
+
+def pytest_configure() -> None:
+    # When another rank fails or hangs, the launcher ends this one: say where it stands.
+    faulthandler.register(signal.SIGTERM, file=sys.__stderr__, all_threads=True, chain=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """After a failure leave at once: Horovod's own exit would wait for, and confuse, the others."""
+    session = config.pluginmanager.get_plugin("session")
+    status = getattr(session, "exitstatus", 0)
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(status))
+
+
+@pytest.fixture(scope="session")
+def group(request: pytest.FixtureRequest) -> str:
+    """The folder of the tests: torch, tensorflow, keras or both."""
+    return request.session.items[0].path.parent.name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def horovod(group: str) -> ModuleType:
+    """Start Horovod once per process. Nothing stops it: the process' end does."""
+    import hvdx
+
+    hvdx.init(framework=FRAMEWORKS.get(group) or os.environ.get("KERAS_BACKEND", "tensorflow"))
+    return hvdx
+
+
+@pytest.fixture(scope="session")
+def hvd(horovod: ModuleType, group: str) -> ModuleType:
+    """The face under test: ``hvdx.torch``, ``hvdx.tensorflow``, ``hvdx.keras``, or hvdx itself."""
+    return horovod if group == "both" else importlib.import_module(f"hvdx.{group}")
