@@ -79,6 +79,16 @@ def install(
     )
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--no-run", is_flag=True, help="Leave out the jobs of two processes.")
+def doctor(as_json: bool, no_run: bool) -> None:
+    """Say what is installed, try it, and tell how to mend what is wrong."""
+    from hvdx.doctor import doctor as examine
+
+    sys.exit(examine(as_json_text=as_json, run=not no_run))
+
+
 @main.command(
     context_settings={"ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,

@@ -70,6 +70,16 @@ def find(key: str) -> Entry | None:
     return Entry(wheel, fault)
 
 
+def entries() -> list[Entry]:
+    """Return all cached wheels, each one's checksum compared."""
+    try:
+        keys = sorted(p.name for p in (root() / "wheels").iterdir() if p.is_dir())
+    except OSError:
+        return []
+    found = [find(key) for key in keys if not key.startswith(".")]
+    return [entry for entry in found if entry]
+
+
 def store(key: str, wheel: Path, parts: dict[str, object]) -> Path:
     """Move ``wheel`` into the cache and return its new path. Call it with the key locked."""
     wheels = folder("wheels")
