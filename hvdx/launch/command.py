@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from signal import Signals
 
 from hvdx.launch import hosts as _hosts
 from hvdx.launch.arguments import Arguments, parse
@@ -70,6 +71,7 @@ def run_command(arguments: Sequence[str]) -> int:
     finally:
         rendezvous.close()
     if ended.signal is not None:
+        print(f"hvdx run: {Signals(ended.signal).name} ended the job.", file=sys.stderr)
         return 128 + ended.signal
     if not ended.failures:
         return 0

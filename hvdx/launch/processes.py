@@ -19,6 +19,8 @@ from typing import IO, NamedTuple, TextIO
 from hvdx.launch.shell import GRACE_SECONDS
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: How a rank ends whose lifeline was cut, here and, by the shell's and ssh's codes, elsewhere.
+_ENDED_BY_US = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGKILL, 255)
 
 
 class Start(NamedTuple):
@@ -46,9 +48,8 @@ class Failure(NamedTuple):
             if self.code < 0:
                 return f"{where} was killed by signal {number} ({name})"
             return f"{where} exited with code {self.code} (128 + {number}: {name})"
-        if self.code == 127:
-            return f"{where} exited with code 127 (command not found)"
-        return f"{where} exited with code {self.code}"
+        known = {127: " (command not found)", 255: " (ssh's own, if the connection broke)"}
+        return f"{where} exited with code {self.code}{known.get(self.code, '')}"
 
     @property
     def status(self) -> int:
@@ -87,14 +88,11 @@ class _Rank:
             self.process.stdin.write(self.start.script.encode(errors="surrogateescape"))
             self.process.stdin.flush()
 
-    def watch(self, outputs: Sequence[threading.Thread]) -> None:
-        """Report the exit once all output has been passed on."""
+    def watch(self) -> None:
+        """Report the exit when it comes."""
 
         def wait() -> None:
-            code = self.process.wait()
-            for output in outputs:
-                output.join(GRACE_SECONDS)  # a grandchild may hold the pipe
-            self._events.put(("exit", self.start.rank, code))
+            self._events.put(("exit", self.start.rank, self.process.wait()))
 
         threading.Thread(target=wait, daemon=True).start()
 
@@ -125,70 +123,66 @@ def run_ranks(
     """
     events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
     alive: dict[int, _Rank] = {}
-    failures: list[Failure] = []
-    caught: int | None = None
-    ending_since: float | None = None
+    outputs: list[threading.Thread] = []
     with _signals_to(events), contextlib.ExitStack() as files:
         for start in starts:
             rank = alive[start.rank] = _Rank(start, events)
-            outputs = []
             for name, source, console in (
                 ("stdout", rank.process.stdout, sys.stdout),
                 ("stderr", rank.process.stderr, sys.stderr),
             ):
-                copies = [console]
+                sinks = [console]
                 if folder:
                     path = Path(folder, f"rank.{start.rank:0{len(str(len(starts) - 1))}}", name)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    copies.append(files.enter_context(path.open("w")))
-                assert source is not None
-                forward = threading.Thread(
-                    target=_forward,
-                    args=(source, copies, f"[{start.rank}]<{name}>:", timestamps, events),
-                    daemon=True,
-                )
-                forward.start()
-                outputs.append(forward)
-            rank.watch(outputs)
-        while alive:
-            patience = None
-            if ending_since is not None:
-                patience = max(0.0, ending_since + GRACE_SECONDS + 2 - time.monotonic())
-            try:
-                kind, who, code = events.get(timeout=patience)
-            except Empty:
+                    sinks.append(files.enter_context(path.open("w")))
+                arguments = (source, sinks, f"[{start.rank}]<{name}>:", timestamps, events)
+                outputs.append(threading.Thread(target=_forward, args=arguments, daemon=True))
+                outputs[-1].start()
+            rank.watch()
+        ended = _see_through(alive, events)
+        until = time.monotonic() + GRACE_SECONDS
+        for output in outputs:  # what a rank left running may hold a pipe, but not for ever
+            output.join(max(0.0, until - time.monotonic()))
+    return ended
+
+
+def _see_through(alive: dict[int, _Rank], events: SimpleQueue[tuple[str, int, int]]) -> Ended:
+    """Wait until no rank is alive; at the first failure or signal, end them."""
+    failures: list[Failure] = []
+    caught: int | None = None
+    ending_since: float | None = None
+    while alive:
+        patience = None
+        if ending_since is not None:
+            patience = max(0.0, ending_since + GRACE_SECONDS + 2 - time.monotonic())
+        try:
+            kind, who, code = events.get(timeout=patience)
+        except Empty:
+            for rank in alive.values():
+                rank.kill()
+            ending_since = time.monotonic()
+            continue
+        if kind == "exit":
+            ended = alive.pop(who)
+            ended.end()  # also ends what the rank left running
+            if code != 0 and not (ending_since is not None and code in _ENDED_BY_US):
+                failures.append(Failure(who, ended.start.host, code))
+        else:
+            if caught is not None:  # asked twice: no grace
                 for rank in alive.values():
                     rank.kill()
-                ending_since = time.monotonic()
-                continue
-            if kind == "exit":
-                ended = alive.pop(who)
-                ended.end()  # also ends what the rank left running
-                killed_by_us = ending_since is not None and code in (
-                    -signal.SIGTERM,
-                    -signal.SIGKILL,
-                    143,
-                    255,
-                )
-                if code != 0 and not killed_by_us:
-                    failures.append(Failure(who, ended.start.host, code))
-                failed = code != 0
-            else:
-                failed = True
-                if caught is not None:  # asked twice: no grace
-                    for rank in alive.values():
-                        rank.kill()
-                caught = caught or code
-            if failed and ending_since is None:
-                ending_since = time.monotonic()
-                for rank in alive.values():
-                    rank.end()
+            caught = caught or code
+        if (failures or caught) and ending_since is None:
+            ending_since = time.monotonic()
+            for rank in alive.values():
+                rank.end()
     return Ended(failures, caught)
 
 
 def _forward(
     source: IO[bytes],
-    sinks: Sequence[TextIO],
+    sinks: list[TextIO],
     prefix: str,
     timestamps: bool,
     events: SimpleQueue[tuple[str, int, int]],
@@ -209,11 +203,12 @@ def _forward(
         if lines:
             before = (time.asctime() if timestamps else "") + prefix
             text = "".join(before + line for line in lines)
-            for sink in sinks:
+            for sink in list(sinks):
                 try:
                     sink.write(text)
                     sink.flush()
-                except (OSError, ValueError):  # nobody reads any more: end like by SIGPIPE
+                except (OSError, ValueError):  # nobody reads any more: end as by SIGPIPE
+                    sinks.remove(sink)
                     events.put(("signal", -1, int(signal.SIGPIPE)))
         if not chunk:
             source.close()

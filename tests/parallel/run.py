@@ -75,9 +75,9 @@ def launch(
     print(f"\n--- {name}", flush=True)
     pytest = ["-m", "pytest", "-x", "--capture=sys", "--timeout-method=thread"]
     pytest += ["-p", "no:cacheprovider", "--color=no", *extra]
+    hvdx_run = [sys.executable, "-m", "hvdx", "run"]
     job = subprocess.Popen(
-        [sys.executable, "-m", "hvdx", "run", "-np", str(size), "--"]
-        + [sys.executable, *pytest, str(path)],
+        [*hvdx_run, "-np", str(size), "--", sys.executable, *pytest, str(path)],
         env={"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1", **os.environ, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
