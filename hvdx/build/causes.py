@@ -45,8 +45,8 @@ CAUSES = (
     Cause(
         r"No matching distribution found for horovod"
         r"|Could not find a version that satisfies the requirement horovod",
-        f"the package index has no source of Horovod {edits.HOROVOD}",
-        "Use an index that carries it (pip's --index-url, or PIP_INDEX_URL); or put "
+        f"the package index has no source of Horovod {edits.HOROVOD}, or did not answer",
+        "Check the network, or use an index that carries it (PIP_INDEX_URL); or put "
         f"horovod-{edits.HOROVOD}.tar.gz in the cache's sdist folder yourself.",
     ),
     Cause(

@@ -131,10 +131,11 @@ def _check_tools() -> None:
                     f"setuptools {version} cannot build wheels on its own. Install "
                     f"what it needs: pip install 'hvdx[build]'."
                 ) from None
-    if probe.cmake() is None:
+    cmake = probe.cmake()
+    if cmake is None or cmake.version is None:
         raise InstallError(
-            "CMake is not installed. Get it with: pip install 'hvdx[build]' (or Debian, "
-            "Ubuntu: apt-get install cmake)."
+            f"{f'{cmake.path} is no working CMake' if cmake else 'CMake is not installed'}. Get "
+            f"it with: pip install 'hvdx[build]' (or Debian, Ubuntu: apt-get install cmake)."
         )
     if probe.which("make") is None:
         raise InstallError("make is not installed (Debian, Ubuntu: apt-get install make).")

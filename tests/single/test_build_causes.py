@@ -28,7 +28,7 @@ LINES = [
         "ERROR: Could not find a version that satisfies the requirement horovod==0.28.1 "
         "(from versions: none)\nERROR: No matching distribution found for horovod==0.28.1",
         "no source of Horovod 0.28.1",
-        "--index-url",
+        "PIP_INDEX_URL",
     ),
     (
         "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",

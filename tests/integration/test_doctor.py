@@ -1,0 +1,122 @@
+"""``hvdx doctor``: it says the right thing about environments that are really so."""
+
+import json
+
+import pytest
+
+TENSORFLOW = ["tensorflow*", "keras*"]
+
+
+@pytest.fixture
+def torch_only(environment, cache):
+    """An environment with torch and a Horovod, and the cache it came from."""
+    made = environment(without=["horovod*", *TENSORFLOW])
+    made.environ["XDG_CACHE_HOME"] = str(cache.parent)
+    # The wheel was built for TensorFlow, too; hvdx would build another one here.
+    (wheel,) = cache.glob("wheels/*/*.whl")
+    made.run(
+        "import subprocess, sys; subprocess.run([sys.executable, '-m', 'pip', 'install', "
+        f"'--quiet', '--no-deps', '--no-index', {str(wheel)!r}], check=True)"
+    )
+    return made
+
+
+def test_healthy(environment, cache):
+    healthy = environment(without=["horovod*"])
+    assert healthy.hvdx("install", XDG_CACHE_HOME=cache.parent).returncode == 0
+    code, checks = healthy.doctor(XDG_CACHE_HOME=cache.parent, KERAS_BACKEND="torch")
+    assert code == 0, checks
+    assert checks["allreduce, torch"]["value"] == "2 processes, right sums"
+    assert checks["allreduce, tensorflow"]["value"] == "2 processes, right sums"
+    assert checks["keras"]["value"].endswith("on torch")
+    assert "one for this environment" in checks["wheel cache"]["value"]
+
+
+def test_text(torch_only):
+    done = torch_only.hvdx("doctor", "--no-run")
+    assert done.returncode == 0, done.stdout
+    assert "-   tensorflow " in done.stdout
+    assert "All is well." in done.stdout
+
+
+def test_without_horovod(environment):
+    code, checks = environment(without=["horovod*", *TENSORFLOW]).doctor()
+    assert code == 1
+    assert checks["horovod"] == {
+        "name": "horovod",
+        "ok": False,
+        "value": "not installed",
+        "remedy": "Run: hvdx install",
+    }
+    assert checks["allreduce, torch"]["ok"] is None
+
+
+def test_without_a_framework(environment):
+    code, checks = environment(without=["horovod*", "torch*", *TENSORFLOW]).doctor()
+    assert code == 1
+    assert checks["frameworks"]["ok"] is False
+    assert "pip install 'hvdx[torch]'" in checks["frameworks"]["remedy"]
+    assert checks["torch"]["ok"] is None
+
+
+def test_framework_that_kills_its_process(torch_only):
+    (torch_only.packages / "torch").unlink()
+    (torch_only.packages / "torch").mkdir()
+    (torch_only.packages / "torch" / "__init__.py").write_text("import os; os.abort()")
+    code, checks = torch_only.doctor()
+    assert code == 1
+    assert "signal SIGABRT" in checks["torch"]["value"]
+    assert checks["allreduce, torch"]["ok"] is None
+
+
+def test_built_for_another_version(torch_only):
+    record = torch_only.packages / "horovod" / "metadata.json"
+    record.write_text(json.dumps({"pytorch": "2.1.0"}))
+    code, checks = torch_only.doctor("--no-run")
+    assert code == 1
+    assert "built against torch 2.1.0, but" in checks["horovod.torch"]["value"]
+    assert checks["horovod.torch"]["remedy"] == "Run: hvdx install"
+
+
+def test_extension_missing(torch_only):
+    next(torch_only.packages.glob("horovod/torch/mpi_lib*.so")).unlink()
+    code, checks = torch_only.doctor()
+    assert code == 1
+    assert checks["horovod.torch"]["ok"] is False
+    assert "hvdx install --force" in checks["horovod.torch"]["remedy"]
+    assert checks["allreduce, torch"]["ok"] is None
+
+
+def test_job_that_fails(torch_only):
+    # Loads, but its sums are wrong.
+    functions = torch_only.packages / "horovod" / "torch" / "__init__.py"
+    functions.write_text(functions.read_text() + "\nallreduce = lambda tensor, **_: tensor\n")
+    code, checks = torch_only.doctor()
+    assert code == 1
+    assert checks["horovod.torch"]["ok"] is True
+    assert checks["allreduce, torch"]["ok"] is False
+    assert "AssertionError" in checks["allreduce, torch"]["value"]
+
+
+def test_corrupt_cache(torch_only, cache):
+    (wheel,) = cache.glob("wheels/*/*.whl")
+    wheel.write_bytes(b"no wheel")
+    code, checks = torch_only.doctor("--no-run")
+    assert code == 1
+    assert str(wheel) in checks["wheel cache"]["value"]
+    assert "checksum" in checks["wheel cache"]["value"]
+
+
+def test_unwritable_cache(torch_only, tmp_path):
+    (tmp_path / "file").touch()
+    code, checks = torch_only.doctor("--no-run", XDG_CACHE_HOME=tmp_path / "file")
+    assert code == 1
+    assert "cannot write" in checks["wheel cache"]["value"]
+    assert "XDG_CACHE_HOME" in checks["wheel cache"]["remedy"]
+
+
+def test_keras_backend_without_horovod(environment):
+    code, checks = environment(without=["horovod*"]).doctor("--no-run", KERAS_BACKEND="jax")
+    assert code == 1
+    assert checks["keras"]["ok"] is False
+    assert "KERAS_BACKEND=torch" in checks["keras"]["remedy"]

@@ -1,0 +1,148 @@
+"""``hvdx install`` as a user runs it: real environments, a real wheel, real failures."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KEY = "from importlib.metadata import version; print(version('horovod'))"
+TENSORFLOW = ["tensorflow*", "keras*"]
+
+
+def wheel_of(cache):
+    (wheel,) = cache.glob("wheels/*/*.whl")
+    return wheel
+
+
+@pytest.fixture
+def fresh(environment):
+    """An environment with the frameworks and without Horovod."""
+    return environment(without=["horovod*"])
+
+
+def test_takes_the_cached_wheel_then_does_nothing(fresh, cache):
+    done = fresh.hvdx("install", XDG_CACHE_HOME=cache.parent)
+    assert done.returncode == 0, done.stderr
+    assert "Compiling" not in done.stdout
+    assert fresh.run(KEY) == f"0.28.1+hvdx.{wheel_of(cache).parent.name}"
+    assert fresh.run("import horovod.torch as hvd; print(hvd.gloo_built())") == "True"
+    record = next(fresh.packages.glob("horovod-*.dist-info")) / "RECORD"
+    before = record.stat().st_mtime_ns
+
+    started = time.monotonic()
+    again = fresh.hvdx("install", XDG_CACHE_HOME=cache.parent)
+    assert again.returncode == 0
+    assert "installed already" in again.stdout
+    assert record.stat().st_mtime_ns == before
+    assert time.monotonic() - started < 15
+
+    # Half of it deleted: the metadata still claim that it is there.
+    library = next(fresh.packages.glob("horovod/torch/mpi_lib*.so"))
+    library.unlink()
+    mended = fresh.hvdx("install", XDG_CACHE_HOME=cache.parent)
+    assert mended.returncode == 0, mended.stderr
+    assert library.is_file()
+
+
+def test_two_installs_at_once(environment, cache, tmp_path):
+    fresh = environment(without=["horovod*"])
+    command = [fresh.python, "-m", "hvdx", "install", "--wheel-only"]
+    started = [
+        subprocess.Popen(
+            [*command, str(tmp_path / f"out{i}")],
+            env={**fresh.environ, "XDG_CACHE_HOME": str(cache.parent)},
+            cwd=fresh.path,
+        )
+        for i in range(3)
+    ]
+    assert [process.wait(timeout=60) for process in started] == [0, 0, 0]
+    sizes = {next((tmp_path / f"out{i}").iterdir()).stat().st_size for i in range(3)}
+    assert sizes == {wheel_of(cache).stat().st_size}
+
+
+@pytest.mark.parametrize("spoil", ["cut short", "a bit flipped", "no record", "record not JSON"])
+def test_spoilt_wheel_is_not_installed(fresh, cache, spoil):
+    wheel = wheel_of(cache)
+    record = wheel.with_name("build.json")
+    if spoil == "cut short":
+        wheel.write_bytes(wheel.read_bytes()[:1000])
+    elif spoil == "a bit flipped":
+        content = bytearray(wheel.read_bytes())
+        content[len(content) // 2] ^= 1
+        wheel.write_bytes(content)
+    elif spoil == "no record":
+        record.unlink()
+    else:
+        record.write_text("{")
+    # A CMake that fails at once stands in for the three minutes of a real build.
+    done = fresh.hvdx("install", XDG_CACHE_HOME=cache.parent, HOROVOD_CMAKE="/bin/false")
+    assert "unusable" in done.stdout
+    assert "building it anew" in done.stdout
+    assert done.returncode == 1
+    assert "/bin/false" in done.stderr
+    assert not wheel.exists()
+    assert not list(fresh.packages.glob("horovod*"))
+
+
+def test_broken_compiler(fresh, cache):
+    started = time.monotonic()
+    done = fresh.hvdx("install", XDG_CACHE_HOME=cache.parent, CXX="/bin/false")
+    assert done.returncode == 1
+    assert "no working C or C++ compiler" in done.stderr
+    assert "apt-get install" in done.stderr
+    log = Path(done.stderr.split("Log: ")[1].splitlines()[0])
+    assert "not able to compile a simple test program" in log.read_text()
+    assert time.monotonic() - started < 60
+    assert not list(cache.glob("wheels/.new-*")), "the failed build left something behind"
+
+
+def test_no_framework(environment, cache):
+    bare = environment(without=["horovod*", "torch*", *TENSORFLOW])
+    done = bare.hvdx("install", XDG_CACHE_HOME=cache.parent)
+    assert done.returncode == 1
+    assert "neither torch nor TensorFlow" in done.stderr
+    assert "pip install 'hvdx[torch]'" in done.stderr
+
+
+def test_unwritable_cache(fresh, tmp_path):
+    (tmp_path / "file").touch()
+    done = fresh.hvdx("install", XDG_CACHE_HOME=tmp_path / "file")
+    assert done.returncode == 1
+    assert "cannot write to the cache" in done.stderr
+    assert "XDG_CACHE_HOME" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "cause"),
+    [
+        ({"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}, "could not be reached"),
+        ({"PIP_NO_INDEX": "1"}, "no source of Horovod"),
+    ],
+)
+def test_source_not_to_be_had(fresh, tmp_path, environ, cause):
+    alone = {"PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": "", "PIP_RETRIES": "1"}
+    alone |= {"PIP_EXTRA_INDEX_URL": "", "XDG_CACHE_HOME": tmp_path}
+    done = fresh.hvdx("install", **{**alone, **environ})
+    assert done.returncode == 1
+    assert cause in done.stderr
+    assert "Log: " in done.stderr
+
+
+def test_no_pip(environment, tmp_path):
+    done = environment(without=["horovod*", "pip"]).hvdx("install", XDG_CACHE_HOME=tmp_path)
+    assert done.returncode == 1
+    assert "package pip is not installed" in done.stderr
+
+
+def test_the_package_is_whole(tmp_path):
+    """Every module is packaged: `build` is a name that many tools ignore."""
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    packaged = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}
+    ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("hvdx/**/*.py")}
+    theirs = {f"hvdx/{path.relative_to(ROOT)}" for path in ROOT.glob("integrations/**/*.py")}
+    assert packaged == ours | theirs
+    assert (tmp_path / "hvdx/py.typed").is_file()
