@@ -1,0 +1,93 @@
+"""The command line of ``hvdx run``."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytest.importorskip("horovod")
+
+from hvdx.errors import LaunchError
+from hvdx.launch.arguments import KEEP, parse
+
+
+def test_flags_are_horovodruns():
+    flags = "-np 4 -H h1:2,h2:2 --fusion-threshold-mb 16 --timeline-filename t"
+    more = "--network-interfaces eth0 --log-level INFO python train.py --lr 1"
+    asked = parse(f"{flags} {more}".split())
+    options = asked.horovod
+    assert (options.num_proc, options.hosts, options.fusion_threshold_mb) == (4, "h1:2,h2:2", 16)
+    assert (options.nics, options.timeline_filename, options.log_level) == ({"eth0"}, "t", "INFO")
+    assert asked.command == ["python", "train.py", "--lr", "1"]
+
+
+@pytest.mark.parametrize("dashes", [[], ["--"]])
+def test_the_command_keeps_its_own_flags(dashes):
+    command = ["python", "train.py", "-np", "9", KEEP, "--", "-H", "x"]
+    asked = parse(["-np", "2", *dashes, *command])
+    assert asked.command == command
+    assert asked.horovod.num_proc == 2
+    assert not asked.keep_rendezvous
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [KEEP, "-np", "2", "train"],
+        ["-np", "2", KEEP, "train"],
+        ["-np", "2", KEEP, "--", "train"],
+        ["-np", "2", KEEP, "train", KEEP],
+    ],
+)
+def test_our_flag_counts_before_the_command(arguments):
+    asked = parse(arguments)
+    assert asked.keep_rendezvous
+    assert asked.command[0] == "train"
+    assert asked.plain[:2] == ["-np", "2"] and KEEP not in asked.plain[:3]
+
+
+def test_the_caller_gets_its_own_argv_back():
+    before = list(sys.argv)
+    parse(["-np", "2", "train"])
+    with pytest.raises(LaunchError):
+        parse(["--nonsense"])
+    assert sys.argv == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no command to run"),
+        (["-np", "2"], "no command to run"),
+        (["train"], "-np"),
+        (["-np", "two", "train"], "'two'"),
+        (["-np", "0", "train"], "-np is 0"),
+        (["-np", "2", "--nonsense", "train"], "--nonsense"),
+        (["-np", "2", "--cycle-time-ms", "-1", "train"], "cycle_time_ms=-1.0"),
+        (["-np", "2", "--config-file", "/nowhere.yaml", "train"], "/nowhere.yaml"),
+        (["-np", "2", "-H", "a:1", "-hostfile", "f", "train"], "not allowed with"),
+        (["-np", "2", "--min-np", "1", "train"], "--min-np asks for elastic.*horovodrun"),
+        (["-np", "2", "--host-discovery-script", "s", "train"], "--host-discovery-script asks"),
+        (["-np", "2", "--reset-limit", "1", "train"], "--reset-limit asks for elastic"),
+    ],
+)
+def test_what_makes_no_sense_is_told(arguments, message):
+    with pytest.raises(LaunchError, match=message):
+        parse(arguments)
+
+
+def test_help_has_our_flag_and_horovods(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--help"])
+    assert not exit.value.code
+    shown = capsys.readouterr().out
+    assert KEEP in shown and "--fusion-threshold-mb" in shown and "usage: hvdx run" in shown
+
+
+def test_without_horovod_the_remedy_is_named(monkeypatch):
+    from hvdx.errors import HorovodMissingError
+
+    monkeypatch.setitem(sys.modules, "horovod.runner.launch", None)
+    with pytest.raises(HorovodMissingError, match="hvdx install"):
+        parse(["-np", "2", "train"])
