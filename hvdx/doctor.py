@@ -278,12 +278,13 @@ def _judge_horovod(facts: Facts) -> Iterator[Check]:
         yield Check("horovod", False, version, remedy)
     else:
         yield Check("horovod", True, version + note)
-    features: set[str] = set()
+    features: set[str] | None = None  # as long as no extension loads
     for name, framework in facts.frameworks.items():
         loaded = facts.loaded[name]
-        features.update(loaded.get("built", ()))
+        if "built" in loaded:
+            features = (features or set()) | set(loaded["built"])
         yield _judge_extension(name, framework, against.get(name), loaded)
-    if features:
+    if features is not None:
         wrong = "gloo" not in features and "mpi" not in features
         controllers = ", ".join(sorted(features & {"gloo", "mpi"})) or "none"
         yield Check("controllers", not wrong, controllers, INSTALL if wrong else None)
