@@ -241,7 +241,7 @@ class TensorFlowAdapter:
             raise TypeError(f"cannot write to {fixed[0]!r}: give tf.Variable, not tf.Tensor")
         with tf.init_scope():
             for index, piece in enumerate(_pieces(tensors.values())):
-                arrays = [np.ascontiguousarray(variable.numpy()) for variable in piece]
+                arrays = [np.asarray(variable.numpy(), order="C") for variable in piece]
                 flat = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
                 result = self.broadcast(
                     tf.constant(flat),
