@@ -62,10 +62,14 @@ def install(
     verbose: bool,
 ) -> None:
     """Build Horovod for the frameworks installed here, and install it."""
+    import signal
     from pathlib import Path
 
     from hvdx.build.install import install as install_horovod
     from hvdx.build.target import Options
+
+    # Unwind as on Ctrl-C: end the compilers, remove the build tree.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def parts(text: str | None) -> tuple[str, ...]:
         return tuple(part.strip() for part in (text or "").split(",") if part.strip())

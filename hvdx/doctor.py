@@ -403,7 +403,8 @@ def _judge_cache(facts: Facts) -> Iterator[Check]:
         yield Check("wheel cache", False, "\n".join(faults), "Remove it; hvdx install builds anew.")
         return
     mine = [entry for entry in facts.cache_entries if entry.wheel.parent.name == facts.cached_key]
-    value = f"{len(facts.cache_entries)} wheels in {cache.root() / 'wheels'}"
+    count = len(facts.cache_entries)
+    value = f"{count} wheel{'' if count == 1 else 's'} in {cache.root() / 'wheels'}"
     yield Check("wheel cache", True, value + (", one for this environment" if mine else ""))
 
 

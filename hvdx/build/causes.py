@@ -148,6 +148,11 @@ CAUSES = (
         "Build again with the frameworks now installed: hvdx install --force.",
     ),
     Cause(
+        r"externally-managed-environment",
+        "this Python belongs to the system, which lets pip install nothing into it",
+        "Use a virtual environment: python3 -m venv .venv.",
+    ),
+    Cause(
         r"Read-only file system|Permission denied",
         "a folder cannot be written",
         "The log names it. Use a virtual environment of your own, or set TMPDIR.",

@@ -84,6 +84,12 @@ EDITS = (
         "often 127.0.0.1: no two hosts could connect",
     ),
     Edit(
+        "horovod/runner/js_run.py",
+        "from distutils.spawn import find_executable",
+        "from shutil import which as find_executable",
+        "Python 3.12 has no distutils, and the launcher imports this file",
+    ),
+    Edit(
         "setup.py",
         "    require_list.append('cffi>=1.4.0')",
         "    pass",

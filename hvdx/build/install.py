@@ -19,7 +19,7 @@ from hvdx.build.target import Options, Target, find
 from hvdx.errors import InstallError
 
 VERIFY = """
-import json, horovod.{framework} as hvd
+import json, horovod.runner.launch, horovod.{framework} as hvd
 print(json.dumps({{"gloo": bool(hvd.gloo_built()), "mpi": bool(hvd.mpi_built()),
                   "nccl": bool(hvd.nccl_built())}}))
 """

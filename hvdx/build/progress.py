@@ -23,7 +23,6 @@ class Progress:
 
     def __init__(self, *, verbose: bool = False) -> None:
         self._verbose = verbose
-        self._stage = ""
         self._percent = 0
         self._started = self._said = time.monotonic()
         self._bar: Bar | None = None
@@ -59,8 +58,7 @@ class Progress:
 
     def stage(self, text: str) -> None:
         """Begin a stage."""
-        self._stage, self._percent = text, 0
-        self._said = time.monotonic()
+        self._percent, self._said = 0, time.monotonic()
         if not self._bar:
             self.say(text)
         elif self._task is None:
@@ -83,4 +81,4 @@ class Progress:
         now = time.monotonic()
         if not self._bar and now - self._said >= EVERY:
             self._said = now
-            self.say(f"{self._stage}: {self._percent}% after {now - self._started:.0f} s")
+            self.say(f"  {self._percent}% after {now - self._started:.0f} s")

@@ -1,20 +1,33 @@
 """``hvdx install`` as a user runs it: real environments, a real wheel, real failures."""
 
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from hvdx.build import edits
+from hvdx.errors import InstallError
+
 ROOT = Path(__file__).parents[2]
-KEY = "from importlib.metadata import version; print(version('horovod'))"
+VERSION = "from importlib.metadata import version; print(version('horovod'))"
 TENSORFLOW = ["tensorflow*", "keras*"]
 
 
 def wheel_of(cache):
     (wheel,) = cache.glob("wheels/*/*.whl")
     return wheel
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -27,7 +40,7 @@ def test_takes_the_cached_wheel_then_does_nothing(fresh, cache):
     done = fresh.hvdx("install", XDG_CACHE_HOME=cache.parent)
     assert done.returncode == 0, done.stderr
     assert "Compiling" not in done.stdout
-    assert fresh.run(KEY) == f"0.28.1+hvdx.{wheel_of(cache).parent.name}"
+    assert fresh.run(VERSION) == f"0.28.1+hvdx.{wheel_of(cache).parent.name}"
     assert fresh.run("import horovod.torch as hvd; print(hvd.gloo_built())") == "True"
     record = next(fresh.packages.glob("horovod-*.dist-info")) / "RECORD"
     before = record.stat().st_mtime_ns
@@ -97,6 +110,45 @@ def test_broken_compiler(fresh, cache):
     assert "not able to compile a simple test program" in log.read_text()
     assert time.monotonic() - started < 60
     assert not list(cache.glob("wheels/.new-*")), "the failed build left something behind"
+
+
+def test_terminated_build_leaves_nothing_running(fresh, cache, tmp_path):
+    """A CI job that is cancelled gets SIGTERM, which ends Python without any clean-up."""
+    (key,) = cache.glob("wheels/*/")
+    shutil.rmtree(key)
+    pid_file, temporary = tmp_path / "pid", tmp_path / "temporary"
+    temporary.mkdir()
+    cmake = tmp_path / "cmake"
+    cmake.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo cmake version 3.25.1; exit; fi\n'
+        f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 300\n"
+    )
+    cmake.chmod(0o755)
+    install = subprocess.Popen(
+        [fresh.python, "-m", "hvdx", "install"],
+        cwd=fresh.path,
+        env={
+            **fresh.environ,
+            "XDG_CACHE_HOME": str(cache.parent),
+            "HOROVOD_CMAKE": str(cmake),
+            "TMPDIR": str(temporary),
+        },
+    )
+    wait_until(pid_file.exists)
+    install.terminate()
+    assert install.wait(timeout=30) == 143
+    compiler = int(pid_file.read_text())
+    wait_until(lambda: not psutil.pid_exists(compiler))
+    assert list(temporary.glob("hvdx-build-*")) == []
+
+
+def test_the_edits_fit_the_published_source(warm_cache, tmp_path):
+    with tarfile.open(warm_cache / "sdist" / f"horovod-{edits.HOROVOD}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    tree = tmp_path / f"horovod-{edits.HOROVOD}"
+    edits.apply(tree, edits.chosen({"torch", "tensorflow"}), standard=20)
+    with pytest.raises(InstallError, match="edited already"):
+        edits.apply(tree, edits.chosen({"torch"}), standard=20)
 
 
 def test_no_framework(environment, cache):

@@ -136,6 +136,11 @@ LINES = [
         "hvdx install --force",
     ),
     (
+        "error: externally-managed-environment\n\nx This environment is externally managed",
+        "belongs to the system",
+        "python3 -m venv",
+    ),
+    (
         "error: could not create 'build': Permission denied",
         "cannot be written",
         "virtual environment",
