@@ -22,6 +22,8 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: How a rank ends whose lifeline was cut, here and, by the shell's and ssh's codes, elsewhere.
 _ENDED_BY_US = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGKILL, 255)
 
+_WRITING = threading.Lock()  # text streams mix and lose lines that threads write at once
+
 
 class Start(NamedTuple):
     """How to start one rank: a shell that reads ``script`` and obeys its lifeline."""
@@ -205,8 +207,9 @@ def _forward(
             text = "".join(before + line for line in lines)
             for sink in list(sinks):
                 try:
-                    sink.write(text)
-                    sink.flush()
+                    with _WRITING:
+                        sink.write(text)
+                        sink.flush()
                 except (OSError, ValueError):  # nobody reads any more: end as by SIGPIPE
                     sinks.remove(sink)
                     events.put(("signal", -1, int(signal.SIGPIPE)))
