@@ -64,15 +64,15 @@ class Nccl(NamedTuple):
     version: str
 
 
-def output(*command: str, timeout: float = 20) -> str | None:
+def output(*command: str, stderr: bool = False) -> str | None:
     """Return what ``command`` prints, or None if it is absent, fails or hangs."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment()
+            command, capture_output=True, text=True, timeout=20, env=environment()
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return (done.stderr if stderr else done.stdout) if done.returncode == 0 else None
 
 
 def environment() -> dict[str, str]:
@@ -154,6 +154,12 @@ def nvcc() -> Tool | None:
         if path := which(name):
             return Tool(path, _search(r"release ([\d.]+)", output(path, "--version")))
     return None
+
+
+def cuda_home(nvcc: str) -> str:
+    """Return the toolkit's folder. nvcc itself says where: on PATH it is often a small script."""
+    told = _search(r"^#\$ TOP=(.+)$", output(nvcc, "--dryrun", "-x", "cu", os.devnull, stderr=True))
+    return str(Path(told or Path(nvcc).resolve().parent.parent).resolve())
 
 
 def gpus() -> list[Gpu]:

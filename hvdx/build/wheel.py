@@ -209,7 +209,7 @@ def _environment(target: Target, key: str, jobs: int, work: Path) -> dict[str, s
             "HOROVOD_BUILD_CUDA_CC_LIST": ",".join(target.cuda.arch),
         }
     if target.toolkit:
-        home = str(Path(target.toolkit.path).resolve().parent.parent)
+        home = probe.cuda_home(target.toolkit.path)
         settings |= {"HOROVOD_CUDA_HOME": home, "CUDA_HOME": home}
     return environment | settings
 

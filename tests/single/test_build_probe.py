@@ -64,6 +64,14 @@ def test_nvcc_named_by_its_folder(programs, monkeypatch, tmp_path):
     assert probe.nvcc() == (f"{home}/bin/nvcc", "12.4")
 
 
+def test_toolkit_folder_behind_a_script(programs, tmp_path):
+    """/usr/local/bin/nvcc that calls another: its own place is not the toolkit's."""
+    programs(nvcc=f"echo '#$ TOP={tmp_path}/cuda-13.0/bin/..' >&2")
+    assert probe.cuda_home(f"{tmp_path}/bin/nvcc") == f"{tmp_path}/cuda-13.0"
+    programs(nvcc="exit 1")
+    assert probe.cuda_home(f"{tmp_path}/bin/nvcc") == str(tmp_path)
+
+
 def test_gpus(programs):
     programs(**{"nvidia-smi": "echo NVIDIA H200, 9.0, 580.95.05; echo NVIDIA A100, 8.0, 580.95.05"})
     assert probe.gpus() == [
