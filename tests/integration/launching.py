@@ -96,6 +96,14 @@ def tree(pid: int) -> list[psutil.Process]:
         return []
 
 
+def alive(processes: list[psutil.Process]) -> bool:
+    """Return whether the first of these, the launcher, still runs."""
+    try:
+        return bool(processes) and processes[0].status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
     """Return address and port of all sockets, TCP and UDP, on which processes listen."""
     wanted = set(pids)
@@ -118,14 +126,12 @@ class Watch:
         self._thread.start()
 
     def _look(self) -> None:
-        while processes := tree(self._pid):
+        while alive(processes := tree(self._pid)):
             found = listening(process.pid for process in processes)
             with self._grown:
                 self.seen |= found
                 self.rounds += 1
                 self._grown.notify_all()
-            if processes[0].status() == psutil.STATUS_ZOMBIE:
-                return
 
     def wait(self, enough: Callable[[set[tuple[str, int]]], bool]) -> set[tuple[str, int]]:
         """Wait until what was seen is enough; return it."""

@@ -7,11 +7,14 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
 FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "both": ("torch", "tensorflow")}
+
+PROCESS_SETS = [list(range(int(os.environ["HOROVOD_SIZE"]) - 1))]
 
 
 def pytest_configure() -> None:
@@ -37,12 +40,24 @@ def group(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def horovod(group: str) -> ModuleType:
-    """Start Horovod once per process. Nothing stops it: the process' end does."""
+def horovod(group: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Start Horovod once per process. Nothing stops it: the process' end does.
+
+    A rank that has passed waits for the others: its end would abort one that still reports.
+    """
     import hvdx
 
-    hvdx.init(framework=FRAMEWORKS.get(group) or os.environ.get("KERAS_BACKEND", "tensorflow"))
+    framework = FRAMEWORKS.get(group) or os.environ.get("KERAS_BACKEND", "tensorflow")
+    sets = [hvdx.ProcessSet(ranks) for ranks in PROCESS_SETS]
+    hvdx.init(framework=framework, process_sets=sets)
+    hvdx.declared_sets = sets
     return hvdx
+
+
+@pytest.fixture
+def process_set(horovod: ModuleType) -> object:
+    """All ranks but the last, for tests of a part of the job; declared at init, as all must be."""
+    return horovod.declared_sets[0]
 
 
 @pytest.fixture(scope="session")

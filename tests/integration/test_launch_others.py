@@ -1,0 +1,138 @@
+"""Jobs that torchrun, mpirun, Slurm or Kubernetes started: real processes, a real allreduce."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from launching import SECONDS, Gate, Watch, environment, run, start, sums, train
+
+from hvdx.launch import network
+
+pytest.importorskip("horovod")
+pytest.importorskip("torch")
+
+PLACE = (
+    "print('place', hvd.rank(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), "
+    "hvd.cross_size(), flush=True)"
+)
+
+
+def words(size: int) -> list[str]:
+    """What the ranks of a job print, without the prefix that only `hvdx run` gives."""
+    return [line.partition(":")[2] for line in sums(size)]
+
+
+def together(environs: list[dict[str, str]], command: list[str]) -> list[str]:
+    """Run one process per environment; return their lines, sorted."""
+    ranks = [start(*command, env=environment(**environ)) for environ in environs]
+    lines = []
+    for rank in ranks:
+        out, said = rank.communicate(timeout=SECONDS)
+        assert rank.returncode == 0, said
+        lines += out.splitlines()
+    return sorted(lines)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def test_torchrun(tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    job = run(*torchrun, "--nproc-per-node", "3", *train(tmp_path)[1:])
+    assert (job.returncode, sorted(job.stdout.splitlines())) == (0, words(3)), job.stderr
+
+
+def test_ranks_of_torchrun_on_one_machine_listen_on_loopback_only(tmp_path):
+    gate = Gate(tmp_path)
+    before = f"""
+if os.environ["RANK"] == "0":
+    print(os.getpid(), flush=True)
+else:
+    {gate.code}
+"""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    job = start(*torchrun, "--nproc-per-node", "2", *train(tmp_path, before=before)[1:])
+    watch = Watch(int(job.stdout.readline()))
+    seen = watch.wait(lambda seen: len(seen) >= 2)  # rendezvous, and Gloo waiting for rank 1
+    gate.open()
+    out, said = job.communicate(timeout=60)
+    assert (job.returncode, sorted(out.splitlines())) == (0, words(2)), said
+    assert {address for address, _ in seen | watch.seen} == {"127.0.0.1"}
+
+
+def test_mpirun(tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+    mpirun = ("mpirun", "--oversubscribe", "-np", "3")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    job = run(*mpirun, *train(tmp_path), env=environment(**root))
+    assert (job.returncode, sorted(job.stdout.splitlines())) == (0, words(3)), job.stderr
+
+
+def slurm(rank: int, node: int, local: int) -> dict[str, str]:
+    """What srun sets for three tasks on two nodes (here, two addresses of loopback)."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_NTASKS": "3",
+        "SLURM_NODEID": str(node),
+        "SLURM_LOCALID": str(local),
+        "SLURM_JOB_NODELIST": "127.0.0.[1-2]",
+        "SLURM_TASKS_PER_NODE": "2,1",
+    }
+
+
+def test_srun_with_unequal_nodes(tmp_path):
+    lines = together([slurm(0, 0, 0), slurm(1, 0, 1), slurm(2, 1, 0)], train(tmp_path, after=PLACE))
+    assert lines == ["place 0 0 2 0 2", "place 1 1 2 0 1", "place 2 0 1 1 2", *words(3)]
+
+
+def test_srun_with_cyclic_ranks(tmp_path):
+    lines = together([slurm(0, 0, 0), slurm(1, 1, 0), slurm(2, 0, 1)], train(tmp_path, after=PLACE))
+    assert lines == ["place 0 0 2 0 2", "place 1 0 1 1 2", "place 2 1 2 0 1", *words(3)]
+
+
+def test_an_environment_that_contradicts_itself_ends_with_one_clear_message(tmp_path):
+    job = run(*train(tmp_path), env=environment(**slurm(0, 0, 0) | {"SLURM_NTASKS": "5"}))
+    assert job.returncode == 1
+    assert job.stderr.splitlines()[-1].startswith("hvdx.errors.LaunchError: Slurm's variables")
+
+
+def test_pods_of_an_indexed_job(tmp_path):
+    own = [address for address in network.addresses() if not address.startswith("127.")]
+    if not own:
+        pytest.skip("this machine has no network interface besides loopback")
+    common = {"HVDX_SIZE": "2", "HVDX_RENDEZVOUS_ADDR": own[0], "HVDX_JOB_TOKEN": "a secret"}
+    common["HVDX_RENDEZVOUS_PORT"] = str(free_port())
+    pods = [{**common, "JOB_COMPLETION_INDEX": str(index)} for index in range(2)]
+    lines = together(pods, train(tmp_path, after=PLACE))
+    assert lines == ["place 0 0 1 0 2", "place 1 0 1 1 2", *words(2)]
+
+
+def test_a_lone_process_needs_no_launcher(tmp_path):
+    job = run(*train(tmp_path))
+    assert (job.returncode, job.stdout.splitlines()) == (0, words(1)), job.stderr
+
+
+def test_a_process_started_twice_is_told(tmp_path):
+    # Two ranks 0 of one job: the second finds the port taken.
+    port = {"HVDX_RENDEZVOUS_PORT": str(free_port())}
+    first = start(*train(tmp_path), env=environment(**slurm(0, 0, 0), **port))
+    watch = Watch(first.pid)
+    watch.wait(lambda seen: len(seen) > 0)
+    second = run(*train(tmp_path), env=environment(**slurm(0, 0, 0), **port))
+    first.kill()
+    first.communicate()
+    assert second.returncode == 1
+    assert f"127.0.0.1:{port['HVDX_RENDEZVOUS_PORT']}" in second.stderr
+    assert "in use" in second.stderr
