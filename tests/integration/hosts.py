@@ -105,6 +105,13 @@ class Hosts:
         _ip("-n", space, "address", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", space, "link", "set", "eth0", "up")
 
+    def add_interface(self, name: str, interface: str) -> None:
+        """Give host ``name`` one more interface, which leads nowhere."""
+        space = self._space(name)
+        _ip("-n", space, "link", "add", interface, "type", "veth", "peer", f"{interface}-end")
+        _ip("-n", space, "address", "add", "10.78.0.1/24", "dev", interface)
+        _ip("-n", space, "link", "set", interface, "up")
+
     def serve_ssh(self, name: str) -> None:
         """Start sshd on host ``name``; it listens once this returns, for it forks then."""
         sshd = shutil.which("sshd", path=PATH)

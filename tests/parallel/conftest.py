@@ -51,7 +51,9 @@ def horovod(group: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     sets = [hvdx.ProcessSet(ranks) for ranks in PROCESS_SETS]
     hvdx.init(framework=framework, process_sets=sets)
     hvdx.declared_sets = sets
-    return hvdx
+    yield hvdx
+    if not request.session.testsfailed:
+        hvdx.barrier()
 
 
 @pytest.fixture
