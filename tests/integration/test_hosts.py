@@ -31,7 +31,7 @@ for verb, path in (("GET", "/hvdx/x"), ("PUT", f"/{token}:{port}/hvdx/x")):
         try:
             connection.sendall(f"{verb} {path} HTTP/1.1\\r\\n\\r\\n".encode())
             print(connection.recv(100))
-        except ConnectionResetError:
+        except ConnectionError:
             print(b"")
 """
 

@@ -42,17 +42,17 @@ def request(server: Rendezvous, verb: str, where: str, body: bytes = b""):
 
 def raw(server: Rendezvous, data: bytes, *, finish: bool = True) -> bytes:
     """Return what the server answers to exactly these bytes."""
+    answer = b""
     with socket.create_connection((server.address, server.port), timeout=8) as connection:
-        connection.sendall(data)
-        if finish:
-            connection.shutdown(socket.SHUT_WR)
-        answer = b""
         try:
+            connection.sendall(data)
+            if finish:
+                connection.shutdown(socket.SHUT_WR)
             while chunk := connection.recv(4096):
                 answer += chunk
-        except ConnectionResetError:
-            pass
-        return answer
+        except OSError as error:  # the server hung up, even before all was sent
+            assert not isinstance(error, TimeoutError), "the server neither answers nor hangs up"
+    return answer
 
 
 def test_a_value_travels_from_rank_to_rank(rendezvous):
