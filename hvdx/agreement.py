@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 from typing import Any
 
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
+
+
+_named: collections.Counter[tuple[str, int]] = collections.Counter()
+
+
+def next_name(subject: str, process_set: Any = None) -> str:
+    """Return a name for a collective that ranks call in the same order: ``hvdx.<subject>.<n>``.
+
+    Counted for each process set: ranks outside a set do not take part in its calls.
+    """
+    key = (subject, process_set.process_set_id if process_set is not None else 0)
+    _named[key] += 1
+    return f"hvdx.{subject}.{_named[key]}"
 
 
 def digest(entries: dict[str, str]) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 from typing import Any
 
+from hvdx.agreement import next_name
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
-
-_met: collections.Counter[int] = collections.Counter()
 
 
 def is_mismatch(error: BaseException) -> bool:
@@ -24,14 +22,10 @@ def explain(
     Horovod answers a mismatch on all ranks of the set, so that this exchange always has
     company; it is counted by set, since ranks outside have not met this one.
     """
-    identity = process_set.process_set_id if process_set is not None else 0
-    _met[identity] += 1
     told = f"{operation} of " + ", ".join(
         f"{adapter.dtype_name(tensor)} {tuple(tensor.shape)}" for tensor in tensors
     )
-    everyone = adapter.allgather_object(
-        told, f"hvdx.mismatch.{identity}.{_met[identity]}", process_set
-    )
+    everyone = adapter.allgather_object(told, next_name("mismatch", process_set), process_set)
     ranks = process_set.ranks if process_set is not None else range(len(everyone))
     each = "; ".join(f"rank {rank}: {told}" for rank, told in zip(ranks, everyone, strict=True))
     called = f"tensor {name!r}" if name else "an unnamed tensor"

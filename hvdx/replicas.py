@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hvdx import world
-from hvdx.agreement import check_same
+from hvdx.agreement import check_same, next_name
 from hvdx.frameworks import Adapter, framework_of_kind, kind_of
-
-_calls = itertools.count()
-
 
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
     """Overwrite ``params`` on every rank with those of ``root_rank``, in place.
@@ -31,7 +27,7 @@ def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = Non
         ValueError: a Keras model has no variables yet; build it first.
     """
     adapter, tensors = named_tensors(params)
-    name = f"hvdx.parameters.{next(_calls)}"
+    name = next_name("parameters", process_set)
     check_same(adapter, "parameters to broadcast", _described(adapter, tensors), name, process_set)
     adapter.broadcast_tensors(tensors, root_rank, name, process_set)
 
@@ -61,16 +57,14 @@ def broadcast_object(
 ) -> Any:
     """Return the root's picklable ``obj`` on every rank."""
     adapter = world.core()
-    return adapter.broadcast_object(obj, root_rank, name or _object_name(), process_set)
+    name = name or next_name("object", process_set)
+    return adapter.broadcast_object(obj, root_rank, name, process_set)
 
 
 def allgather_object(obj: Any, name: str | None = None, process_set: Any = None) -> list[Any]:
     """Return a list of every rank's picklable ``obj``, in rank order."""
-    return world.core().allgather_object(obj, name or _object_name(), process_set)
-
-
-def _object_name() -> str:
-    return f"hvdx.object.{next(_calls)}"
+    name = name or next_name("objects", process_set)
+    return world.core().allgather_object(obj, name, process_set)
 
 
 def parameter_hash(params: Any) -> str:

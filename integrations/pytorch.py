@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
+from hvdx.agreement import next_name
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.objects import pickled, unpickled
 from hvdx.reduce_op import ReduceOp
@@ -49,7 +50,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class TorchAdapter:
-    """See :class:`hvdx.frameworks.Adapter` for what each method does."""
+    """See :class:`hvdx.frameworks.Adapter` for what each method does.
+
+    Unnamed operations are counted here, by process set. Horovod counts handles, over all
+    sets: ranks outside a set fall behind, and the next unnamed operation of all ranks stalls.
+    """
 
     framework = "torch"
 
@@ -79,12 +84,13 @@ class TorchAdapter:
             tensor = tensor.contiguous()
         result: torch.Tensor = self.horovod.allreduce(
             tensor,
-            name=name,
+            name=name or next_name("allreduce", process_set),
             op=int(op),
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
             process_set=process_set or self._everyone,
         )
+        result = _differentiable(result)
         return result if result.dtype == given.dtype else result.to(given.dtype)
 
     @_explained
@@ -101,13 +107,16 @@ class TorchAdapter:
         """Reduce several tensors as one operation."""
         results = self.horovod.grouped_allreduce(
             [(t if t.dtype in _REDUCIBLE else _widened(t)).contiguous() for t in tensors],
-            name=name,
+            name=name or next_name("grouped_allreduce", process_set),
             op=int(op),
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
             process_set=process_set or self._everyone,
         )
-        return [result.to(given.dtype) for result, given in zip(results, tensors, strict=True)]
+        return [
+            _differentiable(result).to(given.dtype)
+            for result, given in zip(results, tensors, strict=True)
+        ]
 
     @_explained
     def allgather(
@@ -115,7 +124,7 @@ class TorchAdapter:
     ) -> torch.Tensor:
         """Gather along the first dimension."""
         with_core = functools.partial(
-            self.horovod.allgather, name=name, process_set=process_set or self._everyone
+            self.horovod.allgather, name=name or next_name("allgather", process_set), process_set=process_set or self._everyone
         )
         return _moved(tensor, with_core)
 
@@ -126,10 +135,10 @@ class TorchAdapter:
         """Gather several tensors as one operation."""
         results = self.horovod.grouped_allgather(
             [_movable(tensor) for tensor in tensors],
-            name=name,
+            name=name or next_name("grouped_allgather", process_set),
             process_set=process_set or self._everyone,
         )
-        return [result.view(given.dtype) for result, given in zip(results, tensors, strict=True)]
+        return [_restored(result, given) for result, given in zip(results, tensors, strict=True)]
 
     @_explained
     def broadcast(
@@ -139,7 +148,7 @@ class TorchAdapter:
         with_core = functools.partial(
             self.horovod.broadcast,
             root_rank=root_rank,
-            name=name,
+            name=name or next_name("broadcast", process_set),
             process_set=process_set or self._everyone,
         )
         return _moved(tensor, with_core)
@@ -152,11 +161,11 @@ class TorchAdapter:
         if splits is not None:
             splits = torch.as_tensor(splits, dtype=torch.int32, device="cpu")
         result = self.horovod.alltoall(
-            _movable(tensor), splits=splits, name=name, process_set=process_set or self._everyone
+            _movable(tensor), splits=splits, name=name or next_name("alltoall", process_set), process_set=process_set or self._everyone
         )
         if splits is None:
-            return result.view(tensor.dtype)
-        return result[0].view(tensor.dtype), result[1]
+            return _restored(result, tensor)
+        return _restored(result[0], tensor), result[1]
 
     @_explained
     def reducescatter(
@@ -173,13 +182,13 @@ class TorchAdapter:
         given = tensor
         result: torch.Tensor = self.horovod.reducescatter(
             (tensor if tensor.dtype in _REDUCIBLE else _widened(tensor)).contiguous(),
-            name=name,
+            name=name or next_name("reducescatter", process_set),
             op=int(op),
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
             process_set=process_set or self._everyone,
         )
-        return result.to(given.dtype)
+        return _differentiable(result).to(given.dtype)
 
     def barrier(self, process_set: Any) -> None:
         """Wait for all ranks."""
@@ -283,6 +292,27 @@ class TorchAdapter:
         return dtype_name(tensor.dtype)
 
 
+class _Contiguous(torch.autograd.Function):
+    """The identity, with a contiguous gradient: Horovod's backward refuses the expanded one
+    that ``sum()`` hands down.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0].contiguous()
+
+
+def _differentiable(result: torch.Tensor) -> torch.Tensor:
+    if not result.requires_grad:
+        return result
+    contiguous: torch.Tensor = _Contiguous.apply(result)  # type: ignore[no-untyped-call]
+    return contiguous
+
+
 class _Placeholder:
     """Stands for a tensor in an outline of ``state_dict()``."""
 
@@ -329,8 +359,12 @@ def _movable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _moved(tensor: torch.Tensor, call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    result = call(_movable(tensor))
-    return result if result.dtype == tensor.dtype else result.view(tensor.dtype)
+    return _restored(call(_movable(tensor)), tensor)
+
+
+def _restored(result: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    result = _differentiable(result)
+    return result if result.dtype == given.dtype else result.view(given.dtype)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from hvdx import buckets, world
-from hvdx.agreement import check_same
+from hvdx.agreement import check_same, next_name
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, as_compressor, none
 from hvdx.frameworks import Adapter
@@ -20,8 +19,6 @@ from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
-
-_wrapped = itertools.count()
 
 
 def DistributedOptimizer(  # noqa: N802
@@ -145,6 +142,7 @@ class Bucket:
         *parts, self.presence = self.flat.split([*sizes, len(sizes)])
         self.views = [_shaped(part, p) for part, p in zip(parts, parameters, strict=True)]
         self.waiting = len(parameters)
+        self.rounds = 0  # reductions since the last step
         self.absent: list[int] = []
         self.flight: Flight | None = None
 
@@ -215,10 +213,9 @@ class Reducer:
         self._op = op
         self._predivide = predivide
         self._process_set = process_set
-        self._name = f"hvdx.gradients.{next(_wrapped)}"
+        self._name = next_name("gradients", process_set)
         self._known: set[torch.Tensor] = set()
         self._unchecked: list[str] = []
-        self._round = 0  # reductions since the last step
         self._passes = 0  # backward calls since the last reduction
         self._stale = True  # gradients may have changed since the last reduction
         self._task = -1  # the backward under way, as the engine numbers it
@@ -264,21 +261,23 @@ class Reducer:
 
     def synchronize(self) -> None:
         """Average what has not been averaged yet, and wait. Backward does this at its end."""
-        for bucket in self.buckets:
+        self._average(self.buckets)
+        self._passes = 0
+        self._stale = False
+
+    def _average(self, chosen: list[Bucket]) -> None:
+        for bucket in chosen:
             if bucket.flight is None:
                 self._take_off(bucket)
         start = time.perf_counter()
-        for bucket in self.buckets:
+        for bucket in chosen:
             assert bucket.flight is not None
             bucket.flight.finish()
             bucket.deliver()
         elapsed = time.perf_counter() - start
         self.optimizer.communication_seconds += elapsed  # type: ignore[attr-defined]
-        self._round += 1
-        self._passes = 0
-        self._stale = False
 
-    def _adopt_parameters(self) -> None:
+    def _adopt_parameters(self) -> list[Bucket]:
         """Put parameters that are new to the optimizer, or newly trainable, into buckets."""
         fresh = [
             (group, place, parameter)
@@ -287,7 +286,7 @@ class Reducer:
             if parameter.requires_grad and parameter not in self._known
         ]
         if not fresh:
-            return
+            return []
         # Backward meets the last layers first, so that their bucket shall fill first.
         entries: list[tuple[str, torch.Tensor]] = []
         for group, place, parameter in reversed(fresh):
@@ -300,6 +299,7 @@ class Reducer:
             ],
             buckets.limit_bytes(),
         )
+        known = len(self.buckets)
         for members in layout:
             names, parameters = zip(*(entries[i] for i in members), strict=True)
             bucket = Bucket(len(self.buckets), list(names), list(parameters))
@@ -315,6 +315,7 @@ class Reducer:
         self._unchecked += [
             f"{name}: {dtype_name(p.dtype)} {tuple(p.shape)}" for name, p in entries
         ]
+        return self.buckets[known:]
 
     def _ready(self, bucket: Bucket, parameter: torch.Tensor) -> None:
         """Count one gradient in, from within backward."""
@@ -359,24 +360,28 @@ class Reducer:
         closure = args[1] if len(args) > 1 else options.get("closure")
         if self._skipped or closure is not None:
             return  # a closure calls backward, which averages
-        self._adopt_parameters()
+        fresh = self._adopt_parameters()
         if self._stale:
             self.synchronize()
+        elif fresh:
+            self._average(fresh)
 
     def _after_step(self, *_: Any) -> None:
-        self._round = 0
         self._stale = True
+        for bucket in self.buckets:
+            bucket.rounds = 0
 
     def _take_off(self, bucket: Bucket) -> None:
         if self._unchecked:
             self._compare()
         bucket.fill()
-        if self._round and self._op == ReduceOp.Sum:
+        if bucket.rounds and self._op == ReduceOp.Sum:
             raise RuntimeError(
                 "op=hvd.Sum sums each backward's gradients over the ranks; for several before a "
                 "step set backward_passes_per_step, or use optimizer.no_sync()"
             )
-        name = f"{self._name}.{bucket.index}" + (f".again{self._round}" if self._round else "")
+        name = f"{self._name}.{bucket.index}" + (f".again{bucket.rounds}" if bucket.rounds else "")
+        bucket.rounds += 1
         bucket.flight = Flight(self.adapter, self._reduction(bucket), name, self._process_set)
 
     def _reduction(self, bucket: Bucket) -> Work[None]:

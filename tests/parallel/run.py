@@ -42,7 +42,7 @@ class Result(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", type=int, nargs="*", default=[2, 4], help="numbers of ranks")
-    parser.add_argument("--group", help="only the groups whose name contains this")
+    parser.add_argument("--group", help="only the groups whose name begins so")
     parser.add_argument("--tests", type=Path, default=HERE, help="folder with the groups")
     parser.add_argument("--limit", type=float, default=900, help="seconds per launch")
     parser.add_argument("--test-limit", type=float, default=180, help="seconds per test")
@@ -53,7 +53,7 @@ def main() -> int:
     results = []
     for name, (folder, environ) in GROUPS.items():
         path = options.tests / folder
-        if (options.group or "") in name and any(path.glob("test_*.py")):
+        if name.startswith(options.group or "") and any(path.glob("test_*.py")):
             for size in options.sizes:
                 results.append(launch(f"{name}, {size} ranks", path, size, environ, extra, options))
     print()
