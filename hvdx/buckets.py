@@ -42,7 +42,7 @@ def limit_bytes() -> int:
         megabytes = float(told) if told else DEFAULT_MEGABYTES
     except ValueError:
         megabytes = -1.0
-    if megabytes <= 0:
+    if not 0 < megabytes < float("inf"):  # nan neither
         raise HvdxError(f"HVDX_BUCKET_MB={told!r} is no size: give megabytes, such as 16")
     return int(megabytes * 2**20)
 

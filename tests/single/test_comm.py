@@ -1,0 +1,152 @@
+"""Requests and those who answer them: one rank, many generators, many ranks in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hvdx.comm import (
+    Allgather,
+    Allreduce,
+    Alltoall,
+    Ranks,
+    Together,
+    answer_in_memory,
+    drive,
+    in_step,
+    together,
+)
+from hvdx.reduce_op import ReduceOp
+
+
+def countdown(rounds):
+    """Ask ``rounds`` times; return the answers."""
+    got = []
+    for number in range(rounds):
+        got.append((yield Allreduce(np.array([float(number)]), f"round {number}")))
+    return got
+
+
+def arrays(*rows):
+    return [np.array(row, np.float32) for row in rows]
+
+
+def lists(answers):
+    return [np.asarray(answer).tolist() for answer in answers]
+
+
+def test_drive_answers_each_request_in_order():
+    asked = []
+
+    def answer(request):
+        asked.append(request.phase)
+        return len(asked) * 10
+
+    assert drive(countdown(3), answer) == [10, 20, 30]
+    assert asked == ["round 0", "round 1", "round 2"]
+
+
+def test_drive_of_work_that_asks_for_nothing():
+    assert drive(countdown(0), pytest.fail) == []
+
+
+def test_drive_lets_errors_of_the_answer_reach_the_work():
+    def work():
+        yield Ranks()
+
+    with pytest.raises(ZeroDivisionError):
+        drive(work(), lambda request: 1 // 0)
+
+
+def test_together_merges_rounds_and_lets_the_short_ones_go():
+    rounds = []
+
+    def answer(request):
+        assert isinstance(request, Together)
+        rounds.append([each.phase for each in request.requests])
+        return [float(each.tensor[0]) for each in request.requests]
+
+    results = drive(together([countdown(2), countdown(0), countdown(3), countdown(1)]), answer)
+    assert results == [[0, 1], [], [0, 1, 2], [0]]
+    assert rounds == [["round 0"] * 3, ["round 1"] * 2, ["round 2"]]
+
+
+@pytest.mark.parametrize("works", [[], [countdown(0), countdown(0)]])
+def test_together_asks_nothing_if_nobody_asks(works):
+    count = len(works)
+    assert drive(together(works), pytest.fail) == [[]] * count
+
+
+def test_together_in_step_on_several_ranks():
+    works = [together([countdown(1), countdown(2)]) for _ in range(3)]
+    assert in_step(works) == [[[0.0], [0.0, 1.0]]] * 3
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        (ReduceOp.Average, [2, 5]),
+        (ReduceOp.Sum, [6, 15]),
+        (ReduceOp.Min, [1, 0]),
+        (ReduceOp.Max, [3, 11]),
+        (ReduceOp.Product, [6, 0]),
+    ],
+)
+def test_allreduce(op, expected):
+    answers = answer_in_memory([Allreduce(t, op=op) for t in arrays([1, 4], [2, 0], [3, 11])])
+    assert lists(answers) == [expected] * 3
+    assert {answer.dtype for answer in answers} == {np.dtype("float32")}
+
+
+def test_an_average_of_halves_is_half():
+    (answer, _) = answer_in_memory([Allreduce(np.ones(2, np.float16))] * 2)
+    assert (answer.dtype, answer.tolist()) == (np.float16, [1, 1])
+
+
+def test_allgather_takes_different_lengths():
+    answers = answer_in_memory([Allgather(t) for t in arrays([[1, 2]], [[3, 4], [5, 6]])])
+    assert lists(answers) == [[[1, 2], [3, 4], [5, 6]]] * 2
+
+
+def test_alltoall_sends_chunk_r_to_rank_r():
+    answers = answer_in_memory([Alltoall(t) for t in arrays([1, 2, 3, 4], [5, 6, 7, 8])])
+    assert lists(answers) == [[1, 2, 5, 6], [3, 4, 7, 8]]
+
+
+def test_ranks_and_groups():
+    ones, twos = arrays([1], [2])
+    requests = [Together((Ranks(), Allreduce(tensor))) for tensor in (ones, twos)]
+    assert [(n, t.tolist()) for n, t in answer_in_memory(requests)] == [(2, [1.5])] * 2
+
+
+def ask(request):
+    return (yield request)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Allreduce(np.ones(2)), Allgather(np.ones(2))),
+        (Allreduce(np.ones(2), "p"), Allreduce(np.ones(2), "q")),
+        (Allreduce(np.ones(2)), Allreduce(np.ones(3))),
+        (Allreduce(np.ones(2)), Allreduce(np.ones(2, np.float32))),
+        (Allreduce(np.ones(2)), Allreduce(np.ones(2), op=ReduceOp.Sum)),
+        (Allgather(np.ones((1, 2))), Allgather(np.ones((1, 3)))),
+        (Together((Ranks(),)), Together((Allreduce(np.ones(2)),))),
+    ],
+    ids=["kind", "phase", "shape", "dtype", "operator", "columns", "in a group"],
+)
+def test_in_step_notices_ranks_that_ask_for_different_things(first, second):
+    assert len(in_step([ask(first), ask(first)])) == 2
+    with pytest.raises(AssertionError, match="ranks"):
+        in_step([ask(first), ask(second)])
+
+
+def test_in_step_notices_ranks_that_end_early():
+    with pytest.raises(AssertionError, match="1 ranks ended while others ask for Allreduce"):
+        in_step([countdown(1), countdown(2)])
+
+
+def test_in_step_notices_groups_of_different_length():
+    with pytest.raises(ValueError, match="shorter|longer"):
+        in_step([ask(Together((Ranks(),))), ask(Together((Ranks(), Ranks())))])
