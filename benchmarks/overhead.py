@@ -1,0 +1,83 @@
+"""What hvdx adds to a call of Horovod, and what importing it costs.
+
+    python benchmarks/overhead.py --json overhead.json
+
+Calls run in one process, alternating in blocks, with a short Horovod cycle so that waiting
+for it does not drown the difference; `import hvdx` is timed inside fresh interpreters.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import harness
+
+
+def per_call(call: object, tensor: object, calls: int) -> float:
+    """Return microseconds per call of ``call(tensor)``."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call(tensor)  # type: ignore[operator]
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def calls(short: bool) -> list[harness.Row]:
+    """Compare ``hvdx.allreduce`` with ``horovod.torch.allreduce``."""
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05")
+    import horovod.torch as horovod
+    import torch
+
+    import hvdx as hvd
+
+    hvd.init(framework="torch")
+    tensor = torch.ones(16)
+    block, runs = (50, 10) if short else (100, 150)
+    samples = harness.interleave(
+        {
+            "hvdx": lambda: per_call(hvd.allreduce, tensor, block),
+            "horovod": lambda: per_call(horovod.allreduce, tensor, block),
+        },
+        runs,
+    )
+    added = [ours - theirs for ours, theirs in zip(*samples.values(), strict=True)]
+    rows = harness.compare("allreduce of 16 floats, 1 rank", "us per call", samples)
+    return [
+        *rows,
+        harness.Row(
+            "allreduce of 16 floats, 1 rank", "us added per call (bar: 5)",
+            statistics.median(added), "bar", 5.0, 5.0 / max(statistics.median(added), 1e-9),
+            runs, harness.spread(samples["hvdx"]),
+        ),
+    ]  # fmt: skip
+
+
+def imports(short: bool) -> list[harness.Row]:
+    """Time ``import hvdx`` in fresh interpreters."""
+    probe = (
+        "import time; start = time.perf_counter(); import hvdx; "
+        "print(time.perf_counter() - start)"
+    )
+    runs = 3 if short else 15
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", probe], capture_output=True, check=True).stdout)
+        for _ in range(runs)
+    ]
+    value = statistics.median(seconds)
+    return [
+        harness.Row("import hvdx", "seconds (bar: 0.1)", value, "bar", 0.1, 0.1 / value, runs,
+                    harness.spread(seconds))
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    told = harness.options(__doc__).parse_args()
+    harness.report([*imports(told.short), *calls(told.short)], told.json)
+
+
+if __name__ == "__main__":
+    main()
