@@ -97,7 +97,8 @@ class TensorFlowOps:
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
-        return x * self._tf.cast(factor, x.dtype)
+        exact = self._tf.constant(factor, self._tf.float64)  # float32 unless told
+        return x * self._tf.cast(exact, x.dtype)
 
 
 _CLASSES: dict[str, type[Any]] = {
