@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import functools
 import importlib
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import keras
 
 from hvdx import buckets, world
-from hvdx.agreement import check_same
+from hvdx.agreement import check_same, next_name
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, as_compressor, none
 from hvdx.frameworks import Adapter, framework_of_kind
@@ -30,7 +29,6 @@ _ENGINES = {
     "tensorflow": ("hvdx.integrations.keras3_tensorflow", "TensorFlowAverager"),
     "torch": ("hvdx.integrations.keras3_torch", "TorchAverager"),
 }
-_wrapped = itertools.count()
 
 
 def DistributedOptimizer(
@@ -103,7 +101,7 @@ def DistributedOptimizer(
         )
     backend = framework_of_kind("keras")
     options = Options(
-        name or f"hvdx.keras.{next(_wrapped)}",
+        name or next_name("keras", process_set),
         as_compressor(compression),
         ReduceOp(op),
         gradient_predivide_factor,
