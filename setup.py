@@ -1,4 +1,4 @@
-"""Packaging of hvdx; everything declarative that setuptools reads elsewhere is in pyproject.toml."""
+"""Packaging of hvdx: what pyproject.toml cannot say, which is where integrations/ goes."""
 
 from setuptools import find_packages, setup
 

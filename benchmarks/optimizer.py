@@ -8,6 +8,7 @@ changing order. A step is forward, backward, averaging and an SGD update.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -33,6 +34,7 @@ class Deep(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a scalar loss."""
         return self.net(x).mean()
 
 
@@ -47,6 +49,7 @@ class Wide(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a scalar loss."""
         return self.net(x).square().mean()
 
 
@@ -63,6 +66,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy of the next token."""
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
         hidden = self.blocks(self.embedding(tokens), mask=mask, is_causal=True)
         logits = self.head(hidden)[:, :-1].flatten(0, 1)
@@ -145,7 +149,7 @@ def work(file: str, short: bool) -> None:
             stepper(module, optimizer, data, 3)  # warm up
         samples = harness.interleave(
             {
-                name: lambda m=module, o=optimizer: stepper(m, o, data, steps)
+                name: functools.partial(stepper, module, optimizer, data, steps)
                 for name, (module, optimizer) in made.items()
             },
             runs,

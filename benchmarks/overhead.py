@@ -58,8 +58,7 @@ def calls(short: bool) -> list[harness.Row]:
 def imports(short: bool) -> list[harness.Row]:
     """Time ``import hvdx`` in fresh interpreters."""
     probe = (
-        "import time; start = time.perf_counter(); import hvdx; "
-        "print(time.perf_counter() - start)"
+        "import time; start = time.perf_counter(); import hvdx; print(time.perf_counter() - start)"
     )
     runs = 3 if short else 15
     seconds = [

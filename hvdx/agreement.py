@@ -10,7 +10,6 @@ from typing import Any
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 
-
 _named: collections.Counter[tuple[str, int]] = collections.Counter()
 
 

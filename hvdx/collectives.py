@@ -252,18 +252,14 @@ def grouped_allgather(
     return _group_through(route, tensors, call, name=name, process_set=process_set)
 
 
-def broadcast(
-    tensor: Any, root_rank: int, name: str | None = None, process_set: Any = None
-) -> Any:
+def broadcast(tensor: Any, root_rank: int, name: str | None = None, process_set: Any = None) -> Any:
     """Return the tensor of ``root_rank`` (a global rank) on every rank.
 
     Every rank gives a tensor of the same shape and dtype; only the root's values matter.
     """
     route = _route(tensor)
     call = route.adapter.broadcast
-    return _through(
-        route, tensor, call, root_rank=root_rank, name=name, process_set=process_set
-    )
+    return _through(route, tensor, call, root_rank=root_rank, name=name, process_set=process_set)
 
 
 def alltoall(

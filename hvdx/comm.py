@@ -134,11 +134,12 @@ def answer_in_memory(requests: Sequence[Any]) -> list[Any]:
     if isinstance(first, Alltoall):
         parts = [np.split(t, ranks) for t in tensors]
         return [np.concatenate([part[rank] for part in parts]) for rank in range(ranks)]
-    fold = {
+    fold: dict[Any, Any] = {
         ReduceOp.Average: lambda: sum(tensors) / np.asarray(ranks, tensors[0].dtype),
         ReduceOp.Sum: lambda: sum(tensors),
         ReduceOp.Min: lambda: np.minimum.reduce(tensors),
         ReduceOp.Max: lambda: np.maximum.reduce(tensors),
         ReduceOp.Product: lambda: np.multiply.reduce(tensors),
     }
-    return [fold[first.op]()] * ranks
+    mean: Any = fold[first.op]()
+    return [mean] * ranks

@@ -22,6 +22,7 @@ _ADAPTERS = {
     "tensorflow": ("hvdx.integrations.tensorflow2", "TensorFlowAdapter"),
 }
 FRAMEWORKS = tuple(_ADAPTERS)
+_kinds: dict[type, str | None] = {}  # what kind_of() has found
 
 
 class Adapter(Protocol):
@@ -124,13 +125,19 @@ class Adapter(Protocol):
         """Name the dtype as NumPy would, such as ``float32``."""
 
 
-@functools.cache
 def kind_of(kind: type) -> str | None:
     """Name the library whose objects ``kind`` are: keras, torch, tensorflow, numpy or None.
 
     Keras first: its variables and layers also inherit from TensorFlow's or torch's classes.
     Plain Python numbers count as NumPy's.
     """
+    if kind in _kinds:
+        return _kinds[kind]
+    _kinds[kind] = found = _library(kind)
+    return found
+
+
+def _library(kind: type) -> str | None:
     roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
     if "tf_keras" in roots:
         raise TypeError(f"{kind.__qualname__} is Keras 2; hvdx supports Keras 3: import keras")

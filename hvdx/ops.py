@@ -6,7 +6,6 @@ tensor's type, among frameworks that are imported already. NumPy is the referenc
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any, Protocol
 
@@ -108,15 +107,20 @@ _CLASSES: dict[str, type[Any]] = {
 }
 
 
-@functools.cache
+_made: dict[type, Ops] = {}
+
+
 def ops_for(kind: type) -> Ops:
     """Return the verbs for tensors of type ``kind``.
 
     Raises:
         TypeError: it is a tensor of no framework hvdx serves.
     """
+    if kind in _made:
+        return _made[kind]
     library = kind_of(kind)
     if library is None:
         raise TypeError(f"no tensor verbs for {kind.__module__}.{kind.__qualname__}")
     ops: Ops = _CLASSES[framework_of_kind(library)]()
+    _made[kind] = ops
     return ops

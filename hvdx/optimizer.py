@@ -13,7 +13,7 @@ _WRAPPERS = {
 }
 
 
-def DistributedOptimizer(optimizer: Any, *args: Any, **options: Any) -> Any:  # noqa: N802
+def DistributedOptimizer(optimizer: Any, *args: Any, **options: Any) -> Any:
     """Make ``optimizer`` average gradients over the ranks before each update.
 
     Args:

@@ -10,6 +10,7 @@ from hvdx import world
 from hvdx.agreement import check_same, next_name
 from hvdx.frameworks import Adapter, framework_of_kind, kind_of
 
+
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
     """Overwrite ``params`` on every rank with those of ``root_rank``, in place.
 

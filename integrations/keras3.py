@@ -110,7 +110,8 @@ def DistributedOptimizer(
     module, averager = _ENGINES[backend]
     engine = getattr(importlib.import_module(module), averager)
     optimizer._averager = engine(world.core(backend), options)
-    optimizer.__class__ = _averaging_class(type(optimizer))
+    kind: Any = type(optimizer)
+    optimizer.__class__ = _averaging_class(kind)
     return optimizer
 
 
@@ -120,8 +121,8 @@ def _check_fresh(optimizer: Any) -> None:
     for inner in (optimizer, getattr(optimizer, "inner_optimizer", None)):
         if isinstance(inner, AveragingOptimizer):
             raise TypeError(
-                f"{inner.name!r} is wrapped by hvdx.DistributedOptimizer already; wrap once, and "
-                "a LossScaleOptimizer rather than the optimizer in it"
+                f"{optimizer.name!r} is wrapped by hvdx.DistributedOptimizer already; wrap once, "
+                "and a LossScaleOptimizer rather than the optimizer in it"
             )
         if hasattr(inner, "register_local_var"):
             raise TypeError(

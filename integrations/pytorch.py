@@ -124,7 +124,9 @@ class TorchAdapter:
     ) -> torch.Tensor:
         """Gather along the first dimension."""
         with_core = functools.partial(
-            self.horovod.allgather, name=name or next_name("allgather", process_set), process_set=process_set or self._everyone
+            self.horovod.allgather,
+            name=name or next_name("allgather", process_set),
+            process_set=process_set or self._everyone,
         )
         return _moved(tensor, with_core)
 
@@ -161,7 +163,10 @@ class TorchAdapter:
         if splits is not None:
             splits = torch.as_tensor(splits, dtype=torch.int32, device="cpu")
         result = self.horovod.alltoall(
-            _movable(tensor), splits=splits, name=name or next_name("alltoall", process_set), process_set=process_set or self._everyone
+            _movable(tensor),
+            splits=splits,
+            name=name or next_name("alltoall", process_set),
+            process_set=process_set or self._everyone,
         )
         if splits is None:
             return _restored(result, tensor)
@@ -204,9 +209,7 @@ class TorchAdapter:
 
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
         """Send a picklable object from the root."""
-        return self.horovod.broadcast_object(
-            value, root_rank, name, process_set or self._everyone
-        )
+        return self.horovod.broadcast_object(value, root_rank, name, process_set or self._everyone)
 
     def allgather_object(self, value: Any, name: str, process_set: Any) -> list[Any]:
         """Gather picklable objects."""
@@ -293,9 +296,7 @@ class TorchAdapter:
 
 
 class _Contiguous(torch.autograd.Function):
-    """The identity, with a contiguous gradient: Horovod's backward refuses the expanded one
-    that ``sum()`` hands down.
-    """
+    """The identity with a contiguous gradient; Horovod's backward refuses sum()'s expanded one."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -105,9 +105,7 @@ class Flight:
             op, before = int(ReduceOp.Sum), 1.0 / self._ranks()
         if tensor.dtype == torch.bfloat16:  # no Horovod type; summed in float32
             wide = tensor.float()
-            handle = self._horovod.allreduce_async_(
-                wide, op=op, prescale_factor=before, **options
-            )
+            handle = self._horovod.allreduce_async_(wide, op=op, prescale_factor=before, **options)
             collect = self._waiting(handle, wide, name)
             return lambda: tensor.copy_(collect()) if request.in_place else collect().bfloat16()
         call = self._horovod.allreduce_async_ if request.in_place else self._horovod.allreduce_async

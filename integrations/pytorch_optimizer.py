@@ -9,19 +9,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from hvdx.integrations.pytorch import dtype_name
+from hvdx.integrations.pytorch_engine import Flight
 
 from hvdx import buckets, world
 from hvdx.agreement import check_same, next_name
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, as_compressor, none
 from hvdx.frameworks import Adapter
-from hvdx.integrations.pytorch import dtype_name
-from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
 
-def DistributedOptimizer(  # noqa: N802
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: torch.nn.Module | Iterable[tuple[str, torch.Tensor]] | None = None,
     compression: Any = none,
@@ -178,9 +178,9 @@ class Bucket:
 
 def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """View a flat piece in the parameter's shape, and in its memory order if channels-last."""
-    if parameter.dim() == 4 and not parameter.is_contiguous():
-        if parameter.is_contiguous(memory_format=torch.channels_last):
-            return part.as_strided(parameter.shape, parameter.stride())
+    turned = parameter.dim() == 4 and not parameter.is_contiguous()
+    if turned and parameter.is_contiguous(memory_format=torch.channels_last):
+        return part.as_strided(parameter.shape, parameter.stride())
     return part.view(parameter.shape)
 
 
@@ -305,9 +305,7 @@ class Reducer:
             bucket = Bucket(len(self.buckets), list(names), list(parameters))
             self.buckets.append(bucket)
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(
-                    functools.partial(self._ready, bucket)
-                )
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, bucket))
         if not self.compressor.elementwise:
             for name, parameter in entries:
                 spec = Spec(name, tuple(parameter.shape), dtype_name(parameter.dtype))

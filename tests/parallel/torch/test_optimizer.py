@@ -416,8 +416,8 @@ def test_half_compression(op):
 def test_a_compressor_with_state_is_driven_parameter_by_parameter():
     # Error feedback around rounding to eighths: what is applied plus what is held back equals
     # what was computed, and the state is kept by parameter name.
-    from hvdx.compression import Compressor, Reduced
     from hvdx.comm import Allreduce
+    from hvdx.compression import Compressor, Reduced
 
     def init(ops, spec):
         return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
