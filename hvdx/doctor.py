@@ -402,7 +402,10 @@ def _judge_cache(facts: Facts) -> Iterator[Check]:
     if faults := [f"{entry.wheel}: {entry.fault}" for entry in facts.cache_entries if entry.fault]:
         yield Check("wheel cache", False, "\n".join(faults), "Remove it; hvdx install builds anew.")
         return
-    mine = [entry for entry in facts.cache_entries if entry.wheel.parent.name == facts.cached_key]
+    # What is installed may have been built with other options than hvdx install would now take.
+    installed = facts.horovod.version.partition("+hvdx.")[2] if facts.horovod else None
+    keys = {facts.cached_key, installed}
+    mine = [entry for entry in facts.cache_entries if entry.wheel.parent.name in keys]
     count = len(facts.cache_entries)
     value = f"{count} wheel{'' if count == 1 else 's'} in {cache.root() / 'wheels'}"
     yield Check("wheel cache", True, value + (", one for this environment" if mine else ""))
