@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +54,7 @@ def test_no_bucket_is_closed_before_it_is_full(entries, limit):
     for kind in {(entry.dtype, entry.device) for entry in entries}:
         own = [b for b in layout if (entries[b[0]].dtype, entries[b[0]].device) == kind]
         assert [i for bucket in own for i in bucket] == sorted(i for bucket in own for i in bucket)
-        for full, following in zip(own, own[1:], strict=False):
+        for full, following in itertools.pairwise(own):
             held = sum(weight(entries[i]) for i in full)
             assert held + weight(entries[following[0]]) > limit
 

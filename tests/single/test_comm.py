@@ -148,5 +148,5 @@ def test_in_step_notices_ranks_that_end_early():
 
 
 def test_in_step_notices_groups_of_different_length():
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         in_step([ask(Together((Ranks(),))), ask(Together((Ranks(), Ranks())))])
