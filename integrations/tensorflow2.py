@@ -14,9 +14,7 @@ from hvdx.objects import pickled, unpickled
 from hvdx.reduce_op import ReduceOp
 
 #: What Horovod reduces; all else is summed in float32 or refused.
-_REDUCIBLE = frozenset(
-    {tf.float32, tf.float64, tf.float16, tf.int32, tf.int64, tf.uint8, tf.int8}
-)
+_REDUCIBLE = frozenset({tf.float32, tf.float64, tf.float16, tf.int32, tf.int64, tf.uint8, tf.int8})
 _MOVABLE = _REDUCIBLE | {tf.uint16, tf.int16, tf.bool}
 _SAME_WIDTH = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 _BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
@@ -75,7 +73,7 @@ class TensorFlowAdapter:
         """Reduce; bfloat16 is summed in float32, since Horovod has no such type."""
         result = self.horovod.allreduce(
             tensor if isinstance(tensor, tf.IndexedSlices) else _reducible(tensor),
-            name=name,
+            name=_node(name),
             op=int(op),
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
@@ -98,7 +96,7 @@ class TensorFlowAdapter:
         """Reduce several tensors as one operation."""
         results = self.horovod.grouped_allreduce(
             [_reducible(tensor) for tensor in tensors],
-            name=name,
+            name=_node(name),
             op=int(op),
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
@@ -112,7 +110,7 @@ class TensorFlowAdapter:
         """Gather along the first dimension."""
         result = self.horovod.allgather(
             _movable(tensor),
-            name=name,
+            name=_node(name),
             process_set=process_set or self._everyone,
             ignore_name_scope=True,
         )
@@ -125,37 +123,33 @@ class TensorFlowAdapter:
         """Gather several tensors as one operation."""
         results = self.horovod.grouped_allgather(
             [_movable(tensor) for tensor in tensors],
-            name=name,
+            name=_node(name),
             process_set=process_set or self._everyone,
             ignore_name_scope=True,
         )
         return [_restored(result, given.dtype) for result, given in zip(results, tensors)]  # noqa: B905
 
     @_explained
-    def broadcast(
-        self, tensor: Any, *, root_rank: int, name: str | None, process_set: Any
-    ) -> Any:
+    def broadcast(self, tensor: Any, *, root_rank: int, name: str | None, process_set: Any) -> Any:
         """Return the root's tensor."""
         result = self.horovod.broadcast(
             _movable(tensor),
             root_rank,
-            name=name,
+            name=_node(name),
             process_set=process_set or self._everyone,
             ignore_name_scope=True,
         )
         return _restored(result, tensor.dtype)
 
     @_explained
-    def alltoall(
-        self, tensor: Any, *, splits: Any, name: str | None, process_set: Any
-    ) -> Any:
+    def alltoall(self, tensor: Any, *, splits: Any, name: str | None, process_set: Any) -> Any:
         """Exchange slices of the first dimension."""
         if splits is not None:
             splits = tf.cast(tf.convert_to_tensor(splits), tf.int32)
         result = self.horovod.alltoall(
             _movable(tensor),
             splits=splits,
-            name=name,
+            name=_node(name),
             process_set=process_set or self._everyone,
             ignore_name_scope=True,
         )
@@ -177,7 +171,7 @@ class TensorFlowAdapter:
         """Reduce and keep this rank's slice."""
         result = self.horovod.reducescatter(
             _reducible(tensor),
-            name=name,
+            name=_node(name),
             op=int(op),
             prescale_factor=prescale_factor,
             postscale_factor=postscale_factor,
@@ -208,7 +202,7 @@ class TensorFlowAdapter:
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
         """Send a picklable object from the root."""
         return self.horovod.broadcast_object(
-            value, root_rank, name=name, process_set=process_set or self._everyone
+            value, root_rank, name=_node(name), process_set=process_set or self._everyone
         )
 
     def allgather_object(self, value: Any, name: str, process_set: Any) -> list[Any]:
@@ -263,9 +257,7 @@ class TensorFlowAdapter:
 
         @tf.function
         def gather(value: Any) -> Any:
-            return self.horovod.allgather(
-                value, name=f"allgather.{name}", ignore_name_scope=True
-            )
+            return self.horovod.allgather(value, name=f"allgather.{name}", ignore_name_scope=True)
 
         gathered = gather(tf.constant([number], tf.int32))
         return [int(each) for each in gathered.numpy()]
@@ -282,6 +274,14 @@ class TensorFlowAdapter:
     def dtype_name(self, tensor: Any) -> str:
         """Name the dtype."""
         return str(tensor.dtype.name)
+
+
+def _node(name: str | None) -> str | None:
+    """Return ``name`` without slashes: of a node's name Horovod takes what follows the last.
+
+    The rest is the graph's name scopes, which differ between graphs and ranks.
+    """
+    return name and name.replace("/", ".")
 
 
 def _reducible(tensor: Any) -> Any:

@@ -1,0 +1,245 @@
+"""What wrapping keeps, what it refuses, and what must not hang."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+
+import hvdx
+
+
+class Own(keras.optimizers.SGD):
+    """A user's optimizer, known to Keras by no name."""
+
+
+def test_keeps_class_and_options(hvd):
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    for made in (keras.optimizers.AdamW(0.2, weight_decay=0.3), Own(schedule, momentum=0.4)):
+        before, kind = made.get_config(), made.__class__
+        wrapped = hvd.DistributedOptimizer(made)
+        assert wrapped is made
+        assert isinstance(wrapped, kind)
+        assert wrapped.__class__ is kind
+        assert type(wrapped).__name__ == kind.__name__
+        assert wrapped.get_config() == before
+        plain = wrapped.from_config(wrapped.get_config())
+        assert not hasattr(plain, "communication_seconds")
+
+
+def test_keeps_state(hvd, data, make_model, ways, farthest, exact):
+    """Train alone, wrap, go on: the same as never having stopped."""
+    batches = data("float64")
+    early = [part[:2] for part in batches.whole]
+    late = [part[2:] for part in batches.whole], [part[2:] for part in batches.shard]
+    alone, together = make_model("float64"), make_model("float64")
+    first, second = keras.optimizers.Adam(0.01), keras.optimizers.Adam(0.01)
+    ways.loop(alone, first, early)
+    ways.loop(together, second, early)
+    variables = second.variables
+    second = hvd.DistributedOptimizer(second)
+    assert all(one is other for one, other in zip(second.variables, variables, strict=True))
+    assert int(second.iterations) == 2
+    ways.loop(alone, first, late[0])
+    ways.loop(together, second, late[1])
+    assert int(second.iterations) == 5
+    assert farthest(alone, together) < exact
+
+
+LOAD = """
+import sys, keras
+assert not any(name.startswith("hvdx") for name in sys.modules)
+model = keras.models.load_model(sys.argv[1])
+assert type(model.optimizer).__name__ == "Adam", type(model.optimizer)
+assert int(model.optimizer.iterations) == 5, int(model.optimizer.iterations)
+print(len(model.optimizer.variables))
+"""
+
+
+def test_saved_model_loads_without_hvdx(hvd, data, make_model, ways, tmp_path):
+    alone, together = make_model(), make_model()
+    plain, wrapped = (keras.optimizers.Adam(name="adam") for _ in range(2))
+    hvd.DistributedOptimizer(wrapped)
+    for model, optimizer in ((alone, plain), (together, wrapped)):
+        model.compile(optimizer, "mse")
+        ways.loop(model, optimizer, data().shard)
+    assert [v.path for v in wrapped.variables] == [v.path for v in plain.variables]
+    configs = []
+    for number, model in enumerate((alone, together)):
+        path = tmp_path / f"{number}.keras"
+        model.save(path)
+        with zipfile.ZipFile(path) as archive:
+            configs.append(json.loads(archive.read("config.json")))
+    assert configs[0]["compile_config"]["optimizer"] == configs[1]["compile_config"]["optimizer"]
+    if hvd.rank() == 0:
+        told = subprocess.run(
+            [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=False
+        )
+        assert told.returncode == 0, told.stderr
+        assert int(told.stdout) == len(wrapped.variables)
+
+
+def test_load_model_wraps(hvd, data, make_model, ways, tmp_path, assert_equal_replicas):
+    model = make_model()
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam()), "mse")
+    ways.loop(model, model.optimizer, data().shard)
+    model.save(tmp_path / "model.keras")
+    loaded = hvd.load_model(tmp_path / "model.keras")
+    ways.loop(loaded, loaded.optimizer, data().shard)
+    assert int(loaded.optimizer.iterations) == 10
+    assert_equal_replicas(loaded)
+
+
+def test_communication_seconds(hvd, data, make_model, ways):
+    model, optimizer = make_model(), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    assert optimizer.communication_seconds == 0.0
+    ways.fit(model, optimizer, data().shard)
+    seconds = optimizer.communication_seconds
+    assert 0.0 < seconds < 60.0
+    ways.fit(model, optimizer, data().shard)
+    assert optimizer.communication_seconds > seconds
+    assert len(optimizer.variables) == len(keras.optimizers.SGD(0.1).variables)
+
+
+def test_refuses(hvd):
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    with pytest.raises(TypeError, match="already"):
+        hvd.DistributedOptimizer(optimizer)
+    with pytest.raises(TypeError, match="already"):
+        hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))
+    with pytest.raises(TypeError, match="no keras"):
+        hvd.DistributedOptimizer("adam")
+    fresh = keras.optimizers.SGD(0.1)
+    with pytest.raises(ValueError, match=r"unknown compression='zip'.*fp16"):
+        hvd.DistributedOptimizer(fresh, compression="zip")
+    with pytest.raises(ValueError, match="Adasum"):
+        hvd.DistributedOptimizer(fresh, op=hvd.Adasum)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=4"):
+        hvd.DistributedOptimizer(fresh, backward_passes_per_step=4)
+    hvd.DistributedOptimizer(fresh)  # none of these wrapped it
+
+
+def test_keras_own_complaints_remain(hvd, make_model):
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    variables = make_model().trainable_variables
+    with pytest.raises(ValueError, match="must already be built"):
+        optimizer.apply([keras.ops.zeros(variables[0].shape)])
+    with pytest.raises(ValueError, match="No gradients provided"):
+        optimizer.apply([None] * len(variables), variables)
+
+
+@pytest.mark.parametrize("way", ["fit", "loop"])
+def test_different_models_are_an_error_everywhere(hvd, way, data, make_model, ways):
+    model = make_model(width=8 + (hvd.rank() == hvd.size() - 1))
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    with pytest.raises(hvdx.MismatchError, match=r"(?s)float32 \(6, 8\).*float32 \(6, 9\)"):
+        getattr(ways, way)(model, optimizer, data().shard)
+
+
+def test_different_optimizers_are_an_error_everywhere(hvd, data, make_model, ways):
+    kind = keras.optimizers.Adam if hvd.rank() == 0 else keras.optimizers.AdamW
+    with pytest.raises(hvdx.MismatchError, match="AdamW"):
+        ways.loop(make_model(), hvd.DistributedOptimizer(kind()), data().shard)
+    rates = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1 * (1 + hvd.rank())))
+    with pytest.raises(hvdx.MismatchError, match="learning_rate"):
+        ways.loop(make_model(), rates, data().shard)
+
+
+def test_gradient_missing_on_one_rank(hvd, make_model):
+    variables = make_model().trainable_variables
+    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    grads = [keras.ops.ones(variable.shape) for variable in variables]
+    if hvd.rank() == 0:
+        grads[1] = None
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
+    for _ in range(2):
+        optimizer.apply(list(grads), variables)
+    for place, (variable, old) in enumerate(zip(variables, before, strict=True)):
+        mean = 1.0 if place != 1 else (hvd.size() - 1) / hvd.size()
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), old - 2 * mean, atol=1e-5)
+
+
+def test_gradient_missing_everywhere_leaves_the_variable_alone(hvd, make_model):
+    # Weight decay acts on variables with a gradient only, so that zeros would be no gradient.
+    variables = make_model().trainable_variables
+    before = keras.ops.convert_to_numpy(variables[1])
+    grads = [keras.ops.ones(variable.shape) for variable in variables]
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.AdamW(0.1, weight_decay=0.5))
+    optimizer.apply([grads[0], None, *grads[2:]], variables)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(variables[1]), before)
+    if hvd.rank() == 0:  # used later after all, by one rank
+        optimizer.apply(grads, variables)
+    else:
+        optimizer.apply([grads[0], None, *grads[2:]], variables)
+    assert (keras.ops.convert_to_numpy(variables[1]) != before).all()
+
+
+def test_parts_of_the_variables(hvd, make_model, assert_equal_replicas):
+    """Loops may update different variables in turn, as for two networks."""
+    model = make_model()
+    variables = model.trainable_variables
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
+    optimizer.build(variables)
+    for part in (variables[:2], variables[2:], variables[:2]):
+        optimizer.apply([keras.ops.ones(v.shape) * float(hvd.rank()) for v in part], part)
+    assert_equal_replicas(model)
+
+
+def test_two_optimizers(hvd, data, make_model, ways, assert_equal_replicas):
+    one, other = make_model(seed=1), make_model(seed=2)
+    optimizers = [hvd.DistributedOptimizer(keras.optimizers.Adam()) for _ in range(2)]
+    for _ in range(2):
+        for model, optimizer in zip((one, other), optimizers, strict=True):
+            ways.loop(model, optimizer, data().shard)
+    assert_equal_replicas(one)
+    assert_equal_replicas(other)
+
+
+def test_loss_scaling(hvd, data, make_model, ways, assert_equal_replicas):
+    """An overflow on one rank is one on all: each skips the step and halves the scale."""
+    model = make_model()
+    scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8.0)
+    optimizer = hvd.DistributedOptimizer(scaler)
+    grads = [keras.ops.ones(v.shape) for v in model.trainable_variables]
+    if hvd.rank() == 0:
+        grads[0] = grads[0] * float("inf")
+    before = model.get_weights()
+    optimizer.apply(grads, model.trainable_variables)
+    assert float(optimizer.dynamic_scale) == 4.0
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    ways.fit(model, optimizer, data().shard)
+    assert int(optimizer.iterations) == 5
+    assert_equal_replicas(model)
+
+
+@pytest.mark.parametrize("way", ["fit", "loop"])
+def test_inside_a_loss_scaler_is_refused(hvd, way, data, make_model, ways):
+    inner = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1.0)
+    with pytest.raises(ValueError, match="Wrap the scaler"):
+        getattr(ways, way)(make_model(), scaler, data().shard)
+
+
+def test_xla_is_refused(hvd, data, make_model, ways):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("XLA is TensorFlow's")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    with pytest.raises(ValueError, match="jit_compile=False"):
+        ways.fit(make_model(), optimizer, data().shard, jit_compile=True)
+
+
+def test_steps_per_execution(hvd, data, make_model, ways, farthest, exact):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("Keras has it for TensorFlow only")
+    batches = data("float64")
+    alone, together = make_model("float64"), make_model("float64")
+    ways.loop(alone, keras.optimizers.Adam(), batches.whole)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam())
+    ways.fit(together, optimizer, batches.shard, steps_per_execution=2)
+    assert farthest(alone, together) < exact
