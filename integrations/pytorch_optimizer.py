@@ -20,6 +20,8 @@ from hvdx.frameworks import Adapter
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
+_LARGE = 16384  # elements from which a gradient is moved alone, and at once
+
 
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
@@ -54,7 +56,8 @@ def DistributedOptimizer(
         backward_passes_per_step: gradients of so many ``backward()`` calls are summed on this
             rank before they are averaged.
         op: ``hvd.Average`` or ``hvd.Sum``.
-        gradient_predivide_factor: with Average, divides before the sum and multiplies after.
+        gradient_predivide_factor: accepted for Horovod's sake, with Average: gradients are
+            always divided before they are summed.
         num_groups: accepted for Horovod's sake; buckets (``HVDX_BUCKET_MB``) take its place.
         groups: likewise.
         sparse_as_dense: must be True; sparse gradients travel as dense ones.
@@ -90,7 +93,6 @@ def DistributedOptimizer(
         as_compressor(compression),
         backward_passes_per_step,
         ReduceOp(op),
-        gradient_predivide_factor,
         process_set,
     )
     reducer.attach()
@@ -126,15 +128,25 @@ def _names(
 class Bucket:
     """Gradients of one dtype and device, side by side in one flat tensor.
 
-    Behind the gradients lies one number per parameter, 1 where this rank has a gradient: its
-    mean tells whether any rank has. A rank that lacks one then knows whether the mean is a
+    Behind the gradients lies one number per parameter, 1 where this rank has a gradient: the
+    sum tells whether any rank has. A rank that lacks one then knows whether the mean is a
     gradient to apply, or whether there is none anywhere.
+
+    Args:
+        index: of the bucket, for names.
+        names: of the parameters.
+        parameters: in the order of the flat tensor.
+        scale: what gradients are multiplied by on their way in. The 1/N of a mean costs
+            nothing in the same pass, and a pass of its own afterwards.
     """
 
-    def __init__(self, index: int, names: list[str], parameters: list[torch.Tensor]) -> None:
+    def __init__(
+        self, index: int, names: list[str], parameters: list[torch.Tensor], scale: float
+    ) -> None:
         self.index = index
         self.names = names
         self.parameters = parameters
+        self.scale = scale
         sizes = [parameter.numel() for parameter in parameters]
         self.flat = torch.zeros(
             sum(sizes) + len(sizes), dtype=parameters[0].dtype, device=parameters[0].device
@@ -142,24 +154,44 @@ class Bucket:
         *parts, self.presence = self.flat.split([*sizes, len(sizes)])
         self.views = [_shaped(part, p) for part, p in zip(parts, parameters, strict=True)]
         self.waiting = len(parameters)
+        self.placed: set[int] = set()  # moved in already
         self.rounds = 0  # reductions since the last step
         self.absent: list[int] = []
         self.flight: Flight | None = None
 
+    def place(self, index: int) -> None:
+        """Copy one large gradient in, as soon as it is there: it still lies in the cache."""
+        grad, view = self.parameters[index].grad, self.views[index]
+        if grad is not None and not _lies_in(grad, view) and not grad.is_sparse:
+            torch.mul(grad.detach(), self.scale, out=view)
+            self.placed.add(index)
+
+    def begin(self) -> None:
+        """Forget what an earlier backward pass left that has failed half-way."""
+        self.placed.clear()
+        self.waiting = len(self.parameters)
+
     def fill(self) -> None:
-        """Move the parameters' gradients in; from here on they are views of the flat tensor."""
+        """Move the other gradients in; from here on all are views of the flat tensor."""
         self.absent = []
-        into, given = [], []
+        into, given, unscaled = [], [], []
         for index, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+            if index in self.placed:
+                parameter.grad = view
+                continue
             grad = parameter.grad
             if grad is None:
                 self.absent.append(index)
-            elif grad.is_sparse or grad.data_ptr() != view.data_ptr():
+                continue
+            unscaled.append(view)
+            if not _lies_in(grad, view):
                 into.append(view)
                 given.append(grad.to_dense() if grad.is_sparse else grad.detach())
                 parameter.grad = view
         if into:
             torch._foreach_copy_(into, given)
+        if unscaled and self.scale != 1.0:
+            torch._foreach_mul_(unscaled, self.scale)
         self.presence.fill_(1)
         for index in self.absent:
             self.views[index].zero_()
@@ -172,8 +204,13 @@ class Bucket:
             for index in self.absent:
                 if present[index]:
                     self.parameters[index].grad = self.views[index]
+        self.placed.clear()
         self.waiting = len(self.parameters)
         self.flight = None
+
+
+def _lies_in(grad: torch.Tensor, view: torch.Tensor) -> bool:
+    return not grad.is_sparse and grad.data_ptr() == view.data_ptr()
 
 
 def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -201,7 +238,6 @@ class Reducer:
         compressor: Compressor,
         passes_per_step: int,
         op: ReduceOp,
-        predivide: float,
         process_set: Any,
     ) -> None:
         self.adapter: Adapter = world.core("torch")
@@ -211,7 +247,8 @@ class Reducer:
         self.buckets: list[Bucket] = []
         self._names = names
         self._op = op
-        self._predivide = predivide
+        plain_mean = op == ReduceOp.Average and compressor is none
+        self._scale = 1.0 / self.adapter.ranks(process_set) if plain_mean else 1.0
         self._process_set = process_set
         self._name = next_name("gradients", process_set)
         self._known: set[torch.Tensor] = set()
@@ -302,10 +339,11 @@ class Reducer:
         known = len(self.buckets)
         for members in layout:
             names, parameters = zip(*(entries[i] for i in members), strict=True)
-            bucket = Bucket(len(self.buckets), list(names), list(parameters))
+            bucket = Bucket(len(self.buckets), list(names), list(parameters), self._scale)
             self.buckets.append(bucket)
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, bucket))
+            for index, parameter in enumerate(parameters):
+                hook = functools.partial(self._ready, bucket, index)
+                parameter.register_post_accumulate_grad_hook(hook)
         if not self.compressor.elementwise:
             for name, parameter in entries:
                 spec = Spec(name, tuple(parameter.shape), dtype_name(parameter.dtype))
@@ -315,7 +353,7 @@ class Reducer:
         ]
         return self.buckets[known:]
 
-    def _ready(self, bucket: Bucket, parameter: torch.Tensor) -> None:
+    def _ready(self, bucket: Bucket, index: int, parameter: torch.Tensor) -> None:
         """Count one gradient in, from within backward."""
         task = torch._C._current_graph_task_id()
         if task != self._task:
@@ -323,13 +361,14 @@ class Reducer:
         if self._held or self._passes + 1 < self._passes_per_step:
             return
         if bucket.flight is not None:
-            name = bucket.names[[p is parameter for p in bucket.parameters].index(True)]
             raise RuntimeError(
-                f"rank {world.rank()}: {name!r} got another gradient while its last one is being "
+                f"rank {world.rank()}: {bucket.names[index]!r} got another gradient while its last one is being "
                 "averaged. Either an earlier backward failed half-way: restart from a checkpoint. "
                 "Or one backward computes it twice: run it under optimizer.no_sync() and call "
                 "optimizer.synchronize() after it"
             )
+        if parameter.numel() >= _LARGE:
+            bucket.place(index)
         bucket.waiting -= 1
         if bucket.waiting == 0:
             for other in self.buckets:  # a second phase may start while backward goes on
@@ -341,8 +380,8 @@ class Reducer:
         """Note that another backward began; the engine calls back when it is over."""
         self._task = task
         for bucket in self.buckets:
-            if bucket.flight is None:  # an earlier backward may have failed half-way
-                bucket.waiting = len(bucket.parameters)
+            if bucket.flight is None:
+                bucket.begin()
         torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
@@ -384,12 +423,8 @@ class Reducer:
 
     def _reduction(self, bucket: Bucket) -> Work[None]:
         """Replace the bucket's gradients by their means (or sums), as its compressor will."""
-        if self.compressor is none:
-            if self._predivide != 1.0:
-                bucket.flat.div_(self._predivide)
-            yield Allreduce(bucket.flat, op=self._op, in_place=True)
-            if self._predivide != 1.0:
-                bucket.flat.mul_(self._predivide)
+        if self.compressor is none:  # a mean's 1/N is in the gradients already
+            yield Allreduce(bucket.flat, op=ReduceOp.Sum, in_place=True)
             return
         ops = ops_for(torch.Tensor)
         if self.compressor.elementwise:

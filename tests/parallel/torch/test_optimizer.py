@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hvdx as hvd
+from hvdx.integrations import pytorch_optimizer
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 OPTIMIZERS = {
@@ -57,6 +58,7 @@ def assert_replicas(net):
 def bucket_size(request, monkeypatch):
     if request.param:
         monkeypatch.setenv("HVDX_BUCKET_MB", request.param)
+        monkeypatch.setattr(pytorch_optimizer, "_LARGE", 50)  # some gradients count as large
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -202,6 +204,52 @@ def test_unused_parameter_does_not_hang():
         assert replica.never.weight.grad is None
     assert_equal(plain, replica)
     assert_replicas(replica)
+
+
+class FailingOnce(torch.autograd.Function):
+    """Raises the first time that backward comes through."""
+
+    failed = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not FailingOnce.failed:
+            FailingOnce.failed = True
+            raise RuntimeError("out of luck")
+        return grad
+
+
+@pytest.mark.parametrize("large", [1, 10**9], ids=["placed at once", "placed together"])
+def test_training_goes_on_after_a_backward_that_failed(large, monkeypatch):
+    # Half of the gradients were counted in, and some moved and scaled; the batch is given up
+    # with what it left in the gradients, as PyTorch leaves it.
+    monkeypatch.setattr(pytorch_optimizer, "_LARGE", large)
+    FailingOnce.failed = False
+    plain, theirs, replica, ours = pair()
+    left = copy.deepcopy(plain)
+    for step, (x, y) in enumerate(data(steps=4)):
+        if step == 1:
+            theirs.zero_grad()
+            ours.zero_grad()
+            hidden = FailingOnce.apply(replica[:3](own(x)))
+            with pytest.raises(RuntimeError, match="out of luck"):
+                nn.functional.mse_loss(replica[3:](hidden), own(y)).backward()
+            left.load_state_dict(plain.state_dict())
+            nn.functional.mse_loss(left[3:](left[:3](x).detach()), y).backward()
+            for parameter, part in zip(plain.parameters(), left.parameters(), strict=True):
+                parameter.grad = part.grad
+        else:
+            theirs.zero_grad()
+            ours.zero_grad()
+        loss_of(plain, x, y).backward()
+        loss_of(replica, own(x), own(y)).backward()
+        theirs.step()
+        ours.step()
+    assert_equal(plain, replica)
 
 
 def test_a_rank_without_any_gradient_takes_part():
