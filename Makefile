@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types bench clean tools .venv
+.PHONY: demo test lint types bench clean tools hosts .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +18,7 @@ demo: .venv
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_torch.py
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_keras.py
 
-test: .venv
+test: .venv hosts
 	$(BIN)/python -m pytest tests/single
 	$(BIN)/python tests/parallel/run.py 2 4
 	$(BIN)/python -m pytest tests/integration
@@ -53,6 +53,17 @@ clean:
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,tensorflow,examples,dev]'
 	touch $@
+
+# Two hosts on one machine, for one of the integration tests; it says so where it is skipped.
+hosts:
+	@missing=
+	[ -x /usr/sbin/sshd ] || missing+=' openssh-server'
+	command -v ssh >/dev/null || missing+=' openssh-client'
+	command -v ip >/dev/null || missing+=' iproute2'
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		apt-get update
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $$missing
+	fi
 
 # What pip cannot bring. make itself is here already.
 tools:
