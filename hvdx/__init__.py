@@ -66,14 +66,15 @@ from hvdx.world import (
 )
 
 if TYPE_CHECKING:
-    from typing import Any as ProcessSet
+    from typing import Any as ProcessSet  # noqa: F401
 
-    from hvdx.integrations import keras_callbacks as callbacks
+    from hvdx.integrations import keras_callbacks as callbacks  # noqa: F401
 
     global_process_set: Any
 
 __version__ = "0.1.0"
 
+# Without what __getattr__ loads late: `from hvdx import *` shall need no framework.
 __all__ = [
     "Adasum",
     "Average",
@@ -87,7 +88,6 @@ __all__ = [
     "Min",
     "MismatchError",
     "NotInitializedError",
-    "ProcessSet",
     "Product",
     "ReduceOp",
     "Sum",
@@ -102,13 +102,11 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
-    "callbacks",
     "ccl_built",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
-    "global_process_set",
     "gloo_built",
     "gloo_enabled",
     "grouped_allgather",

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     device: str
 
 
-_WIDTHS = {"64": 8, "32": 4, "16": 2, "8": 1}
+_WIDTHS = {"128": 16, "64": 8, "32": 4, "16": 2, "8": 1}
 
 
 def width(dtype: str) -> int:
@@ -56,7 +56,8 @@ def plan(entries: Sequence[Entry], limit: int) -> list[list[int]]:
             gradient exceeds it.
 
     Returns:
-        Indices into ``entries``, by bucket; buckets in the order in which they fill up.
+        Indices into ``entries``, by bucket: full ones in the order in which they fill up, then
+        the rest.
     """
     buckets: list[list[int]] = []
     open_: dict[tuple[str, str], tuple[list[int], int]] = {}

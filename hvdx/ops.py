@@ -22,7 +22,7 @@ class Ops(Protocol):
         """Convert to ``dtype``, rounding to nearest even; no copy where it is that already."""
 
     def clip(self, x: Any, low: float, high: float) -> Any:
-        """Limit every element to [low, high]; NaN stays NaN."""
+        """Limit every finite element to [low, high]; infinities and NaN stay what they are."""
 
     def scale(self, x: Any, factor: float) -> Any:
         """Multiply by a Python number in the dtype of ``x``."""
@@ -46,7 +46,7 @@ class NumpyOps:
 
     def clip(self, x: Any, low: float, high: float) -> Any:
         """See :meth:`Ops.clip`."""
-        return self._np.clip(x, low, high)
+        return self._np.where(self._np.isfinite(x), self._np.clip(x, low, high), x)
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -69,7 +69,7 @@ class TorchOps:
 
     def clip(self, x: Any, low: float, high: float) -> Any:
         """See :meth:`Ops.clip`."""
-        return x.clamp(low, high)
+        return self._torch.where(self._torch.isfinite(x), x.clamp(low, high), x)
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -92,7 +92,8 @@ class TensorFlowOps:
 
     def clip(self, x: Any, low: float, high: float) -> Any:
         """See :meth:`Ops.clip`."""
-        return self._tf.clip_by_value(x, low, high)
+        limited = self._tf.clip_by_value(x, low, high)
+        return self._tf.where(self._tf.math.is_finite(x), limited, x)
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""

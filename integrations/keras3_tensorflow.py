@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 import tensorflow as tf
-from hvdx.integrations.keras3 import Averager, Bucket, Layout, Options
 from tensorflow.python.ops import control_flow_util
 
 from hvdx.collectives import perform
 from hvdx.comm import drive
 from hvdx.frameworks import Adapter
+from hvdx.integrations.keras3 import Averager, Bucket, Layout, Options
 from hvdx.ops import TensorFlowOps
 
 

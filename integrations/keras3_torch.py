@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import torch
-from hvdx.integrations.keras3 import Averager, Bucket, Layout, Options
-from hvdx.integrations.pytorch_engine import Flight
 
 from hvdx.frameworks import Adapter
+from hvdx.integrations.keras3 import Averager, Bucket, Layout, Options
+from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import TorchOps
 
 

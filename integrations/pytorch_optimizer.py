@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from hvdx.integrations.pytorch import dtype_name
-from hvdx.integrations.pytorch_engine import Flight
 
 from hvdx import buckets, world
 from hvdx.agreement import check_same, next_name
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, as_compressor, none
 from hvdx.frameworks import Adapter
+from hvdx.integrations.pytorch import dtype_name
+from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
@@ -362,8 +362,8 @@ class Reducer:
             return
         if bucket.flight is not None:
             raise RuntimeError(
-                f"rank {world.rank()}: {bucket.names[index]!r} got another gradient while its last one is being "
-                "averaged. Either an earlier backward failed half-way: restart from a checkpoint. "
+                f"rank {world.rank()}: {bucket.names[index]!r} got another gradient while its "
+                "last one is being averaged. Either an earlier backward failed half-way: restart from a checkpoint. "
                 "Or one backward computes it twice: run it under optimizer.no_sync() and call "
                 "optimizer.synchronize() after it"
             )

@@ -10,7 +10,7 @@ from hvdx.errors import HvdxError
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
-_HALF_MAX = 65504.0  # the largest finite float16
+_HALF_LIMIT = 60000.0  # float16 ends at 65504, and sums of halves round up on their way there
 
 
 class CompressionError(HvdxError, ValueError):
@@ -66,7 +66,9 @@ def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
         return (yield from _identity(ops, grad, state))
     ranks = yield Ranks()
     # Divided in full precision before the cast: a sum of halves overflows long before a mean.
-    share = ops.clip(ops.scale(grad, 1.0 / ranks), -_HALF_MAX, _HALF_MAX)
+    # Infinities pass: loss scaling must see them.
+    limit = _HALF_LIMIT / ranks
+    share = ops.clip(ops.scale(grad, 1.0 / ranks), -limit, limit)
     payload = ops.cast(share, "float16")
     total = yield Allreduce(payload, op=ReduceOp.Sum)
     own = ops.scale(ops.cast(payload, ops.dtype(grad)), ranks)
@@ -92,8 +94,8 @@ class Compression:
     """The compressors of hvdx, by name: ``hvd.Compression.fp16``.
 
     - ``none``: the gradient as it is.
-    - ``fp16``: float16 on the wire. Divides before it sums and saturates at ±65504, where
-      Horovod's sums first and turns one large value into inf.
+    - ``fp16``: float16 on the wire. Divides before it sums and saturates at ±60000, where
+      Horovod's sums first and turns one large value into inf. Infinities and NaN stay.
     """
 
     none = none
