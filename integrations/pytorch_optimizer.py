@@ -362,10 +362,10 @@ class Reducer:
             return
         if bucket.flight is not None:
             raise RuntimeError(
-                f"rank {world.rank()}: {bucket.names[index]!r} got another gradient while its "
-                "last one is being averaged. Either an earlier backward failed half-way: restart "
-                "from a checkpoint. Or one backward computes it twice: run it under optimizer.no_sync() and call "
-                "optimizer.synchronize() after it"
+                f"rank {world.rank()}: {bucket.names[index]!r} got another gradient while its last "
+                "one is being averaged. Either an earlier backward failed half-way: restart from "
+                "a checkpoint. Or one backward computes it twice: run it under "
+                "optimizer.no_sync() and call optimizer.synchronize() after it"
             )
         if parameter.numel() >= _LARGE:
             bucket.place(index)
