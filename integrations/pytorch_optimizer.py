@@ -298,9 +298,10 @@ class Reducer:
 
     def synchronize(self) -> None:
         """Average what has not been averaged yet, and wait. Backward does this at its end."""
-        self._average(self.buckets)
-        self._passes = 0
-        self._stale = False
+        if self._stale:
+            self._average(self.buckets)
+            self._passes = 0
+            self._stale = False
 
     def _average(self, chosen: list[Bucket]) -> None:
         for bucket in chosen:
@@ -398,10 +399,9 @@ class Reducer:
         if self._skipped or closure is not None:
             return  # a closure calls backward, which averages
         fresh = self._adopt_parameters()
-        if self._stale:
-            self.synchronize()
-        elif fresh:
+        if fresh and not self._stale:
             self._average(fresh)
+        self.synchronize()
 
     def _after_step(self, *_: Any) -> None:
         self._stale = True

@@ -119,7 +119,9 @@ def test_horovods_ceremony_works_too():
         theirs.step()
         ours.zero_grad()
         loss_of(replica, own(x), own(y)).backward()
-        ours.synchronize()
+        rounds = [bucket.rounds for bucket in ours.reducer.buckets]
+        ours.synchronize()  # backward has done it: nothing travels twice
+        assert [bucket.rounds for bucket in ours.reducer.buckets] == rounds == [1]
         nn.utils.clip_grad_norm_(replica.parameters(), 0.05)
         with ours.skip_synchronize():
             ours.step()
