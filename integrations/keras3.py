@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
+from keras.src import api_export
+from keras.src.saving import object_registration
 
 from hvdx import buckets, world
 from hvdx.agreement import check_same, next_name
@@ -136,8 +138,8 @@ class AveragingOptimizer:
 
     The optimizer becomes an instance of a subclass of its own class, made once per class. A
     wrapper object would hide variables from ``fit``, callbacks and files, or copy them; so
-    would a second optimizer built from the first one's configuration. For Keras' files, which
-    ask for ``__class__``, it stays the user's class: they load where there is no hvdx.
+    would a second optimizer built from the first one's configuration. Files name the user's
+    class and load where there is no hvdx.
     """
 
     _averager: Averager
@@ -160,17 +162,22 @@ class AveragingOptimizer:
 
 @functools.cache
 def _averaging_class(kind: type) -> type:
-    return type(
+    own = type(
         kind.__name__,
         (AveragingOptimizer, kind),
         {
             "__doc__": kind.__doc__,
             "__module__": kind.__module__,
             "__qualname__": kind.__qualname__,
-            "__class__": property(lambda self: kind),
             "from_config": kind.from_config,  # type: ignore[attr-defined]
         },
     )
+    # What files call a class. A property `__class__` would do without Keras' tables, but under
+    # torch.compile it makes Adam's steps run past `apply` above, and replicas drift apart.
+    for names in (api_export.REGISTERED_OBJS_TO_NAMES, object_registration.GLOBAL_CUSTOM_NAMES):
+        if kind in names:
+            names[own] = names[kind]
+    return own
 
 
 class Options(NamedTuple):
