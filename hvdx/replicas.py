@@ -92,7 +92,7 @@ def named_tensors(params: Any) -> tuple[Adapter, dict[str, Any]]:
         adapter = world.core(library)
         return adapter, adapter.named_tensors(params)
     pairs = params.items() if isinstance(params, Mapping) else params
-    tensors = dict(_named(pairs))
+    tensors = _unique(_named(pairs))
     libraries = {kind_of(type(tensor)) for tensor in tensors.values()}
     if libraries == {"keras"}:
         adapter = world.core(framework_of_kind("keras"))
@@ -124,14 +124,19 @@ def _keras_tensors(owner: Any) -> dict[str, Any]:
         raise ValueError(
             f"{type(owner).__name__} {owner.name!r} has no variables yet; build it, or call it once"
         )
-    tensors: dict[str, Any] = {}
-    for variable in variables:
-        path, copy = variable.path, 0
-        while path in tensors:  # Keras allows two variables of one path
+    return _unique((variable.path, variable.value) for variable in variables)
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Name all, in order; Keras allows two variables of one path."""
+    named: dict[str, Any] = {}
+    for name, value in pairs:
+        free, copy = name, 0
+        while free in named:
             copy += 1
-            path = f"{variable.path}#{copy}"
-        tensors[path] = variable.value
-    return tensors
+            free = f"{name}#{copy}"
+        named[free] = value
+    return named
 
 
 def _described(adapter: Adapter, tensors: dict[str, Any]) -> dict[str, str]:
