@@ -19,9 +19,9 @@ demo: .venv
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_keras.py
 
 test: .venv hosts
-	$(BIN)/python -m pytest tests/single
+	$(BIN)/python -m pytest --timeout 300 tests/single
 	$(BIN)/python tests/parallel/run.py 2 4
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest --timeout 600 tests/integration
 
 lint: .venv/packages types
 	$(BIN)/ruff check .

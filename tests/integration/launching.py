@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,18 @@ class Gate:
         return f"open({str(self.path)!r}).read()"
 
     def open(self) -> None:
-        """Let one waiting rank pass; waits for it."""
-        with self.path.open("w"):
-            pass
+        """Let the one waiting rank pass; waits for it.
+
+        Raises:
+            TimeoutError: nobody came.
+        """
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # ENXIO: nobody reads yet
+                os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
+                return
+            time.sleep(0.02)
+        raise TimeoutError(f"nobody waits at {self.path}")
 
 
 def tree(pid: int) -> list[psutil.Process]:

@@ -120,8 +120,8 @@ if os.environ["HOROVOD_RANK"] == "1":
 
 def test_nothing_secret_shows_in_ps_on_either_host(net, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "opensesame")
-    gate = Gate(tmp_path)
-    words = f"echo $HOROVOD_GLOO_RENDEZVOUS_ADDR $MY_PASSWORD; cat {gate.path}"
+    gates = [Gate(tmp_path, f"gate{rank}") for rank in range(2)]  # one pipe's end ends all readers
+    words = f"echo $HOROVOD_GLOO_RENDEZVOUS_ADDR $MY_PASSWORD; cat {tmp_path}/gate$HOROVOD_RANK"
     job = net.start("h1", *HVDX_RUN, *TWO, "--", "sh", "-c", words)
     told = [job.stdout.readline().strip() for _ in range(2)]
     assert all(line.endswith(" opensesame") for line in told)  # it does get there
@@ -129,8 +129,8 @@ def test_nothing_secret_shows_in_ps_on_either_host(net, tmp_path, monkeypatch):
     commands = [command_line(pid) for name in ("h1", "h2") for pid in net.pids(name)]
     assert any("sh -s" in line for line in commands)
     assert not [line for line in commands if token in line or "opensesame" in line]
-    gate.open()
-    gate.open()
+    for gate in gates:
+        gate.open()
     job.communicate(timeout=30)
     assert job.returncode == 0
 
