@@ -140,7 +140,7 @@ def work(file: str, short: bool) -> None:
         "gloo", init_method=f"file://{rendezvous}", rank=hvd.rank(), world_size=hvd.size()
     )
     rows: list[harness.Row] = []
-    runs, steps = (4, 3) if short else (30, 8)
+    runs, steps = (4, 3) if short else (20, 6)
     for case, (model, batch) in CASES.items():
         torch.manual_seed(hvd.rank())
         data = batch()

@@ -153,6 +153,7 @@ class Bucket:
         )
         *parts, self.presence = self.flat.split([*sizes, len(sizes)])
         self.views = [_shaped(part, p) for part, p in zip(parts, parameters, strict=True)]
+        self._pointers = [view.data_ptr() for view in self.views]
         self.waiting = len(parameters)
         self.placed: set[int] = set()  # moved in already
         self.rounds = 0  # reductions since the last step
@@ -161,21 +162,25 @@ class Bucket:
 
     def place(self, index: int) -> None:
         """Copy one large gradient in, as soon as it is there: it still lies in the cache."""
-        grad, view = self.parameters[index].grad, self.views[index]
-        if grad is not None and not _lies_in(grad, view) and not grad.is_sparse:
-            torch.mul(grad.detach(), self.scale, out=view)
-            self.placed.add(index)
+        grad = self.parameters[index].grad
+        if grad is None or grad.is_sparse or grad.data_ptr() == self._pointers[index]:
+            return
+        with torch.no_grad():
+            torch.mul(grad, self.scale, out=self.views[index])
+        self.placed.add(index)
 
     def begin(self) -> None:
         """Forget what an earlier backward pass left that has failed half-way."""
         self.placed.clear()
         self.waiting = len(self.parameters)
 
+    @torch.no_grad()
     def fill(self) -> None:
         """Move the other gradients in; from here on all are views of the flat tensor."""
         self.absent = []
         into, given, unscaled = [], [], []
-        for index, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+        own = zip(self.parameters, self.views, self._pointers, strict=True)
+        for index, (parameter, view, pointer) in enumerate(own):
             if index in self.placed:
                 parameter.grad = view
                 continue
@@ -184,9 +189,9 @@ class Bucket:
                 self.absent.append(index)
                 continue
             unscaled.append(view)
-            if not _lies_in(grad, view):
+            if grad.is_sparse or grad.data_ptr() != pointer:
                 into.append(view)
-                given.append(grad.to_dense() if grad.is_sparse else grad.detach())
+                given.append(grad.to_dense() if grad.is_sparse else grad)
                 parameter.grad = view
         if into:
             torch._foreach_copy_(into, given)
@@ -207,10 +212,6 @@ class Bucket:
         self.placed.clear()
         self.waiting = len(self.parameters)
         self.flight = None
-
-
-def _lies_in(grad: torch.Tensor, view: torch.Tensor) -> bool:
-    return not grad.is_sparse and grad.data_ptr() == view.data_ptr()
 
 
 def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -251,7 +252,7 @@ class Reducer:
         self._scale = 1.0 / self.adapter.ranks(process_set) if plain_mean else 1.0
         self._process_set = process_set
         self._name = next_name("gradients", process_set)
-        self._known: set[torch.Tensor] = set()
+        self._known: set[int] = set()  # ids: hashing a tensor costs ten times as much
         self._unchecked: list[str] = []
         self._passes = 0  # backward calls since the last reduction
         self._stale = True  # gradients may have changed since the last reduction
@@ -321,7 +322,7 @@ class Reducer:
             (group, place, parameter)
             for group, options in enumerate(self.optimizer.param_groups)
             for place, parameter in enumerate(options["params"])
-            if parameter.requires_grad and parameter not in self._known
+            if parameter.requires_grad and id(parameter) not in self._known
         ]
         if not fresh:
             return []
@@ -329,7 +330,7 @@ class Reducer:
         entries: list[tuple[str, torch.Tensor]] = []
         for group, place, parameter in reversed(fresh):
             entries.append((self._names.get(parameter, f"{group}.{place}"), parameter))
-            self._known.add(parameter)
+            self._known.add(id(parameter))
         layout = buckets.plan(
             [
                 buckets.Entry(name, p.numel(), dtype_name(p.dtype), str(p.device))
