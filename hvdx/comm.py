@@ -45,13 +45,17 @@ class Ranks(NamedTuple):
     """Ask how many ranks take part; answered at once, without communication."""
 
 
+class Rank(NamedTuple):
+    """Ask for this rank's place among those that take part; answered at once."""
+
+
 class Together(NamedTuple):
     """Ask for several requests at once; the answer is a list in the same order."""
 
     requests: tuple[Any, ...]
 
 
-Request: TypeAlias = Allreduce | Allgather | Alltoall | Ranks | Together
+Request: TypeAlias = Allreduce | Allgather | Alltoall | Rank | Ranks | Together
 Result = TypeVar("Result")
 Work: TypeAlias = Generator[Request, Any, Result]
 
@@ -121,6 +125,8 @@ def answer_in_memory(requests: Sequence[Any]) -> list[Any]:
         raise AssertionError(f"ranks ask for different collectives: {requests}")
     if isinstance(first, Ranks):
         return [ranks] * ranks
+    if isinstance(first, Rank):
+        return list(range(ranks))
     if isinstance(first, Together):
         rounds = zip(*(r.requests for r in requests), strict=True)
         return [list(each) for each in zip(*map(answer_in_memory, rounds), strict=True)]

@@ -13,7 +13,11 @@ from hvdx.frameworks import framework_of_kind, kind_of
 
 
 class Ops(Protocol):
-    """Verbs on tensors of one framework. Nothing here changes its arguments."""
+    """Verbs on tensors of one framework. Nothing here changes its arguments.
+
+    Results are the same to the last bit on every framework, unless a verb says otherwise.
+    Tensors also know ``+ - *``, comparisons, indexing and ``.shape``, alike everywhere.
+    """
 
     def dtype(self, x: Any) -> str:
         """Name the dtype as NumPy does: ``float32``."""
@@ -24,8 +28,98 @@ class Ops(Protocol):
     def clip(self, x: Any, low: float, high: float) -> Any:
         """Limit every finite element to [low, high]; infinities and NaN stay what they are."""
 
+    def limit(self, x: Any, low: float, high: float) -> Any:
+        """Limit every element, all of which must be finite, to [low, high]."""
+
     def scale(self, x: Any, factor: float) -> Any:
         """Multiply by a Python number in the dtype of ``x``."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Return zeros."""
+
+    def constant(self, values: Any, dtype: str) -> Any:
+        """Return the tensor of a number, a list or an array."""
+
+    def arange(self, size: int) -> Any:
+        """Return 0 ... size-1 as int64."""
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Return the same elements, in row-major order, in another shape; one -1 is allowed."""
+
+    def concat(self, parts: list[Any], axis: int = 0) -> Any:
+        """Join along ``axis``."""
+
+    def where(self, condition: Any, one: Any, other: Any) -> Any:
+        """Take from ``one`` where ``condition`` holds, else from ``other``; broadcasts."""
+
+    def finite(self, x: Any) -> Any:
+        """Tell, by element, what is neither infinite nor NaN."""
+
+    def round(self, x: Any) -> Any:
+        """Round floats to the nearest whole number, ties to even."""
+
+    def abs_bits(self, x: Any) -> Any:
+        """Return the bits of |x| of float32 as int32: ordered as the magnitudes are."""
+
+    def negative(self, x: Any) -> Any:
+        """Tell, by element of float32, whether the sign bit is set; -0.0 is negative."""
+
+    def from_bits(self, x: Any) -> Any:
+        """Return the float32 that have the bits of these int32."""
+
+    def shift_right(self, x: Any, bits: int) -> Any:
+        """Shift int32 that are not negative, or uint8."""
+
+    def mask(self, x: Any, bits: int) -> Any:
+        """Keep only the bits set in ``bits``, of integers."""
+
+    def max(self, x: Any) -> Any:
+        """Return the largest along the last axis."""
+
+    def sum(self, x: Any) -> Any:
+        """Return the sum along the last axis, in the same dtype; exact for integers only."""
+
+    def to_bytes(self, x: Any) -> Any:
+        """Return a 1-D tensor's memory as uint8, little-endian."""
+
+    def from_bytes(self, x: Any, dtype: str) -> Any:
+        """Return the 1-D tensor whose memory these uint8 are."""
+
+    def bfloat16_bytes(self, x: Any) -> Any:
+        """Return 1-D float32, rounded to bfloat16 (ties to even; NaN stay NaN), as uint8."""
+
+    def from_bfloat16_bytes(self, x: Any) -> Any:
+        """Return the float32 of a 1-D tensor's bfloat16."""
+
+    def largest(self, x: Any, count: int) -> Any:
+        """Return where the ``count`` largest magnitudes of 1-D float32 are: int32, ascending.
+
+        Among equals the lower index wins. NaN and infinities count as larger than all else.
+        """
+
+    def take(self, x: Any, where: Any) -> Any:
+        """Return the elements of a 1-D tensor at the indices ``where``."""
+
+    def add_at(self, x: Any, where: Any, values: Any) -> Any:
+        """Return 1-D ``x`` with ``values`` added at the indices ``where``, none of them twice."""
+
+    def repeat(self, count: Any, total: int) -> Any:
+        """Return index i ``count[i]`` times, as int32; the counts add up to ``total``."""
+
+    def counts(self, x: Any, size: int) -> Any:
+        """Count how often each of 0 ... size-1 occurs among int32, as int32."""
+
+    def matmul(self, x: Any, y: Any) -> Any:
+        """Multiply matrices; last bits differ between frameworks."""
+
+    def transpose(self, x: Any) -> Any:
+        """Swap the two axes of a matrix."""
+
+    def orthonormal(self, x: Any) -> Any:
+        """Return an orthonormal basis of a tall matrix's columns, by QR; bits may differ.
+
+        Columns that depend on others, zeros among them, become any orthonormal complement.
+        """
 
 
 class NumpyOps:
@@ -48,9 +142,127 @@ class NumpyOps:
         """See :meth:`Ops.clip`."""
         return self._np.where(self._np.isfinite(x), self._np.clip(x, low, high), x)
 
+    def limit(self, x: Any, low: float, high: float) -> Any:
+        """See :meth:`Ops.limit`."""
+        return self._np.clip(x, low, high)
+
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
         return self._np.asarray(x * self._np.asarray(factor, x.dtype))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """See :meth:`Ops.zeros`."""
+        return self._np.zeros(shape, dtype)
+
+    def constant(self, values: Any, dtype: str) -> Any:
+        """See :meth:`Ops.constant`."""
+        return self._np.asarray(values, dtype)
+
+    def arange(self, size: int) -> Any:
+        """See :meth:`Ops.arange`."""
+        return self._np.arange(size, dtype="int64")
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """See :meth:`Ops.reshape`."""
+        return x.reshape(shape)
+
+    def concat(self, parts: list[Any], axis: int = 0) -> Any:
+        """See :meth:`Ops.concat`."""
+        return self._np.concatenate(parts, axis)
+
+    def where(self, condition: Any, one: Any, other: Any) -> Any:
+        """See :meth:`Ops.where`."""
+        return self._np.where(condition, one, other)
+
+    def finite(self, x: Any) -> Any:
+        """See :meth:`Ops.finite`."""
+        return self._np.isfinite(x)
+
+    def round(self, x: Any) -> Any:
+        """See :meth:`Ops.round`."""
+        return self._np.rint(x)
+
+    def abs_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.abs_bits`."""
+        return self._np.abs(x).view("int32")
+
+    def negative(self, x: Any) -> Any:
+        """See :meth:`Ops.negative`."""
+        return self._np.signbit(x)
+
+    def from_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.from_bits`."""
+        return x.view("float32")
+
+    def shift_right(self, x: Any, bits: int) -> Any:
+        """See :meth:`Ops.shift_right`."""
+        return x >> bits
+
+    def mask(self, x: Any, bits: int) -> Any:
+        """See :meth:`Ops.mask`."""
+        return x & bits
+
+    def max(self, x: Any) -> Any:
+        """See :meth:`Ops.max`."""
+        return x.max(-1)
+
+    def sum(self, x: Any) -> Any:
+        """See :meth:`Ops.sum`."""
+        return x.sum(-1, dtype=x.dtype)
+
+    def to_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.to_bytes`."""
+        return self._np.ascontiguousarray(x).view("uint8")
+
+    def from_bytes(self, x: Any, dtype: str) -> Any:
+        """See :meth:`Ops.from_bytes`."""
+        return self._np.array(x).view(dtype)  # a copy: aligned
+
+    def bfloat16_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.bfloat16_bytes`; NumPy has no such type."""
+        bits = self._np.ascontiguousarray(x).view("uint32")
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        rounded = self._np.where(self._np.isnan(x), 0x7FC0, rounded)
+        return rounded.astype("uint16").view("uint8")
+
+    def from_bfloat16_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.from_bfloat16_bytes`."""
+        return (self.from_bytes(x, "uint16").astype("uint32") << 16).view("float32")
+
+    def largest(self, x: Any, count: int) -> Any:
+        """See :meth:`Ops.largest`."""
+        order = self._np.argsort(-self.abs_bits(x), kind="stable")
+        return self._np.sort(order[:count]).astype("int32")
+
+    def take(self, x: Any, where: Any) -> Any:
+        """See :meth:`Ops.take`."""
+        return x[where]
+
+    def add_at(self, x: Any, where: Any, values: Any) -> Any:
+        """See :meth:`Ops.add_at`."""
+        result = x.copy()
+        result[where] += values
+        return result
+
+    def repeat(self, count: Any, total: int) -> Any:
+        """See :meth:`Ops.repeat`."""
+        return self._np.repeat(self._np.arange(len(count), dtype="int32"), count)
+
+    def counts(self, x: Any, size: int) -> Any:
+        """See :meth:`Ops.counts`."""
+        return self._np.bincount(x, minlength=size).astype("int32")
+
+    def matmul(self, x: Any, y: Any) -> Any:
+        """See :meth:`Ops.matmul`."""
+        return x @ y
+
+    def transpose(self, x: Any) -> Any:
+        """See :meth:`Ops.transpose`."""
+        return x.T
+
+    def orthonormal(self, x: Any) -> Any:
+        """See :meth:`Ops.orthonormal`."""
+        return self._np.linalg.qr(x)[0]
 
 
 class TorchOps:
@@ -71,9 +283,136 @@ class TorchOps:
         """See :meth:`Ops.clip`."""
         return self._torch.where(self._torch.isfinite(x), x.clamp(low, high), x)
 
+    def limit(self, x: Any, low: float, high: float) -> Any:
+        """See :meth:`Ops.limit`."""
+        return x.clamp(low, high)
+
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
         return x * factor
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """See :meth:`Ops.zeros`; on the device in use by default."""
+        return self._torch.zeros(shape, dtype=getattr(self._torch, dtype))
+
+    def constant(self, values: Any, dtype: str) -> Any:
+        """See :meth:`Ops.constant`."""
+        return self._torch.as_tensor(values, dtype=getattr(self._torch, dtype))
+
+    def arange(self, size: int) -> Any:
+        """See :meth:`Ops.arange`."""
+        return self._torch.arange(size)
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """See :meth:`Ops.reshape`."""
+        return x.reshape(shape)
+
+    def concat(self, parts: list[Any], axis: int = 0) -> Any:
+        """See :meth:`Ops.concat`."""
+        return self._torch.cat(parts, axis)
+
+    def where(self, condition: Any, one: Any, other: Any) -> Any:
+        """See :meth:`Ops.where`."""
+        return self._torch.where(condition, one, other)
+
+    def finite(self, x: Any) -> Any:
+        """See :meth:`Ops.finite`."""
+        return self._torch.isfinite(x)
+
+    def round(self, x: Any) -> Any:
+        """See :meth:`Ops.round`."""
+        return x.round()
+
+    def abs_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.abs_bits`."""
+        return x.abs().view(self._torch.int32)
+
+    def negative(self, x: Any) -> Any:
+        """See :meth:`Ops.negative`."""
+        return x.signbit()
+
+    def from_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.from_bits`."""
+        return x.view(self._torch.float32)
+
+    def shift_right(self, x: Any, bits: int) -> Any:
+        """See :meth:`Ops.shift_right`."""
+        return x >> bits
+
+    def mask(self, x: Any, bits: int) -> Any:
+        """See :meth:`Ops.mask`."""
+        return x & bits
+
+    def max(self, x: Any) -> Any:
+        """See :meth:`Ops.max`."""
+        return x.amax(-1)
+
+    def sum(self, x: Any) -> Any:
+        """See :meth:`Ops.sum`."""
+        return x.sum(-1, dtype=x.dtype)
+
+    def to_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.to_bytes`."""
+        return x.contiguous().view(self._torch.uint8)
+
+    def from_bytes(self, x: Any, dtype: str) -> Any:
+        """See :meth:`Ops.from_bytes`."""
+        return x.clone().view(getattr(self._torch, dtype))  # a copy: aligned
+
+    def bfloat16_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.bfloat16_bytes`."""
+        return self.to_bytes(x.bfloat16())
+
+    def from_bfloat16_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.from_bfloat16_bytes`."""
+        return self.from_bytes(x, "bfloat16").float()
+
+    def largest(self, x: Any, count: int) -> Any:
+        """See :meth:`Ops.largest`; sorts only what passes a bound taken from a sample."""
+        bits = self.abs_bits(x)
+        found = self._torch.nonzero(bits >= self._bound(bits, count)).reshape(-1)
+        if len(found) < count:
+            found = self._torch.arange(len(bits), device=x.device)
+        order = bits[found].argsort(descending=True, stable=True)[:count]
+        return found[order].sort().values.int()
+
+    def _bound(self, bits: Any, count: int) -> Any:
+        """Guess a bound that somewhat more than ``count`` elements pass, from one in 64."""
+        step = 64
+        if len(bits) < step * step or count * 2 > len(bits):
+            return 0
+        sample = bits[::step]
+        aim = min(len(sample), count // step + 4 * int((count // step) ** 0.5) + 8)
+        return sample.topk(aim).values[-1]
+
+    def take(self, x: Any, where: Any) -> Any:
+        """See :meth:`Ops.take`."""
+        return x[where.long()]
+
+    def add_at(self, x: Any, where: Any, values: Any) -> Any:
+        """See :meth:`Ops.add_at`."""
+        return x.index_add(0, where, values)
+
+    def repeat(self, count: Any, total: int) -> Any:
+        """See :meth:`Ops.repeat`."""
+        places = self._torch.arange(len(count), dtype=self._torch.int32, device=count.device)
+        return places.repeat_interleave(count.long(), output_size=total)
+
+    def counts(self, x: Any, size: int) -> Any:
+        """See :meth:`Ops.counts`."""
+        return x.bincount(minlength=size).int()
+
+    def matmul(self, x: Any, y: Any) -> Any:
+        """See :meth:`Ops.matmul`."""
+        return x @ y
+
+    def transpose(self, x: Any) -> Any:
+        """See :meth:`Ops.transpose`."""
+        return x.t()
+
+    def orthonormal(self, x: Any) -> Any:
+        """See :meth:`Ops.orthonormal`."""
+        return self._torch.linalg.qr(x).Q
 
 
 class TensorFlowOps:
@@ -95,10 +434,128 @@ class TensorFlowOps:
         limited = self._tf.clip_by_value(x, low, high)
         return self._tf.where(self._tf.math.is_finite(x), limited, x)
 
+    def limit(self, x: Any, low: float, high: float) -> Any:
+        """See :meth:`Ops.limit`."""
+        return self._tf.clip_by_value(x, low, high)
+
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
         exact = self._tf.constant(factor, self._tf.float64)  # float32 unless told
         return x * self._tf.cast(exact, x.dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """See :meth:`Ops.zeros`."""
+        return self._tf.zeros(shape, dtype)
+
+    def constant(self, values: Any, dtype: str) -> Any:
+        """See :meth:`Ops.constant`."""
+        return self._tf.constant(values, dtype)
+
+    def arange(self, size: int) -> Any:
+        """See :meth:`Ops.arange`."""
+        return self._tf.range(size, dtype=self._tf.int64)
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """See :meth:`Ops.reshape`."""
+        return self._tf.reshape(x, shape)
+
+    def concat(self, parts: list[Any], axis: int = 0) -> Any:
+        """See :meth:`Ops.concat`."""
+        return self._tf.concat(parts, axis)
+
+    def where(self, condition: Any, one: Any, other: Any) -> Any:
+        """See :meth:`Ops.where`."""
+        return self._tf.where(condition, one, other)
+
+    def finite(self, x: Any) -> Any:
+        """See :meth:`Ops.finite`."""
+        return self._tf.math.is_finite(x)
+
+    def round(self, x: Any) -> Any:
+        """See :meth:`Ops.round`."""
+        return self._tf.round(x)
+
+    def abs_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.abs_bits`."""
+        bits = self._tf.bitcast(x, self._tf.int32)
+        return self._tf.bitwise.bitwise_and(bits, 0x7FFFFFFF)
+
+    def negative(self, x: Any) -> Any:
+        """See :meth:`Ops.negative`."""
+        return self._tf.bitcast(x, self._tf.int32) < 0
+
+    def from_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.from_bits`."""
+        return self._tf.bitcast(x, self._tf.float32)
+
+    def shift_right(self, x: Any, bits: int) -> Any:
+        """See :meth:`Ops.shift_right`."""
+        return self._tf.bitwise.right_shift(x, self._tf.cast(bits, x.dtype))
+
+    def mask(self, x: Any, bits: int) -> Any:
+        """See :meth:`Ops.mask`."""
+        return self._tf.bitwise.bitwise_and(x, self._tf.cast(bits, x.dtype))
+
+    def max(self, x: Any) -> Any:
+        """See :meth:`Ops.max`."""
+        return self._tf.reduce_max(x, -1)
+
+    def sum(self, x: Any) -> Any:
+        """See :meth:`Ops.sum`."""
+        return self._tf.reduce_sum(x, -1)
+
+    def to_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.to_bytes`."""
+        return self._tf.reshape(self._tf.bitcast(x, self._tf.uint8), [-1])
+
+    def from_bytes(self, x: Any, dtype: str) -> Any:
+        """See :meth:`Ops.from_bytes`."""
+        kind = self._tf.as_dtype(dtype)
+        split = self._tf.reshape(x, [-1, kind.size]) if kind.size > 1 else x
+        return self._tf.bitcast(split, kind)
+
+    def bfloat16_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.bfloat16_bytes`."""
+        return self.to_bytes(self._tf.cast(x, self._tf.bfloat16))
+
+    def from_bfloat16_bytes(self, x: Any) -> Any:
+        """See :meth:`Ops.from_bfloat16_bytes`."""
+        return self._tf.cast(self.from_bytes(x, "bfloat16"), self._tf.float32)
+
+    def largest(self, x: Any, count: int) -> Any:
+        """See :meth:`Ops.largest`."""
+        # top_k gives equals in the order of their indices.
+        found = self._tf.math.top_k(self.abs_bits(x), count, sorted=True).indices
+        return self._tf.sort(found)
+
+    def take(self, x: Any, where: Any) -> Any:
+        """See :meth:`Ops.take`."""
+        return self._tf.gather(x, where)
+
+    def add_at(self, x: Any, where: Any, values: Any) -> Any:
+        """See :meth:`Ops.add_at`."""
+        return self._tf.tensor_scatter_nd_add(x, where[:, None], values)
+
+    def repeat(self, count: Any, total: int) -> Any:
+        """See :meth:`Ops.repeat`."""
+        places = self._tf.repeat(self._tf.range(count.shape[0]), count)
+        return self._tf.reshape(places, [total])
+
+    def counts(self, x: Any, size: int) -> Any:
+        """See :meth:`Ops.counts`."""
+        return self._tf.math.bincount(x, minlength=size, maxlength=size)
+
+    def matmul(self, x: Any, y: Any) -> Any:
+        """See :meth:`Ops.matmul`."""
+        return self._tf.matmul(x, y)
+
+    def transpose(self, x: Any) -> Any:
+        """See :meth:`Ops.transpose`."""
+        return self._tf.transpose(x)
+
+    def orthonormal(self, x: Any) -> Any:
+        """See :meth:`Ops.orthonormal`."""
+        return self._tf.linalg.qr(x).q
 
 
 _CLASSES: dict[str, type[Any]] = {

@@ -267,7 +267,7 @@ class Averager(abc.ABC):
         """Average one bucket's gradients, as its compressor does."""
         compressor, op, predivide = self.options[1:4]
         factor = self.ranks() if op is ReduceOp.Sum and compressor is not none else predivide
-        if compressor.elementwise:
+        if compressor.flat:
             flat, in_place = self.pack(bucket, grads)
             if predivide != 1.0:
                 flat = self.ops.scale(flat, 1.0 / predivide)
@@ -338,7 +338,7 @@ class Averager(abc.ABC):
     def _bucket(self, name: str, members: list[int], specs: list[Spec]) -> Bucket:
         own = [specs[place] for place in members]
         compressor = self.options.compressor
-        states = [] if compressor.elementwise else [compressor.init(self.ops, s) for s in own]
+        states = [] if compressor.flat else [compressor.init(self.ops, s) for s in own]
         return Bucket(name, members, own, states)
 
     def configuration(self, optimizer: Any) -> str:

@@ -346,7 +346,7 @@ class Reducer:
             for index, parameter in enumerate(parameters):
                 hook = functools.partial(self._ready, bucket, index)
                 parameter.register_post_accumulate_grad_hook(hook)
-        if not self.compressor.elementwise:
+        if not self.compressor.flat:
             for name, parameter in entries:
                 spec = Spec(name, tuple(parameter.shape), dtype_name(parameter.dtype))
                 self.states[name] = self.compressor.init(ops_for(torch.Tensor), spec)
@@ -428,7 +428,7 @@ class Reducer:
             yield Allreduce(bucket.flat, op=ReduceOp.Sum, in_place=True)
             return
         ops = ops_for(torch.Tensor)
-        if self.compressor.elementwise:
+        if self.compressor.flat:
             reduced = yield from self.compressor.reduce(ops, bucket.flat, None)
             bucket.flat.copy_(reduced.mean)
         else:

@@ -1,16 +1,16 @@
 """Gradient compression, written once for all frameworks."""
 
 from hvdx.compression.base import (
-    Compression,
     CompressionError,
     Compressor,
     Reduced,
     Spec,
-    as_compressor,
     fp16,
     from_horovod,
     none,
 )
+from hvdx.compression.feedback import error_feedback, min_size
+from hvdx.compression.methods import Compression, as_compressor
 
 __all__ = [
     "Compression",
@@ -19,7 +19,9 @@ __all__ = [
     "Reduced",
     "Spec",
     "as_compressor",
+    "error_feedback",
     "fp16",
     "from_horovod",
+    "min_size",
     "none",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class Spec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str  # as NumPy names it
+    ranks: int = 1  # how many take part
 
 
 class Reduced(NamedTuple):
@@ -44,15 +46,22 @@ class Compressor(NamedTuple):
     name: str
     init: Callable[[Ops, Spec], Any]
     reduce: Callable[[Ops, Any, Any], Work[Reduced]]
-    elementwise: bool = False
-    """Each element is treated alone and no state is kept, so that an engine may hand over a
-    whole bucket as one flat tensor instead of parameter by parameter."""
+    flat: bool = False
+    """Shapes do not matter, so that an engine may hand over a whole bucket as one flat tensor
+    instead of parameter by parameter."""
 
     def __repr__(self) -> str:
         return f"Compression.{self.name}"
 
 
-def _stateless(ops: Ops, spec: Spec) -> None:
+def name_hash(seed: int, name: str) -> int:
+    """Return 31 random bits for (seed, parameter), equal on all ranks and in all versions."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def stateless(ops: Ops, spec: Spec) -> None:
+    """Return the state of a compressor that keeps none."""
     return None
 
 
@@ -75,8 +84,8 @@ def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
     return Reduced(ops.cast(total, ops.dtype(grad)), own, state)
 
 
-none = Compressor("none", _stateless, _identity, elementwise=True)
-fp16 = Compressor("fp16", _stateless, _half, elementwise=True)
+none = Compressor("none", stateless, _identity, flat=True)
+fp16 = Compressor("fp16", stateless, _half, flat=True)
 
 
 def from_horovod(kind: Any) -> Compressor:
@@ -87,35 +96,4 @@ def from_horovod(kind: Any) -> Compressor:
         mean = yield Allreduce(payload)
         return Reduced(kind.decompress(mean, context), kind.decompress(payload, context), state)
 
-    return Compressor(kind.__name__, _stateless, reduce)
-
-
-class Compression:
-    """The compressors of hvdx, by name: ``hvd.Compression.fp16``.
-
-    - ``none``: the gradient as it is.
-    - ``fp16``: float16 on the wire. Divides before it sums and saturates at ±60000, where
-      Horovod's sums first and turns one large value into inf. Infinities and NaN stay.
-    """
-
-    none = none
-    fp16 = fp16
-
-
-def as_compressor(value: Any) -> Compressor:
-    """Return the compressor meant by ``value``: one of ours, or a Horovod ``Compressor`` class.
-
-    Raises:
-        CompressionError: it is neither; the message lists what there is.
-    """
-    if isinstance(value, Compressor):
-        return value
-    if value is None or getattr(value, "__name__", "") == "NoneCompressor":
-        return none
-    if callable(getattr(value, "compress", None)) and callable(getattr(value, "decompress", None)):
-        return from_horovod(value)
-    known = ", ".join(f"hvd.Compression.{n}" for n in vars(Compression) if not n.startswith("_"))
-    raise CompressionError(
-        f"unknown compression={value!r}; use one of {known}, or a class with static "
-        "compress(tensor) -> (tensor, context) and decompress(tensor, context)"
-    )
+    return Compressor(kind.__name__, stateless, reduce)

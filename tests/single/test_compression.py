@@ -197,12 +197,12 @@ def test_none_and_fp16_keep_no_state(ops):
     for compressor in (Compression.none, Compression.fp16):
         assert compressor.init(ops.ops, Spec("weight", (2,), "float32")) is None
         assert reduce(ops, compressor, gradients(2))[0].state is None
-        assert compressor.elementwise
+        assert compressor.flat
 
 
 def test_a_class_made_for_horovod(ops):
     compressor = as_compressor(Halves)
-    assert (repr(compressor), compressor.elementwise) == ("Compression.Halves", False)
+    assert (repr(compressor), compressor.flat) == ("Compression.Halves", False)
     grads = gradients(2)
     halves = [grad.astype("float16") for grad in grads]
     for rank, result in enumerate(reduce(ops, compressor, grads)):

@@ -138,3 +138,68 @@ print(type(ops).__name__, ops.scale(variable.value, 2.0).tolist() if {backend!r}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == f"{expected} [2.0, 4.0]", done.stderr
+
+
+RANDOM = np.random.default_rng(3)
+ODD = np.array([0.0, -0.0, 1.5, -2.5, 3e38, -np.inf, np.nan, 1e-40], np.float32)
+TIES = np.repeat(np.array([3, -3, 1, 2], np.float32), 2000)
+MATRIX = RANDOM.normal(size=(4, 6)).astype(np.float32)
+INTS = np.array([[0, 1, 255, 2**23 + 7], [5, 6, 7, 8]], np.int32)
+VERBS = {  # name: verb of one tensor, its argument
+    "reshape": (lambda ops, x: ops.reshape(x, (6, -1)), MATRIX),
+    "concat": (lambda ops, x: ops.concat([x, x[:2]]), MATRIX),
+    "concat columns": (lambda ops, x: ops.concat([x, x], axis=1), MATRIX),
+    "where": (lambda ops, x: ops.where(x > 0, x, ops.zeros((), "float32")), MATRIX),
+    "finite": (lambda ops, x: ops.finite(x), ODD),
+    "round": (lambda ops, x: ops.round(x), np.array([0.5, 1.5, -2.5, 2.4], np.float32)),
+    "limit": (lambda ops, x: ops.limit(x, -0.5, 1), MATRIX),
+    "abs_bits": (lambda ops, x: ops.abs_bits(x), ODD),
+    "negative": (lambda ops, x: ops.negative(x), ODD[:-2]),
+    "from_bits": (lambda ops, x: ops.from_bits(x * 2**7), INTS),
+    "shift_right": (lambda ops, x: ops.shift_right(x, 3), INTS),
+    "shift_right of bytes": (lambda ops, x: ops.shift_right(x, 4), INTS.astype(np.uint8)),
+    "mask": (lambda ops, x: ops.mask(x, 15), INTS),
+    "mask of bytes": (lambda ops, x: ops.mask(x, 15), INTS.astype(np.uint8)),
+    "max": (lambda ops, x: ops.max(x), INTS),
+    "sum": (lambda ops, x: ops.sum(x), INTS),
+    "to_bytes": (lambda ops, x: ops.to_bytes(x), INTS[0]),
+    "to_bytes of halves": (lambda ops, x: ops.to_bytes(ops.cast(x, "float16")), MATRIX[0]),
+    "from_bytes": (lambda ops, x: ops.from_bytes(ops.to_bytes(x)[:8], "float32"), MATRIX[0]),
+    "bfloat16": (
+        lambda ops, x: ops.from_bfloat16_bytes(ops.bfloat16_bytes(x)), RANDOM.normal(size=999)
+        .astype(np.float32)
+    ),
+    "constant": (lambda ops, x: x * ops.constant([1, 2, 3, 4, 5, 6], "float32"), MATRIX),
+    "arange": (lambda ops, x: ops.arange(4) + x, np.array([5], np.int64)),
+    "largest": (lambda ops, x: ops.largest(x, 50), RANDOM.normal(size=9999).astype(np.float32)),
+    "largest of few": (lambda ops, x: ops.largest(x, 3), MATRIX[0]),
+    "largest of equals": (lambda ops, x: ops.largest(x, 4500), TIES),
+    "largest of some equals": (lambda ops, x: ops.largest(x, 70), TIES),
+    "largest is not finite": (lambda ops, x: ops.largest(x, 2), ODD),
+    "take": (lambda ops, x: ops.take(x, ops.constant([3, 0], "int32")), ODD),
+    "add_at": (
+        lambda ops, x: ops.add_at(x, ops.constant([3, 0], "int32"), x[:2] + 1), MATRIX[0]
+    ),
+    "repeat": (lambda ops, x: ops.repeat(x, 7), np.array([0, 3, 4], np.int32)),
+    "counts": (lambda ops, x: ops.counts(x, 5), np.array([1, 1, 3], np.int32)),
+    "transpose": (lambda ops, x: ops.transpose(x), MATRIX),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_verbs_of_compressors(framework, name):
+    verb, given = VERBS[name]
+    result = framework.run(lambda x: verb(framework.ops, x), framework.tensor(given))
+    same(result, np.asarray(verb(NumpyOps(), given)))
+
+
+def test_matmul_and_orthonormal(framework):
+    tall = MATRIX.T.copy()
+    product = framework.run(
+        lambda x: framework.ops.matmul(x, framework.ops.transpose(x)), framework.tensor(tall)
+    )
+    np.testing.assert_allclose(product, tall @ tall.T, rtol=1e-5, atol=1e-6)
+    for given in (tall, np.zeros_like(tall), np.ones_like(tall)):  # of full rank, 0 and 1
+        q = framework.run(framework.ops.orthonormal, framework.tensor(given))
+        np.testing.assert_allclose(q.T @ q, np.eye(4), atol=1e-5)
+        np.testing.assert_allclose(q @ (q.T @ given), given, atol=1e-5)

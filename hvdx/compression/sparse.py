@@ -1,0 +1,120 @@
+"""Send a few elements of a gradient: the largest, or some that all ranks know."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from hvdx.comm import Allgather, Allreduce, Ranks, Work
+from hvdx.compression.base import Compressor, Reduced, Spec, name_hash, stateless
+from hvdx.ops import Ops
+
+_HALF_LIMIT = 65504.0  # the largest float16
+_CHUNK_BITS = 16  # indices travel as 16 bits, within chunks of 2^16 elements
+
+
+def top_k(density: float) -> Compressor:
+    """Send the largest ``density`` of each parameter's elements, at least one.
+
+    An element travels as float16 and the lower 16 bits of its index. All ranks send equally
+    many, so that sizes never have to be exchanged. Biased: to be wrapped in error feedback
+    (Stich et al., Sparsified SGD with Memory, 2018).
+    """
+
+    def reduce(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
+        shape, dtype = tuple(grad.shape), ops.dtype(grad)
+        size = math.prod(shape)
+        ranks = yield Ranks()
+        if ranks == 1 or size == 0:
+            return Reduced(grad, grad, state)
+        flat = ops.cast(ops.reshape(grad, (-1,)), "float32")
+        count = chosen(size, density)
+        where = ops.largest(flat, count)
+        data = _write(ops, where, ops.take(flat, where), size)
+        everyone = ops.reshape((yield Allgather(data)), (ranks, data.shape[0]))
+        zeros = ops.zeros((size,), "float32")
+        total = zeros
+        for rank in range(ranks):  # in rank order: another order rounds otherwise
+            total = ops.add_at(total, *_read(ops, everyone[rank], count, size))
+        own = ops.add_at(zeros, *_read(ops, data, count, size))
+        mean = ops.scale(total, 1.0 / ranks)
+        return Reduced(
+            ops.cast(ops.reshape(mean, shape), dtype),
+            ops.cast(ops.reshape(own, shape), dtype),
+            state,
+        )
+
+    return Compressor(f"topk({density:g})", stateless, reduce)
+
+
+class Turn(NamedTuple):
+    """State of :func:`random_k`."""
+
+    draw: Any  # int64 scalar: the random number of the next step, equal on all ranks
+
+
+def random_k(density: float, seed: int = 0) -> Compressor:
+    """Send a comb of ``density`` of each parameter's elements, shifted at random each step.
+
+    All ranks draw alike from (seed, parameter, step), so that no index travels and Horovod's
+    allreduce adds the values up. Every element's turn comes with equal probability. To be
+    wrapped in error feedback.
+    """
+
+    def init(ops: Ops, spec: Spec) -> Turn:
+        start = name_hash(seed, spec.name) % (_MODULUS - 1) + 1
+        return Turn(ops.constant(start, "int64"))
+
+    def reduce(ops: Ops, grad: Any, state: Turn) -> Work[Reduced]:
+        shape, dtype = tuple(grad.shape), ops.dtype(grad)
+        size = math.prod(shape)
+        if size == 0:
+            return Reduced(grad, grad, state)
+        count = chosen(size, density)
+        comb = ops.arange(count) * (size // count)
+        where = ops.cast((comb + state.draw) % size, "int32")
+        values = ops.take(ops.reshape(grad, (-1,)), where)
+        means = yield Allreduce(values)
+        zeros = ops.zeros((size,), dtype)
+        return Reduced(
+            ops.reshape(ops.add_at(zeros, where, means), shape),
+            ops.reshape(ops.add_at(zeros, where, values), shape),
+            Turn(state.draw * _MULTIPLIER % _MODULUS),
+        )
+
+    return Compressor(f"randomk({density:g})", init, reduce)
+
+
+# The "minimal standard" generator of Park and Miller: products stay far below 2^63.
+_MULTIPLIER, _MODULUS = 48271, 2**31 - 1
+
+
+def chosen(size: int, density: float) -> int:
+    """Return how many of ``size`` elements are sent."""
+    return max(1, min(size, math.ceil(size * density)))
+
+
+def _write(ops: Ops, where: Any, values: Any, size: int) -> Any:
+    """Return bytes: values, then low halves of indices, then how many lie in each chunk."""
+    halves = ops.to_bytes(ops.cast(ops.clip(values, -_HALF_LIMIT, _HALF_LIMIT), "float16"))
+    low = ops.reshape(ops.to_bytes(where), (-1, 4))[:, :2]
+    parts = [halves, ops.reshape(low, (-1,))]
+    if _chunks(size) > 1:
+        parts.append(ops.to_bytes(ops.counts(ops.shift_right(where, _CHUNK_BITS), _chunks(size))))
+    return ops.concat(parts)
+
+
+def _read(ops: Ops, data: Any, count: int, size: int) -> tuple[Any, Any]:
+    """Return indices and values."""
+    values = ops.cast(ops.from_bytes(data[: 2 * count], "float16"), "float32")
+    low = ops.reshape(data[2 * count : 4 * count], (count, 2))
+    padded = ops.concat([low, ops.zeros((count, 2), "uint8")], axis=1)
+    where = ops.from_bytes(ops.reshape(padded, (-1,)), "int32")
+    if _chunks(size) > 1:
+        counts = ops.from_bytes(data[4 * count :], "int32")
+        where = where + ops.repeat(counts, count) * 2**_CHUNK_BITS
+    return where, values
+
+
+def _chunks(size: int) -> int:
+    return -(-size // 2**_CHUNK_BITS)

@@ -1,0 +1,306 @@
+"""What every method must hold, between ranks that live in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdx.comm import Allgather, Allreduce, Alltoall, Work, in_step
+from hvdx.compression import Compression, CompressionError, Compressor, Spec, as_compressor
+from hvdx.compression.feedback import Feedback
+from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow encountered")
+
+OPS = NumpyOps()
+SHAPE = (48, 96)
+METHODS = {
+    "fp16": Compression.fp16,
+    "bf16": Compression.bf16,
+    "int8": Compression.int8(),
+    "int8 with feedback": Compression.int8(feedback=True),
+    "int4": Compression.int4(),
+    "onebit": Compression.onebit(),
+    "topk": Compression.topk(0.02),
+    "randomk": Compression.randomk(0.05),
+    "powersgd": Compression.powersgd(4),
+}
+WITH_FEEDBACK = [name for name in METHODS if name not in ("fp16", "bf16", "int8")]
+every = pytest.mark.parametrize("name", METHODS)
+sizes = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+
+
+class Job:
+    """Ranks that reduce one parameter, step after step."""
+
+    def __init__(self, compressor: Compressor, ranks: int, shape: Any = SHAPE) -> None:
+        self.compressor = compressor
+        spec = Spec("layer.weight", tuple(shape), "float32", ranks)
+        self.states = [compressor.init(OPS, spec) for _ in range(ranks)]
+        self.sent = 0
+
+    def step(self, grads: list[Any]) -> Any:
+        works = [
+            self._watched(self.compressor.reduce(OPS, grad, state))
+            for grad, state in zip(grads, self.states, strict=True)
+        ]
+        results = in_step(works)
+        self.states = [result.state for result in results]
+        for result in results:  # replicas stay equal to the last bit
+            np.testing.assert_array_equal(result.mean, results[0].mean)
+            assert result.mean.dtype == grads[0].dtype and result.mean.shape == grads[0].shape
+        return results[0].mean
+
+    def _watched(self, work: Work[Any]) -> Work[Any]:
+        reply = None
+        while True:
+            try:
+                request = work.send(reply)
+            except StopIteration as done:
+                return done.value
+            self._count(request)
+            reply = yield request
+
+    def _count(self, request: Any) -> None:
+        """Add up what a rank sends on average: by ring, that is, a gathered piece goes round."""
+        others = len(self.states) - 1
+        share = {Allreduce: 2 * others / (others + 1), Alltoall: others / (others + 1)}
+        share[Allgather] = others
+        if type(request) in share:
+            size = np.asarray(request.tensor).nbytes
+            self.sent += size * share[type(request)] / len(self.states)
+
+    def owed(self) -> Any:
+        """Return what error feedback still has to deliver to the mean."""
+        owed = np.mean([state.residual for state in self.states], 0, dtype=np.float64)
+        owners = [s.inner for s in self.states if isinstance(s.inner, np.ndarray)]
+        if owners and owners[0].ndim == 1 and len(self.states) > 2:
+            owed = owed + np.concatenate(owners)[: owed.size].reshape(owed.shape)
+        return owed
+
+
+def gradients(ranks: int, steps: int, shape: Any = SHAPE, seed: int = 0) -> Any:
+    """Return gradients (step, rank, ...) with a common part, as in training."""
+    random = np.random.default_rng(seed)
+    common = random.normal(size=(1, 1, *shape))
+    return (common + random.normal(size=(steps, ranks, *shape))).astype(np.float32)
+
+
+@every
+@sizes
+def test_the_mean_is_near(name, ranks):
+    """One step; the methods that send little deliver it over many: see the next test."""
+    if name in ("fp16", "bf16", "int8", "int8 with feedback", "int4"):
+        grads = gradients(ranks, 1)[0]
+        mean = Job(METHODS[name], ranks).step(list(grads))
+        exact = grads.mean(0)
+        bound = {"fp16": 1e-3, "bf16": 5e-3, "int4": 0.3}.get(name, 0.02)
+        assert np.abs(mean - exact).max() <= bound * np.abs(grads).max()
+
+
+@pytest.mark.parametrize("name", WITH_FEEDBACK)
+@sizes
+def test_nothing_is_lost(name, ranks):
+    """Gate: what was applied and what is owed add up to the true gradients."""
+    job, steps = Job(METHODS[name], ranks), 60
+    applied, true = np.zeros(SHAPE), np.zeros(SHAPE)
+    for grads in gradients(ranks, steps):
+        applied += job.step(list(grads))
+        true += grads.mean(0, dtype=np.float64)
+    missing = applied + job.owed() - true
+    assert np.linalg.norm(missing) / np.linalg.norm(true) <= 1e-5
+
+
+@pytest.mark.parametrize("name", WITH_FEEDBACK)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_residuals_stay_bounded(name, ranks):
+    job, norms, random = Job(METHODS[name], ranks), [], np.random.default_rng(0)
+    for _ in range(300):
+        job.step([random.normal(size=SHAPE).astype(np.float32) for _ in range(ranks)])
+        norms.append(max(float(np.linalg.norm(state.residual)) for state in job.states))
+    assert max(norms[200:]) <= 1.1 * max(norms[50:100])
+
+
+@pytest.mark.parametrize(("method", "factor"), [("onebit", 0.35), ("int4", 0.05)])
+def test_without_feedback_codecs_end_elsewhere(method, factor):
+    """The negative control. Ranks pull to places of their own, and meet in the middle only
+    with what rounding lost: without it, what large elements lose stays lost."""
+    random = np.random.default_rng(0)
+    target, apart = random.normal(size=SHAPE), random.normal(size=(3, *SHAPE)) ** 3
+    apart -= apart.mean(0)
+    errors = {}
+    for feedback in (True, False):
+        job, x = Job(getattr(Compression, method)(feedback=feedback), 3), np.zeros(SHAPE)
+        for step in range(300):
+            mean = job.step([(x - target + own).astype(np.float32) for own in apart])
+            x = x - 0.2 / (1 + step / 50) * mean
+        errors[feedback] = np.linalg.norm(x - target) / np.linalg.norm(target)
+    assert errors[True] < factor * errors[False], errors
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "powersgd"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_frameworks_agree_to_the_last_bit(name, ranks):
+    """Replicas may even differ in framework; PowerSGD's factors come from libraries."""
+    torch, tf = pytest.importorskip("torch"), pytest.importorskip("tensorflow")
+    compressor = METHODS[name]
+    spec = Spec("layer.weight", SHAPE, "float32", ranks)
+
+    def steps(ops: Any, tensor: Any) -> Any:
+        states = [compressor.init(ops, spec) for _ in range(ranks)]
+        for grads in gradients(ranks, 3):
+            works = [
+                _native(tensor, compressor.reduce(ops, tensor(grad), state))
+                for grad, state in zip(grads, states, strict=True)
+            ]
+            results = in_step(works)
+            states = [result.state for result in results]
+        return np.asarray(results[0].mean)
+
+    expected = steps(OPS, np.array)
+    np.testing.assert_array_equal(steps(TorchOps(), torch.tensor), expected)
+    np.testing.assert_array_equal(steps(TensorFlowOps(), tf.constant), expected)
+
+
+def test_frameworks_agree_on_powersgd():
+    torch, tf = pytest.importorskip("torch"), pytest.importorskip("tensorflow")
+    compressor = METHODS["powersgd"]
+    spec = Spec("layer.weight", SHAPE, "float32", 2)
+    means = []
+    for ops, tensor in (
+        (OPS, np.array),
+        (TorchOps(), torch.tensor),
+        (TensorFlowOps(), tf.constant),
+    ):
+        states = [compressor.init(ops, spec) for _ in range(2)]
+        for grads in gradients(2, 4):
+            works = [
+                _native(tensor, compressor.reduce(ops, tensor(g), s))
+                for g, s in zip(grads, states, strict=True)
+            ]
+            results = in_step(works)
+            states = [result.state for result in results]
+        means.append(np.asarray(results[0].mean))
+    np.testing.assert_allclose(means[1], means[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(means[2], means[0], rtol=0, atol=1e-4)
+
+
+def _native(tensor: Any, work: Work[Any]) -> Work[Any]:
+    reply = None
+    while True:
+        try:
+            request = work.send(reply)
+        except StopIteration as done:
+            return done.value
+        reply = yield request
+        reply = tensor(reply) if isinstance(reply, np.ndarray) else reply
+
+
+@every
+@sizes
+@pytest.mark.parametrize("shape", [(0,), (1,), (2,), (7, 11), (3, 5, 2, 2), ()], ids=str)
+def test_awkward_shapes(name, ranks, shape):
+    job = Job(METHODS[name], ranks, shape)
+    for grads in gradients(ranks, 3, shape):
+        mean = job.step([np.asarray(grad) for grad in grads])
+    assert mean.shape == shape and np.isfinite(mean).all()
+
+
+@every
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kind", ["zeros", "subnormal", "huge", "rank one", "one rank idle"])
+def test_awkward_values(name, ranks, kind):
+    random = np.random.default_rng(0)
+    base = {
+        "zeros": np.zeros(SHAPE),
+        "subnormal": np.full(SHAPE, 1e-41),
+        "huge": np.full(SHAPE, 1e35),
+        "rank one": np.outer(np.arange(SHAPE[0]), np.arange(SHAPE[1])),
+        "one rank idle": random.normal(size=SHAPE),
+    }[kind].astype(np.float32)
+    job = Job(METHODS[name], ranks)
+    for _ in range(3):
+        grads = [base] * ranks
+        if kind == "one rank idle":
+            grads = [np.zeros_like(base), *grads[1:]]
+        mean = job.step(list(grads))
+        assert np.isfinite(mean).all()
+    if kind == "zeros":
+        assert not mean.any()
+
+
+@every
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_all_and_leaves_the_residual(name, ranks, bad):
+    job = Job(METHODS[name], ranks)
+    good = gradients(ranks, 3)
+    job.step(list(good[0]))
+    poisoned = [grad.copy() for grad in good[1]]
+    poisoned[1][5, 7] = bad
+    if name != "randomk":  # which sends what its comb meets
+        assert not np.isfinite(job.step(poisoned)).all()
+    else:
+        job.step(poisoned)
+    for state in job.states:
+        if isinstance(state, Feedback):
+            assert np.isfinite(state.residual).all()
+    assert np.isfinite(job.step(list(good[2]))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "formula"),
+    [
+        ("bf16", 2, lambda n: n * 2),
+        ("bf16", 4, lambda n: 1.5 * n * 2),
+        ("int8", 2, lambda n: n * (1 + 1 / 256)),
+        ("int8", 4, lambda n: 1.5 * n * (1 + 1 / 256)),
+        ("int4", 4, lambda n: 1.5 * n * (0.5 + 1 / 128)),
+        ("onebit", 2, lambda n: n * (1 / 8 + 4 / 1024)),
+        ("onebit", 4, lambda n: 1.5 * n * (1 / 8 + 4 / 1024)),
+        ("topk", 2, lambda n: 0.02 * n * 4),
+        ("topk", 4, lambda n: 3 * 0.02 * n * 4),
+        ("randomk", 4, lambda n: 1.5 * 0.05 * n * 4),
+        ("powersgd", 4, lambda n: 1.5 * 4 * 4 * (512 + 1024)),
+    ],
+)
+def test_bytes_sent(name, ranks, formula):
+    shape = (512, 1024)
+    job = Job(METHODS[name], ranks, shape)
+    job.step(list(gradients(ranks, 1, shape)[0]))
+    expected = formula(512 * 1024)
+    assert abs(job.sent / expected - 1) <= 0.03, (job.sent, expected)
+
+
+def test_the_global_generators_are_left_alone():
+    torch = pytest.importorskip("torch")
+    before = np.random.get_state()[1].copy(), torch.random.get_rng_state().clone()
+    for compressor in METHODS.values():
+        Job(compressor, 2).step(list(gradients(2, 1)[0]))
+        spec = Spec("w", SHAPE, "float32", 2)
+        compressor.init(TorchOps(), spec)
+    assert (np.random.get_state()[1] == before[0]).all()
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+
+
+def test_a_method_may_be_given_without_calling_it():
+    assert repr(as_compressor(Compression.powersgd)) == "Compression.powersgd(rank=4)"
+    assert as_compressor(Compression.bf16) is Compression.bf16
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Compression.topk(0), "topk(density=0)"),
+        (lambda: Compression.topk(1.5), "topk(density=1.5)"),
+        (lambda: Compression.randomk(-1), "randomk(density=-1)"),
+        (lambda: Compression.powersgd(0), "powersgd(rank=0)"),
+        (lambda: Compression.powersgd(2.5), "powersgd(rank=2.5)"),
+    ],
+)
+def test_options_out_of_range(make, told):
+    with pytest.raises(CompressionError) as error:
+        make()
+    assert told in str(error.value)
