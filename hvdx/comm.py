@@ -12,6 +12,7 @@ graph could not be traced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -70,24 +71,85 @@ def drive(work: Work[Result], answer: Callable[[Any], Any]) -> Result:
         return done.value  # type: ignore[no-any-return]
 
 
-def together(works: Sequence[Work[Result]]) -> Work[list[Result]]:
-    """Run generators side by side: the requests of each round travel as one group.
+def together(works: Sequence[Work[Result]], ops: Any) -> Work[list[Result]]:
+    """Run generators side by side, and let what they ask for in each round travel as one.
 
-    All must take part in every round until they end; those that end early drop out.
+    Horovod fuses small allreduces, but not alltoalls; and each operation costs a round of
+    negotiation. So requests of one kind, operator and dtype become one request for one flat
+    tensor, and the answer is cut up again. All generators must take part in every round until
+    they end; those that end early drop out.
+
+    Args:
+        works: the generators. Their requests must be equal on all ranks.
+        ops: the verbs (:class:`hvdx.ops.Ops`) of the tensors.
     """
     results: list[Any] = [None] * len(works)
     replies: dict[int, Any] = dict.fromkeys(range(len(works)))
+    facts: dict[type, int] = {}
     while True:
         requests = {}
         for index, reply in replies.items():
             try:
-                requests[index] = works[index].send(reply)
+                request = works[index].send(reply)
+                while isinstance(request, (Rank, Ranks)):
+                    if type(request) not in facts:
+                        facts[type(request)] = yield request
+                    request = works[index].send(facts[type(request)])
+                requests[index] = request
             except StopIteration as done:
                 results[index] = done.value
         if not requests:
             return results
-        answers = yield Together(tuple(requests.values()))
+        if Ranks not in facts:
+            facts[Ranks] = yield Ranks()
+        answers = yield from _merged(list(requests.values()), ops, facts[Ranks])
         replies = dict(zip(requests, answers, strict=True))
+
+
+def _merged(requests: list[Any], ops: Any, ranks: int) -> Work[list[Any]]:
+    """Ask for all of these in as few requests as possible; return their answers in order."""
+    groups: dict[Any, list[int]] = {}
+    for index, request in enumerate(requests):
+        key = type(request), getattr(request, "op", None), ops.dtype(request.tensor)
+        groups.setdefault(key, []).append(index)
+    whole = tuple(_joined([requests[i] for i in group], ops, ranks) for group in groups.values())
+    received = (yield Together(whole)) if len(whole) > 1 else [(yield whole[0])]
+    answers: list[Any] = [None] * len(requests)
+    for group, one in zip(groups.values(), received, strict=True):
+        parts = _parted([requests[i] for i in group], one, ops, ranks)
+        for index, part in zip(group, parts, strict=True):
+            answers[index] = part
+    return answers
+
+
+def _joined(requests: list[Any], ops: Any, ranks: int) -> Any:
+    """Return one request for all of these, which are of one kind."""
+    first = requests[0]
+    if len(requests) == 1:
+        return first
+    rows = ranks if isinstance(first, Alltoall) else 1
+    parts = [ops.reshape(request.tensor, (rows, -1)) for request in requests]
+    flat = ops.reshape(ops.concat(parts, axis=1), (-1,))
+    if isinstance(first, Allreduce):
+        return first._replace(tensor=flat, in_place=True)
+    return first._replace(tensor=flat)
+
+
+def _parted(requests: list[Any], answer: Any, ops: Any, ranks: int) -> list[Any]:
+    """Cut the answer to :func:`_joined` into those to each request."""
+    if len(requests) == 1:
+        return [answer]
+    summed = isinstance(requests[0], Allreduce)
+    given = isinstance(requests[0], Allgather)
+    rows = ops.reshape(answer, (1 if summed else ranks, -1))
+    parts, start = [], 0
+    for request in requests:
+        shape = tuple(request.tensor.shape)
+        size = math.prod(shape) // (1 if summed or given else ranks)
+        part = rows[:, start : start + size]
+        parts.append(ops.reshape(part, shape if summed else (-1, *shape[1:])))
+        start += size
+    return parts
 
 
 def in_step(works: Sequence[Work[Result]]) -> list[Result]:

@@ -9,6 +9,7 @@ from hvdx.comm import (
     Allgather,
     Allreduce,
     Alltoall,
+    Rank,
     Ranks,
     Together,
     answer_in_memory,
@@ -16,6 +17,7 @@ from hvdx.comm import (
     in_step,
     together,
 )
+from hvdx.ops import NumpyOps
 from hvdx.reduce_op import ReduceOp
 
 
@@ -62,24 +64,56 @@ def test_together_merges_rounds_and_lets_the_short_ones_go():
     rounds = []
 
     def answer(request):
-        assert isinstance(request, Together)
-        rounds.append([each.phase for each in request.requests])
-        return [float(each.tensor[0]) for each in request.requests]
+        if isinstance(request, Ranks):
+            return 2
+        rounds.append((request.phase, len(request.tensor)))
+        return request.tensor
 
-    results = drive(together([countdown(2), countdown(0), countdown(3), countdown(1)]), answer)
+    works = [countdown(2), countdown(0), countdown(3), countdown(1)]
+    results = drive(together(works, NumpyOps()), answer)
     assert results == [[0, 1], [], [0, 1, 2], [0]]
-    assert rounds == [["round 0"] * 3, ["round 1"] * 2, ["round 2"]]
+    assert rounds == [("round 0", 3), ("round 1", 2), ("round 2", 1)]
 
 
 @pytest.mark.parametrize("works", [[], [countdown(0), countdown(0)]])
 def test_together_asks_nothing_if_nobody_asks(works):
     count = len(works)
-    assert drive(together(works), pytest.fail) == [[]] * count
+    assert drive(together(works, NumpyOps()), pytest.fail) == [[]] * count
 
 
 def test_together_in_step_on_several_ranks():
-    works = [together([countdown(1), countdown(2)]) for _ in range(3)]
+    works = [together([countdown(1), countdown(2)], NumpyOps()) for _ in range(3)]
     assert in_step(works) == [[[0.0], [0.0, 1.0]]] * 3
+
+
+def ask_all(rank, shape):
+    """Ask once in every way; what comes back tells who sent it."""
+    tensor = np.full(shape, rank, np.float32)
+    got = [(yield Allreduce(tensor)), (yield Allgather(tensor))]
+    got.append((yield Alltoall(np.repeat(tensor, 3, axis=0))))
+    return [*got, (yield Rank()), (yield Ranks())]
+
+
+@pytest.mark.parametrize("shapes", [[(2,)], [(2,), (1, 3), (4, 2)]], ids=["one", "three"])
+def test_together_gives_each_what_it_would_get_alone(shapes):
+    alone = [in_step([ask_all(rank, shape) for rank in range(3)]) for shape in shapes]
+    works = [together([ask_all(rank, shape) for shape in shapes], NumpyOps()) for rank in range(3)]
+    for rank, results in enumerate(in_step(works)):
+        for place, result in enumerate(results):
+            for got, expected in zip(result, alone[place][rank], strict=True):
+                np.testing.assert_array_equal(got, expected)
+
+
+def test_together_keeps_dtypes_and_operators_apart():
+    def ask(dtype, op):
+        return (yield Allreduce(np.ones(2, dtype), op=op))
+
+    works = [("float32", ReduceOp.Sum), ("float16", ReduceOp.Sum), ("float32", ReduceOp.Average)]
+    ranks = [together([ask(*each) for each in works], NumpyOps()) for _ in range(2)]
+    for results in in_step(ranks):
+        assert [(r.dtype.name, r.tolist()) for r in results] == [
+            ("float32", [2, 2]), ("float16", [2, 2]), ("float32", [1, 1])
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
