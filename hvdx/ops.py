@@ -28,8 +28,11 @@ class Ops(Protocol):
     def clip(self, x: Any, low: float, high: float) -> Any:
         """Limit every finite element to [low, high]; infinities and NaN stay what they are."""
 
-    def limit(self, x: Any, low: float, high: float) -> Any:
-        """Limit every element, all of which must be finite, to [low, high]."""
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
+        """Return ``x * factor`` rounded to even within ±``limit``, as integers of ``dtype``.
+
+        0 where that is not finite. ``factor`` broadcasts.
+        """
 
     def scale(self, x: Any, factor: float) -> Any:
         """Multiply by a Python number in the dtype of ``x``."""
@@ -55,14 +58,11 @@ class Ops(Protocol):
     def finite(self, x: Any) -> Any:
         """Tell, by element, what is neither infinite nor NaN."""
 
-    def round(self, x: Any) -> Any:
-        """Round floats to the nearest whole number, ties to even."""
-
     def abs_bits(self, x: Any) -> Any:
         """Return the bits of |x| of float32 as int32: ordered as the magnitudes are."""
 
-    def negative(self, x: Any) -> Any:
-        """Tell, by element of float32, whether the sign bit is set; -0.0 is negative."""
+    def positive(self, x: Any) -> Any:
+        """Tell, by element of float32, whether the sign bit is unset; -0.0 is not positive."""
 
     def from_bits(self, x: Any) -> Any:
         """Return the float32 that have the bits of these int32."""
@@ -84,6 +84,12 @@ class Ops(Protocol):
 
     def from_bytes(self, x: Any, dtype: str) -> Any:
         """Return the 1-D tensor whose memory these uint8 are."""
+
+    def pack_bits(self, x: Any) -> Any:
+        """Write 1-D booleans, a multiple of 8 of them, as uint8: the first is the lowest bit."""
+
+    def unpack_bits(self, x: Any) -> Any:
+        """Undo :meth:`pack_bits`."""
 
     def bfloat16_bytes(self, x: Any) -> Any:
         """Return 1-D float32, rounded to bfloat16 (ties to even; NaN stay NaN), as uint8."""
@@ -122,6 +128,12 @@ class Ops(Protocol):
         """
 
 
+_BITS = [1 << bit for bit in range(8)]
+#: Eight bytes of 0 or 1, read as an int64 (the first is the lowest) and multiplied by this, have
+#: their bits side by side in the highest byte: byte i comes to rest at bit 56 + i.
+_GATHER_BITS = 0x0102040810204080
+
+
 class NumpyOps:
     """The verbs of :class:`Ops` for ``numpy.ndarray``."""
 
@@ -142,9 +154,10 @@ class NumpyOps:
         """See :meth:`Ops.clip`."""
         return self._np.where(self._np.isfinite(x), self._np.clip(x, low, high), x)
 
-    def limit(self, x: Any, low: float, high: float) -> Any:
-        """See :meth:`Ops.limit`."""
-        return self._np.clip(x, low, high)
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
+        """See :meth:`Ops.quantise`."""
+        scaled = self._np.nan_to_num(x * factor, nan=0.0, posinf=0.0, neginf=0.0)
+        return self._np.clip(self._np.rint(scaled), -limit, limit).astype(dtype)
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -178,17 +191,13 @@ class NumpyOps:
         """See :meth:`Ops.finite`."""
         return self._np.isfinite(x)
 
-    def round(self, x: Any) -> Any:
-        """See :meth:`Ops.round`."""
-        return self._np.rint(x)
-
     def abs_bits(self, x: Any) -> Any:
         """See :meth:`Ops.abs_bits`."""
         return self._np.abs(x).view("int32")
 
-    def negative(self, x: Any) -> Any:
-        """See :meth:`Ops.negative`."""
-        return self._np.signbit(x)
+    def positive(self, x: Any) -> Any:
+        """See :meth:`Ops.positive`."""
+        return ~self._np.signbit(x)
 
     def from_bits(self, x: Any) -> Any:
         """See :meth:`Ops.from_bits`."""
@@ -217,6 +226,14 @@ class NumpyOps:
     def from_bytes(self, x: Any, dtype: str) -> Any:
         """See :meth:`Ops.from_bytes`."""
         return self._np.array(x).view(dtype)  # a copy: aligned
+
+    def pack_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.pack_bits`."""
+        return self._np.packbits(x, bitorder="little")
+
+    def unpack_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.unpack_bits`."""
+        return self._np.unpackbits(x, bitorder="little").astype(bool)
 
     def bfloat16_bytes(self, x: Any) -> Any:
         """See :meth:`Ops.bfloat16_bytes`; NumPy has no such type."""
@@ -283,9 +300,10 @@ class TorchOps:
         """See :meth:`Ops.clip`."""
         return self._torch.where(self._torch.isfinite(x), x.clamp(low, high), x)
 
-    def limit(self, x: Any, low: float, high: float) -> Any:
-        """See :meth:`Ops.limit`."""
-        return x.clamp(low, high)
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
+        """See :meth:`Ops.quantise`."""
+        scaled = (x * factor).nan_to_num_(0.0, 0.0, 0.0)
+        return scaled.round_().clamp_(-limit, limit).to(getattr(self._torch, dtype))
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -319,17 +337,13 @@ class TorchOps:
         """See :meth:`Ops.finite`."""
         return self._torch.isfinite(x)
 
-    def round(self, x: Any) -> Any:
-        """See :meth:`Ops.round`."""
-        return x.round()
-
     def abs_bits(self, x: Any) -> Any:
         """See :meth:`Ops.abs_bits`."""
         return x.abs().view(self._torch.int32)
 
-    def negative(self, x: Any) -> Any:
-        """See :meth:`Ops.negative`."""
-        return x.signbit()
+    def positive(self, x: Any) -> Any:
+        """See :meth:`Ops.positive`."""
+        return x.view(self._torch.int32) >= 0
 
     def from_bits(self, x: Any) -> Any:
         """See :meth:`Ops.from_bits`."""
@@ -358,6 +372,16 @@ class TorchOps:
     def from_bytes(self, x: Any, dtype: str) -> Any:
         """See :meth:`Ops.from_bytes`."""
         return x.clone().view(getattr(self._torch, dtype))  # a copy: aligned
+
+    def pack_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.pack_bits`."""
+        eights = x.view(self._torch.uint8).view(self._torch.int64)
+        return (eights * _GATHER_BITS >> 56).to(self._torch.uint8)
+
+    def unpack_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.unpack_bits`."""
+        weights = self._torch.tensor(_BITS, dtype=self._torch.uint8, device=x.device)
+        return (x[:, None] & weights).ne(0).reshape(-1)
 
     def bfloat16_bytes(self, x: Any) -> Any:
         """See :meth:`Ops.bfloat16_bytes`."""
@@ -434,9 +458,12 @@ class TensorFlowOps:
         limited = self._tf.clip_by_value(x, low, high)
         return self._tf.where(self._tf.math.is_finite(x), limited, x)
 
-    def limit(self, x: Any, low: float, high: float) -> Any:
-        """See :meth:`Ops.limit`."""
-        return self._tf.clip_by_value(x, low, high)
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
+        """See :meth:`Ops.quantise`."""
+        scaled = x * factor
+        scaled = self._tf.where(self._tf.math.is_finite(scaled), scaled, 0.0)
+        whole = self._tf.clip_by_value(self._tf.round(scaled), -limit, limit)
+        return self._tf.cast(whole, dtype)
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -471,18 +498,14 @@ class TensorFlowOps:
         """See :meth:`Ops.finite`."""
         return self._tf.math.is_finite(x)
 
-    def round(self, x: Any) -> Any:
-        """See :meth:`Ops.round`."""
-        return self._tf.round(x)
-
     def abs_bits(self, x: Any) -> Any:
         """See :meth:`Ops.abs_bits`."""
         bits = self._tf.bitcast(x, self._tf.int32)
         return self._tf.bitwise.bitwise_and(bits, 0x7FFFFFFF)
 
-    def negative(self, x: Any) -> Any:
-        """See :meth:`Ops.negative`."""
-        return self._tf.bitcast(x, self._tf.int32) < 0
+    def positive(self, x: Any) -> Any:
+        """See :meth:`Ops.positive`."""
+        return self._tf.bitcast(x, self._tf.int32) >= 0
 
     def from_bits(self, x: Any) -> Any:
         """See :meth:`Ops.from_bits`."""
@@ -513,6 +536,18 @@ class TensorFlowOps:
         kind = self._tf.as_dtype(dtype)
         split = self._tf.reshape(x, [-1, kind.size]) if kind.size > 1 else x
         return self._tf.bitcast(split, kind)
+
+    def pack_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.pack_bits`."""
+        eights = self.from_bytes(self._tf.cast(x, self._tf.uint8), "int64")
+        top = self._tf.bitwise.right_shift(eights * _GATHER_BITS, 56)
+        return self._tf.cast(self._tf.bitwise.bitwise_and(top, 255), self._tf.uint8)
+
+    def unpack_bits(self, x: Any) -> Any:
+        """See :meth:`Ops.unpack_bits`."""
+        weights = self._tf.constant(_BITS, self._tf.uint8)
+        hits = self._tf.bitwise.bitwise_and(x[:, None], weights)
+        return self._tf.reshape(hits > 0, [-1])
 
     def bfloat16_bytes(self, x: Any) -> Any:
         """See :meth:`Ops.bfloat16_bytes`."""

@@ -5,7 +5,7 @@ two found by integer arithmetic on the bits of the floats: an exponent is exact 
 depend on the order of a reduction, on how a library rounds a division, or on whether it flushes
 subnormals. Products with such a scale are exact too, so that fused multiply-adds do no harm.
 
-A block with an infinity or a NaN decodes to NaN throughout: a rank that diverged must be seen by
+A block with an infinity or a NaN decodes to nothing finite: a rank that diverged must be seen by
 all. (A cast of NaN to an integer would send a zero and hide it.)
 """
 
@@ -68,10 +68,8 @@ def integers(bits: int, block: int) -> Codec:
         top = ops.max(ops.abs_bits(blocks))
         exponent = _at_least(ops, ops.shift_right(top, 23) - (bits - 2), _FLOOR)
         inverse = ops.from_bits((254 - exponent) * _EXPONENT)
-        good = top < _INFINITE
-        scaled = ops.where(good[..., None], blocks * inverse[..., None], ops.zeros((), "float32"))
-        codes = ops.cast(ops.limit(ops.round(scaled), -limit, limit), "int8")
-        exponent = ops.where(good, exponent, ops.constant(255, "int32"))
+        codes = ops.quantise(blocks, inverse[..., None], limit, "int8")
+        exponent = ops.where(top < _INFINITE, exponent, ops.constant(255, "int32"))
         count = rows.shape[0]
         return ops.concat(
             [
@@ -86,7 +84,7 @@ def integers(bits: int, block: int) -> Codec:
         exponent = ops.cast(data[:, :scales], "int32")
         codes = _widen(ops, ops.reshape(data[:, scales:], (-1,)), bits)
         blocks = ops.reshape(ops.cast(codes, "float32"), (data.shape[0], scales, block))
-        # Exponent 255 is infinity, and zero times infinity is NaN.
+        # Exponent 255 is infinity: nothing times that is finite.
         values = blocks * ops.from_bits(exponent * _EXPONENT)[..., None]
         return ops.reshape(values, (data.shape[0], columns))
 
@@ -103,41 +101,31 @@ def signs(block: int = 1024) -> Codec:
         raise ValueError(f"block={block} must be 256, 512 or 1024: sums must stay below 2^31")
     halvings = block.bit_length() - 1
     row_bytes = functools.partial(_with_scales, bits=1, block=block, scale_bytes=4)
-    weights = [2**bit for bit in range(8)]
 
     def encode(ops: Ops, rows: Any, used: int) -> Any:
         blocks = _blocks(ops, rows, block)
         bits = ops.abs_bits(blocks)
         top = ops.max(bits)
         exponent = _at_least(ops, ops.shift_right(top, 23) - 19, 12)
-        good = top < _INFINITE
         up = ops.from_bits((254 - exponent) * _EXPONENT)
-        scaled = ops.where(
-            good[..., None], ops.from_bits(bits) * up[..., None], ops.zeros((), "float32")
-        )
-        total = ops.cast(ops.sum(ops.cast(ops.round(scaled), "int32")), "float32")
+        whole = ops.quantise(ops.from_bits(bits), up[..., None], 2**20, "int32")
         down = ops.from_bits((exponent - halvings) * _EXPONENT)
-        mean = total * down * ops.constant(_shares(tuple(blocks.shape[:2]), block, used), "float32")
-        mean = ops.where(good, mean, ops.constant(math.nan, "float32"))
-        positive = ops.where(
-            ops.negative(blocks),
-            ops.constant(0, "int32"),
-            ops.constant(1, "int32"),
-        )
+        mean = ops.cast(ops.sum(whole), "float32") * down
+        mean = mean * ops.constant(_shares(tuple(blocks.shape[:2]), block, used), "float32")
+        mean = ops.where(top < _INFINITE, mean, ops.constant(math.nan, "float32"))
+        positive = ops.positive(ops.reshape(rows, (-1,)))
         count = rows.shape[0]
-        eights = ops.reshape(positive, (count, -1, 8))
-        packed = ops.cast(ops.sum(eights * ops.constant(weights, "int32")), "uint8")
         scales = ops.reshape(ops.to_bytes(ops.reshape(mean, (-1,))), (count, -1))
+        packed = ops.reshape(ops.pack_bits(positive), (count, -1))
         return ops.concat([scales, packed], axis=1)
 
     def decode(ops: Ops, data: Any, columns: int) -> Any:
         count, scales = data.shape[0], columns // block
         mean = ops.from_bytes(ops.reshape(data[:, : 4 * scales], (-1,)), "float32")
-        packed = data[:, 4 * scales :]
-        bits = [ops.mask(ops.shift_right(packed, bit), 1)[..., None] for bit in range(8)]
-        hits = ops.reshape(ops.concat(bits, axis=-1), (count, scales, block))
-        sign = ops.cast(hits, "float32") * 2.0 - 1.0
-        return ops.reshape(sign * ops.reshape(mean, (count, scales, 1)), (count, columns))
+        mean = ops.reshape(mean, (count, scales, 1))
+        positive = ops.unpack_bits(ops.reshape(data[:, 4 * scales :], (-1,)))
+        positive = ops.reshape(positive, (count, scales, block))
+        return ops.reshape(ops.where(positive, mean, -mean), (count, columns))
 
     return Codec("onebit", block, row_bytes, encode, decode)
 
