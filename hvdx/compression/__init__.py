@@ -9,7 +9,7 @@ from hvdx.compression.base import (
     from_horovod,
     none,
 )
-from hvdx.compression.feedback import error_feedback, min_size
+from hvdx.compression.feedback import after, error_feedback, min_size
 from hvdx.compression.methods import Compression, as_compressor
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Compressor",
     "Reduced",
     "Spec",
+    "after",
     "as_compressor",
     "error_feedback",
     "fp16",

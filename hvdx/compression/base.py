@@ -50,8 +50,23 @@ class Compressor(NamedTuple):
     """Shapes do not matter, so that an engine may hand over a whole bucket as one flat tensor
     instead of parameter by parameter."""
 
+    phases: tuple[tuple[int, Compressor], ...] = ()
+    """(step, compressor) in rising order: what takes over from that step on. They share the
+    state, and have no phases themselves. Requests then depend on nothing but the step, which
+    is equal on all ranks."""
+    owns_momentum: bool = False
+    """It applies momentum itself, so that the optimizer must not."""
+
     def __repr__(self) -> str:
         return f"Compression.{self.name}"
+
+    def at(self, step: int) -> Compressor:
+        """Return what reduces gradients in optimizer step ``step``, counted from 0."""
+        chosen = self
+        for start, phase in self.phases:
+            if step >= start:
+                chosen = phase
+        return chosen
 
 
 def name_hash(seed: int, name: str) -> int:

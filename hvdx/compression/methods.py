@@ -10,7 +10,7 @@ from hvdx.compression.base import CompressionError, Compressor, fp16, from_horov
 from hvdx.compression.exchange import exchange
 from hvdx.compression.feedback import error_feedback, min_size
 from hvdx.compression.powersgd import power_sgd
-from hvdx.compression.sparse import random_k, top_k
+from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
 
 _SMALL = 1024  # parameters of fewer elements travel raw where each is compressed alone
 
@@ -65,6 +65,33 @@ class Compression:
         """
         _check_density("topk", density)
         return min_size(min_elements, error_feedback(top_k(density)))
+
+    @staticmethod
+    def dgc(
+        density: float = 0.001,
+        momentum: float = 0.9,
+        warmup_steps: int = 0,
+        min_elements: int = _SMALL,
+    ) -> Compressor:
+        """Deep gradient compression: top-k of momentum. The optimizer's momentum must be off.
+
+        Args:
+            density: share of the elements sent, above 0 and at most 1.
+            momentum: applied before the choice, from 0 to below 1. Parameters that travel raw
+                get none: keep ``min_elements`` low.
+            warmup_steps: steps over which the density falls from 25 % to ``density``.
+            min_elements: smaller parameters, and vectors, travel raw.
+        """
+        _check_density("dgc", density)
+        if not 0 <= momentum < 1:
+            raise CompressionError(
+                f"Compression.dgc(momentum={momentum!r}): momentum must be 0 or more and below 1"
+            )
+        if warmup_steps < 0:
+            raise CompressionError(
+                f"Compression.dgc(warmup_steps={warmup_steps!r}): it must be 0 or more"
+            )
+        return min_size(min_elements, deep_gradient_compression(density, momentum, warmup_steps))
 
     @staticmethod
     def randomk(density: float = 0.01, min_elements: int = _SMALL, seed: int = 0) -> Compressor:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from hvdx.comm import Allgather, Allreduce, Alltoall, Work, in_step
-from hvdx.compression import Compression, CompressionError, Compressor, Spec, as_compressor
+from hvdx.compression import (
+    Compression,
+    CompressionError,
+    Compressor,
+    Spec,
+    after,
+    as_compressor,
+    error_feedback,
+    min_size,
+)
 from hvdx.compression.feedback import Feedback
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 
@@ -24,10 +33,11 @@ METHODS = {
     "int4": Compression.int4(),
     "onebit": Compression.onebit(),
     "topk": Compression.topk(0.02),
+    "dgc": Compression.dgc(0.02),
     "randomk": Compression.randomk(0.05),
     "powersgd": Compression.powersgd(4),
 }
-WITH_FEEDBACK = [name for name in METHODS if name not in ("fp16", "bf16", "int8")]
+WITH_FEEDBACK = [name for name in METHODS if name not in ("fp16", "bf16", "int8", "dgc")]
 every = pytest.mark.parametrize("name", METHODS)
 sizes = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 
@@ -274,6 +284,59 @@ def test_bytes_sent(name, ranks, formula):
     assert abs(job.sent / expected - 1) <= 0.03, (job.sent, expected)
 
 
+def test_deep_gradient_compression_without_momentum_is_top_k_with_feedback():
+    jobs = [Job(Compression.dgc(0.02, momentum=0), 3), Job(Compression.topk(0.02), 3)]
+    for grads in gradients(3, 10):
+        np.testing.assert_array_equal(*(job.step(list(grads)) for job in jobs))
+
+
+def test_deep_gradient_compression_sends_what_momentum_would_apply():
+    """An element that is sent once in a while delivers the sum of its momentum steps."""
+    shape, momentum, density = (40, 40), 0.5, 1 / 1600
+    job = Job(Compression.dgc(density, momentum, min_elements=0), 2, shape)
+    grad = np.zeros(shape, np.float32)
+    grad[3, 4], grad[5, 6] = 8.0, 1.0  # the second waits
+    assert [float(job.step([grad, grad])[3, 4]) for _ in range(3)] == [8.0, 8.0, 8.0]
+    # After 3 steps of 1: velocities 1, 1.5, 1.75 are owed; and 8's own starts afresh each time.
+    assert [float(state.owed[5, 6]) for state in job.states] == [4.25, 4.25]
+    grad[3, 4] = 0.0
+    assert float(job.step([grad, grad])[5, 6]) == 4.25 + 1.875
+    assert [float(state.momentum[5, 6]) for state in job.states] == [0.0, 0.0]
+
+
+def test_density_warms_up():
+    compressor = Compression.dgc(0.001, warmup_steps=8, min_elements=0)
+    sent = []
+    for step in (0, 1, 2, 4, 6, 8, 100):
+        job = Job(compressor.at(step), 2, (100, 100))
+        job.step(list(gradients(2, 1, (100, 100))[0]))
+        sent.append(job.sent)
+    assert sent == [5000 * 2, 5000 * 2, 625 * 4, 157 * 4, 40 * 4, 10 * 4, 10 * 4]
+    assert compressor.owns_momentum and not Compression.topk().owns_momentum
+
+
+def test_after_some_steps():
+    compressor = after(2, Compression.onebit())
+    job = Job(compressor, 3)
+    for step, grads in enumerate(gradients(3, 4)):
+        job.compressor = compressor.at(step)
+        mean = job.step(list(grads))
+        raw = np.array_equal(mean, sum(grads) / np.float32(3))
+        assert raw == (step < 2)
+        assert job.states[0].residual.any() == (step >= 2)
+    assert repr(compressor) == "Compression.after(2, onebit(feedback=True))"
+
+
+def test_wrappers_keep_phases():
+    compressor = min_size(10, error_feedback(after(3, Compression.int8())))
+    assert [start for start, _ in compressor.phases] == [0, 3]
+    job = Job(compressor.at(0), 2)
+    grads = gradients(2, 2)
+    np.testing.assert_array_equal(job.step(list(grads[0])), sum(grads[0]) / np.float32(2))
+    job.compressor = compressor.at(3)
+    assert not np.array_equal(job.step(list(grads[1])), sum(grads[1]) / np.float32(2))
+
+
 def test_the_global_generators_are_left_alone():
     torch = pytest.importorskip("torch")
     before = np.random.get_state()[1].copy(), torch.random.get_rng_state().clone()
@@ -295,6 +358,8 @@ def test_a_method_may_be_given_without_calling_it():
     [
         (lambda: Compression.topk(0), "topk(density=0)"),
         (lambda: Compression.topk(1.5), "topk(density=1.5)"),
+        (lambda: Compression.dgc(momentum=1), "dgc(momentum=1)"),
+        (lambda: Compression.dgc(warmup_steps=-1), "dgc(warmup_steps=-1)"),
         (lambda: Compression.randomk(-1), "randomk(density=-1)"),
         (lambda: Compression.powersgd(0), "powersgd(rank=0)"),
         (lambda: Compression.powersgd(2.5), "powersgd(rank=2.5)"),
