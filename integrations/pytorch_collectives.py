@@ -519,6 +519,8 @@ def _spelled(name: str | None) -> str:
 
 def _settled(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` with its elements one after the other in memory, as they look."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"a torch.Tensor is needed here, not {type(tensor).__qualname__}")
     if tensor.layout is not torch.strided:
         raise ValueError(
             f"Horovod takes dense tensors, not {dtype_name(tensor.layout)} ones; convert with "

@@ -120,14 +120,7 @@ class _Normalize(torch.autograd.Function):
         of_bias, of_weight = sums
         of_input = None
         if ctx.needs_input_grad[0]:
-            total, along = _core().allreduce(
-                sums,
-                op=ReduceOp.Sum,
-                name=f"hvdx.sync_batch_norm.gradients.{mean.numel()}",
-                prescale_factor=1.0,
-                postscale_factor=1.0,
-                process_set=ctx.process_set,
-            ) / count  # fmt: skip
+            total, along = _summed(sums, ctx.process_set) / count
             factor = scale if weight is None else scale * weight.to(mean.dtype)
             of_input = grad - total.view(shape) - normal * along.view(shape)
             of_input = (of_input * factor.view(shape)).to(input.dtype)
@@ -148,9 +141,7 @@ def _statistics(
     if count:
         variance, mean = torch.var_mean(input.to(wide), others, correction=0)
         own = torch.stack([mean, variance * count, torch.full_like(mean, count)])
-    core = _core()
-    name = f"hvdx.sync_batch_norm.statistics.{channels}"
-    every = core.allgather(own.unsqueeze(0), name=name, process_set=process_set)
+    every = _gathered(own.unsqueeze(0), process_set)  # (ranks, 3, channels)
     means, squares, counts = every.double().unbind(1)  # each (ranks, channels)
     total = counts[:, 0].sum()
     if total <= 1:
@@ -167,5 +158,32 @@ def _like(parameter: torch.Tensor | None, statistic: torch.Tensor) -> torch.Tens
     return None if parameter is None else parameter.to(statistic.dtype)
 
 
-def _core() -> Any:
-    return world.core("torch")
+# Named by their size, and so alike for the layers of one width: Horovod remembers what it has
+# agreed on by name.
+
+
+def _gathered(own: torch.Tensor, process_set: Any) -> torch.Tensor:
+    core, process_set = _core(process_set)
+    if core.ranks(process_set) == 1:
+        return own
+    name = f"hvdx.sync_batch_norm.statistics.{own.shape[-1]}"
+    return core.allgather(own, name=name, process_set=process_set)
+
+
+def _summed(own: torch.Tensor, process_set: Any) -> torch.Tensor:
+    core, process_set = _core(process_set)
+    if core.ranks(process_set) == 1:
+        return own
+    return core.allreduce(
+        own,
+        op=ReduceOp.Sum,
+        name=f"hvdx.sync_batch_norm.gradients.{own.shape[-1]}",
+        prescale_factor=1.0,
+        postscale_factor=1.0,
+        process_set=process_set,
+    )
+
+
+def _core(process_set: Any) -> tuple[Any, Any]:
+    core = world.core("torch")
+    return core, world.own_set(core, process_set)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from hvdx import frameworks
-from hvdx.compression import Compression
 from hvdx.errors import MismatchError
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
@@ -51,7 +50,6 @@ _UNCHANGED = [
 ]
 
 __all__ = [
-    "Compression",
     "DistributedOptimizer",
     "MismatchError",
     "SyncBatchNorm",

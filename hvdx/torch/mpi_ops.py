@@ -31,6 +31,7 @@ from hvdx.collectives import (
     reducescatter,
     scatterable,
 )
+from hvdx.compression import Compression
 from hvdx.integrations.process_sets import ProcessSet, everyone
 from hvdx.integrations.pytorch_collectives import Handle
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
@@ -39,6 +40,7 @@ from hvdx.world import shutdown
 __all__ = [
     "Adasum",
     "Average",
+    "Compression",
     "Handle",
     "Max",
     "Min",
