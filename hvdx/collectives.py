@@ -86,7 +86,7 @@ def _mapping(change: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 def _through(route: _Route, operation: str, given: Any, process_set: Any, **options: Any) -> Any:
     """Send a tensor, or a group, through an operation of the route's core."""
     if process_set is not None:
-        process_set = world.own_set(route.adapter, process_set)
+        process_set = world.own_set(route.adapter.framework, process_set)
     entered = given if route.enter is None else route.enter(given)
     result = getattr(route.adapter, operation)(entered, process_set=process_set, **options)
     return result if route.leave is None else route.leave(result)
@@ -136,7 +136,7 @@ def _compressed(
     compressor = as_compressor(compression)
     if op not in (ReduceOp.Average, ReduceOp.Sum):
         raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum, not {op.name}")
-    adapter, process_set = route.adapter, world.own_set(route.adapter, process_set)
+    adapter, process_set = route.adapter, world.own_set(route.adapter.framework, process_set)
     entered = given if route.enter is None else route.enter(given)
     grouped = operation.startswith("grouped")
     group = entered if grouped else [entered]
@@ -373,7 +373,7 @@ def scatterable(op: int | None, compression: Any = none) -> ReduceOp:
 def barrier(process_set: Any = None) -> None:
     """Return once every rank (of the set) has called it."""
     adapter = world.core()
-    adapter.barrier(world.own_set(adapter, process_set))
+    adapter.barrier(world.own_set(adapter.framework, process_set))
 
 
 def join() -> int:

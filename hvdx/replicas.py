@@ -28,7 +28,7 @@ def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = Non
         ValueError: a Keras model has no variables yet; build it first.
     """
     adapter, tensors = named_tensors(params)
-    process_set = world.own_set(adapter, process_set)
+    process_set = world.own_set(adapter.framework, process_set)
     name = next_name("parameters", process_set)
     check_same(adapter, "parameters to broadcast", _described(adapter, tensors), name, process_set)
     adapter.broadcast_tensors(tensors, root_rank, name, process_set)
@@ -53,8 +53,8 @@ def broadcast_optimizer_state(
     if library == "keras":
         broadcast_parameters(optimizer, root_rank, process_set)
     elif library == "torch":
-        adapter = world.core("torch")
-        adapter.broadcast_optimizer(optimizer, root_rank, world.own_set(adapter, process_set))
+        own = world.own_set("torch", process_set)
+        world.core("torch").broadcast_optimizer(optimizer, root_rank, own)
     else:
         raise TypeError(f"{type(optimizer).__name__} is no torch or Keras optimizer")
 
@@ -77,7 +77,7 @@ def broadcast_object(
         framework: whose core carries it; the first that runs by default.
     """
     adapter = world.core(framework)
-    process_set = world.own_set(adapter, process_set)
+    process_set = world.own_set(adapter.framework, process_set)
     name = name or next_name("object", process_set)
     return adapter.broadcast_object(obj, root_rank, name, process_set)
 
@@ -90,7 +90,7 @@ def allgather_object(
     Arguments as of :func:`broadcast_object`.
     """
     adapter = world.core(framework)
-    process_set = world.own_set(adapter, process_set)
+    process_set = world.own_set(adapter.framework, process_set)
     return adapter.allgather_object(obj, name or next_name("objects", process_set), process_set)
 
 

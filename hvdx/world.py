@@ -270,8 +270,8 @@ def global_process_set() -> Any:
     return everyone(core().framework)
 
 
-def own_set(adapter: Adapter, process_set: Any) -> Any:
-    """Return ``process_set`` as the core of ``adapter`` numbers it; None stays None.
+def own_set(framework: str, process_set: Any) -> Any:
+    """Return ``process_set`` as the core of ``framework`` numbers it; None stays None.
 
     Raises:
         ValueError: that core does not know the set.
@@ -283,7 +283,7 @@ def own_set(adapter: Adapter, process_set: Any) -> Any:
         raise TypeError(f"process_set={process_set!r} is no hvd.ProcessSet")
     if process_set.process_set_id == 0:
         return None
-    return process_set.of(adapter.framework) if hasattr(process_set, "of") else process_set
+    return process_set.of(framework) if hasattr(process_set, "of") else process_set
 
 
 def add_process_set(process_set: Any, *, framework: str | None = None) -> Any:

@@ -106,13 +106,13 @@ class Everyone(ProcessSet):
     def __init__(self, framework: str) -> None:
         self._known = {}
         self.process_set_id = 0
-        self._horovod = importlib.import_module(f"horovod.{framework}")
+        self._framework = framework
 
     @property
     def ranks(self) -> list[int]:
         """All ranks; none before ``init``."""
-        running = self._horovod.is_initialized()
-        return list(range(self._horovod.size())) if running else []
+        horovod = importlib.import_module(f"horovod.{self._framework}")
+        return list(range(horovod.size())) if horovod.is_initialized() else []
 
 
 @functools.cache

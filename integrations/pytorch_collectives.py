@@ -31,7 +31,7 @@ _MOVABLE = _SUMMABLE | {torch.uint8, torch.int8, torch.int16}
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALL_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16})
 
-_GLANCES = 100  # polls before the first sleep
+_GLANCES = 300  # polls before the first sleep, a fraction of a millisecond
 
 
 class Handle(int):
@@ -281,7 +281,7 @@ class Collectives:
         return handle
 
     def _own(self, process_set: Any) -> Any:
-        return world.own_set(self, process_set) or self._everyone
+        return world.own_set(self.framework, process_set) or self._everyone
 
     # Ending -------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class Collectives:
             raise self._explained(handle, error) from None
         return result if handle.leave is None else handle.leave(result)
 
-    def _explained(self, handle: Handle, error: Exception) -> Exception:
+    def _explained(self: Any, handle: Handle, error: Exception) -> Exception:
         """Say on every rank what each submitted, where Horovod only says that they differ."""
         if is_mismatch(error):
             tensors = list(handle.tensors)
@@ -523,7 +523,7 @@ def _settled(tensor: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"a torch.Tensor is needed here, not {type(tensor).__qualname__}")
     if tensor.layout is not torch.strided:
         raise ValueError(
-            f"Horovod takes dense tensors, not {dtype_name(tensor.layout)} ones; convert with "
+            f"Horovod takes dense tensors, not those of {tensor.layout}; convert with "
             "to_dense(), or use sparse_allreduce_async"
         )
     return tensor.contiguous().resolve_conj().resolve_neg()

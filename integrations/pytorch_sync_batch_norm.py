@@ -75,13 +75,13 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
         """Move the running statistics towards a batch's; their variance is the unbiased one."""
-        self.num_batches_tracked.add_(1)
-        share = self.momentum
-        if share is None:
-            share = 1.0 / float(self.num_batches_tracked)
+        seen: Any = self.num_batches_tracked
+        seen.add_(1)
+        share = 1.0 / float(seen) if self.momentum is None else self.momentum
         unbiased = variance * (count / (count - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            assert running is not None  # as long as they are tracked
+            running.lerp_(new.to(running.dtype), share)
 
 
 class _Normalize(torch.autograd.Function):
@@ -185,5 +185,4 @@ def _summed(own: torch.Tensor, process_set: Any) -> torch.Tensor:
 
 
 def _core(process_set: Any) -> tuple[Any, Any]:
-    core = world.core("torch")
-    return core, world.own_set(core, process_set)
+    return world.core("torch"), world.own_set("torch", process_set)

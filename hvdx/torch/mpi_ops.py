@@ -33,6 +33,7 @@ from hvdx.collectives import (
 )
 from hvdx.compression import Compression
 from hvdx.integrations.process_sets import ProcessSet, everyone
+from hvdx.integrations.pytorch import TorchAdapter
 from hvdx.integrations.pytorch_collectives import Handle
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.world import shutdown
@@ -96,15 +97,16 @@ def __getattr__(name: str) -> Any:
 
 
 @functools.cache
-def _core() -> Any:
-    return world.core("torch")
+def _core() -> TorchAdapter:
+    core: Any = world.core("torch")
+    return core
 
 
 world.on_change(_core.cache_clear)
 
 
 def _own(process_set: Any) -> Any:
-    return process_set if process_set is None else world.own_set(_core(), process_set)
+    return process_set if process_set is None else world.own_set("torch", process_set)
 
 
 def _group(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
