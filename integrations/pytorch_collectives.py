@@ -301,7 +301,7 @@ class Collectives:
             return None
         if isinstance(handle, Handle):
             return self._end(handle)
-        return wait(self.horovod, handle, f"handle {handle}")
+        return wait(self.horovod, handle, f"handle {handle}", "synchronize")
 
     def _end(self, handle: Handle) -> Any:
         poll = self.horovod.poll
@@ -310,7 +310,14 @@ class Collectives:
                 break
             os.sched_yield()
         try:
-            result = wait(self.horovod, handle, handle.name)
+            result = wait(
+                self.horovod,
+                handle,
+                handle.name,
+                handle.operation,
+                handle.tensors,
+                handle.process_set,
+            )
         except HorovodInternalError as error:
             raise self._explained(handle, error) from None
         return result if handle.leave is None else handle.leave(result)
@@ -318,8 +325,8 @@ class Collectives:
     def _explained(self: Any, handle: Handle, error: Exception) -> Exception:
         """Say on every rank what each submitted, where Horovod only says that they differ."""
         if is_mismatch(error):
-            tensors = list(handle.tensors)
-            return explain(self, handle.operation, handle.named, tensors, handle.process_set)
+            given, reason = list(handle.tensors), str(error)
+            return explain(self, handle.operation, handle.named, given, handle.process_set, reason)
         told = f"rank {world.rank()}: {handle.operation} of {_spelled(handle.named)}: {error}"
         return HorovodInternalError(told)
 
@@ -377,15 +384,17 @@ class Collectives:
     def barrier(self, process_set: Any) -> None:
         """Wait for all ranks."""
         number = self._own(process_set).process_set_id
-        self._wait_for("barrier", lambda library: library.horovod_torch_barrier(number), None)
+        self._wait_for("barrier", lambda lib: lib.horovod_torch_barrier(number), None, process_set)
 
     def join(self, device: int = -1) -> int:
         """Say that this rank has no more data."""
         last = torch.tensor(-1, dtype=torch.int32)
-        self._wait_for("join", lambda library: library.horovod_torch_join(last, device), last)
+        self._wait_for("join", lambda lib: lib.horovod_torch_join(last, device), last)
         return int(last)
 
-    def _wait_for(self, name: str, start: Callable[[Any], int], output: Any) -> None:
+    def _wait_for(
+        self, name: str, start: Callable[[Any], int], output: Any, process_set: Any = None
+    ) -> None:
         """Wait for what Horovod has no asynchronous form of, without its spinning."""
         module = self.horovod.mpi_ops
         try:
@@ -393,7 +402,7 @@ class Collectives:
         except RuntimeError as error:
             raise HorovodInternalError(error) from None
         module._handle_map[handle] = (None, output)
-        wait(self.horovod, handle, name)
+        wait(self.horovod, handle, name, name, (), process_set)
 
     # Gradients ----------------------------------------------------------------------------
 
