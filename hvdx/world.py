@@ -49,7 +49,7 @@ def init(
     if fresh:
         launch.prepare(mpi_built=bool(fresh[0].horovod.mpi_built()))
     for adapter in adapters:
-        if adapter in fresh:
+        if adapter in fresh or process_sets:
             _start(adapter, comm, process_sets, first=adapter is adapters[0])
         _started.setdefault(adapter.framework, adapter)
     _changed()
@@ -59,21 +59,23 @@ def init(
 
 
 def _start(adapter: Adapter, comm: Any, process_sets: Any, first: bool) -> None:
-    """Start one core; it numbers process sets for itself, so it gets objects of its own."""
-    from hvdx.integrations.process_sets import ProcessSet, point_at
+    """Start one core; it numbers process sets for itself, so it gets objects of its own.
+
+    One that runs already only tells the numbers of sets that it knows.
+    """
+    from hvdx.integrations.process_sets import ProcessSet, number, point_at
 
     dynamic = isinstance(process_sets, str)
     given = [] if dynamic else list(process_sets or [])
     known = [
-        each.unnumbered()
-        if isinstance(each, ProcessSet)
-        else each
-        if first
-        else type(each)(each.ranks)
+        each if first and not isinstance(each, ProcessSet) else ProcessSet.unnumbered(each)
         for each in given
     ]
     point_at(adapter)  # else Horovod asks the core that was imported last for the numbers
-    adapter.horovod.init(comm, process_sets if dynamic else known)
+    if adapter.horovod.is_initialized():
+        number(known)
+    else:
+        adapter.horovod.init(comm, process_sets if dynamic else known)
     for each, numbered in zip(given, known, strict=True):
         if isinstance(each, ProcessSet):
             each.register(adapter.framework, numbered)

@@ -34,7 +34,7 @@ class ProcessSet(horovod_sets.ProcessSet):
         super().__init__(ranks_or_comm)
         self._known: dict[str, Any] = {}  # framework: the set as its core numbers it
 
-    def unnumbered(self) -> Any:
+    def unnumbered(self: Any) -> Any:
         """Return a set of Horovod's own with these ranks, for a core to number."""
         return horovod_sets.ProcessSet(self.mpi_comm if self.ranks is None else self.ranks)
 
@@ -126,6 +126,22 @@ def point_at(adapter: Adapter) -> Any:
     before = horovod_sets._basics
     horovod_sets._setup(importlib.import_module(f"horovod.{adapter.framework}.mpi_ops")._basics)
     return before
+
+
+def number(sets: list[Any]) -> None:
+    """Number sets of Horovod's that the core asked (see :func:`point_at`) knows already.
+
+    Raises:
+        ValueError: it does not know one.
+    """
+    for each in sets:
+        try:
+            horovod_sets._init_process_sets([each])
+        except KeyError:
+            raise ValueError(
+                f"Horovod runs already, without {ProcessSet(each.ranks)}: declare it to the first "
+                "hvd.init(), or add it with hvd.add_process_set()"
+            ) from None
 
 
 @contextlib.contextmanager

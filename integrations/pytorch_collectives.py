@@ -29,7 +29,7 @@ Back = Callable[[list[int], Tensors, dict[str, Any]], Tensors]
 _SUMMABLE = frozenset({torch.float32, torch.float64, torch.float16, torch.int32, torch.int64})
 _MOVABLE = _SUMMABLE | {torch.uint8, torch.int8, torch.int16}
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SMALL_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16})
+_SMALL_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.uint16})
 
 _GLANCES = 300  # polls before the first sleep, a fraction of a millisecond
 
@@ -274,8 +274,7 @@ class Collectives:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             if isinstance(error, HvdxError):
                 raise
-            told = f"rank {world.rank()}: {operation} of {_spelled(name)}: {error}"
-            raise type(error)(told) from None
+            raise type(error)(self._told(operation, name, error)) from None
         handle.operation, handle.name, handle.named = operation, called, name
         handle.tensors, handle.process_set, handle.leave = tensors, process_set, leave
         return handle
@@ -300,7 +299,9 @@ class Collectives:
         except ValueError:
             return None
         if isinstance(handle, Handle):
-            return self._end(handle)
+            result = self._end(handle)
+            handle.tensors, handle.leave = (), None  # whoever keeps the handle keeps no tensors
+            return result
         return wait(self.horovod, handle, f"handle {handle}", "synchronize")
 
     def _end(self, handle: Handle) -> Any:
@@ -327,8 +328,12 @@ class Collectives:
         if is_mismatch(error):
             given, reason = list(handle.tensors), str(error)
             return explain(self, handle.operation, handle.named, given, handle.process_set, reason)
-        told = f"rank {world.rank()}: {handle.operation} of {_spelled(handle.named)}: {error}"
-        return HorovodInternalError(told)
+        return HorovodInternalError(self._told(handle.operation, handle.named, error))
+
+    def _told(self, operation: str, name: str | None, error: Exception) -> str:
+        rank = f"rank {self.horovod.rank()}: " if self.horovod.is_initialized() else ""
+        called = f"tensor {name!r}" if name else "an unnamed tensor"
+        return f"{rank}{operation} of {called}: {error}"
 
     # Blocking -----------------------------------------------------------------------------
 
@@ -522,10 +527,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _spelled(name: str | None) -> str:
-    return f"tensor {name!r}" if name else "an unnamed tensor"
-
-
 def _settled(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` with its elements one after the other in memory, as they look."""
     if not isinstance(tensor, torch.Tensor):
@@ -616,4 +617,4 @@ def _counts(splits: Any) -> torch.Tensor:
             f"rank {world.rank()}: alltoall needs whole numbers of rows in splits, not "
             f"{dtype_name(tensor.dtype)} ones"
         )
-    return tensor.to(torch.int32)
+    return tensor.to(torch.int32).contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hvdx import world
 from hvdx.comm import Allgather, Allreduce, Alltoall, Ranks, Request, Together, Work
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
@@ -53,8 +54,8 @@ class Flight:
         self._horovod = adapter.horovod
         self._work = work
         self._name = name
-        self._process_set = process_set
-        self._set = process_set or adapter.horovod.global_process_set
+        self._process_set = world.own_set(adapter.framework, process_set)
+        self._set = self._process_set or adapter.horovod.global_process_set
         self._collect: Callable[[], Any] | None = None
         self._handles: list[int] = []
         self._resume(None)

@@ -8,8 +8,8 @@ import torch
 import hvdx.torch as hvd
 
 EXACT = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64]
-REDUCED = [*EXACT, torch.uint8, torch.int8, torch.int16]
-MOVED = [*REDUCED, torch.bool, torch.complex64, torch.complex128, torch.uint16, torch.float8_e5m2]
+REDUCED = [*EXACT, torch.uint8, torch.int8, torch.int16, torch.uint16]
+MOVED = [*REDUCED, torch.bool, torch.complex64, torch.complex128, torch.float8_e5m2]
 SHAPES = [(), (5,), (2, 3), (2, 1, 3)]
 
 
@@ -328,6 +328,17 @@ def test_process_sets_of_part_of_the_job(process_set):
     result = hvd.sparse_allreduce_async(entry, "sparse.part", hvd.Sum, process_set)()
     assert result.to_dense().tolist() == [sum(members), 0]
     hvd.barrier(process_set)
+
+
+def test_declaring_a_set_again(process_set):
+    again = hvd.ProcessSet(process_set.ranks)
+    hvd.init(process_sets=[again])
+    assert again.process_set_id == process_set.process_set_id
+    if again.included():
+        total = hvd.allreduce(torch.ones(1), op=hvd.Sum, process_set=again)
+        assert total.item() == len(again.ranks)
+    with pytest.raises(ValueError, match=r"runs already, without ProcessSet\(\[1\]\)"):
+        hvd.init(process_sets=[hvd.ProcessSet([1])])
 
 
 def test_barriers():
