@@ -244,12 +244,14 @@ class Collectives:
         self, tensor: torch.Tensor, *, splits: Any, name: str | None, process_set: Any
     ) -> Handle:
         """Start to exchange slices; ends in a pair of the rows and how many came from whom."""
-        restore = _restoring(tensor)
+        moved, restore = _movable(tensor), _restoring(tensor)
+        if not moved.dim():  # Horovod would crash
+            raise ValueError(f"rank {world.rank()}: alltoall of a scalar: there are no rows in it")
         return self._start(
             "alltoall",
             (tensor,),
             self.horovod.alltoall_async,
-            _movable(tensor),
+            moved,
             restore and (lambda result: (restore(result[0]), result[1])),
             name,
             process_set,
@@ -612,6 +614,8 @@ def _each(leave: Any) -> Callable[[Any], Any] | None:
 def _counts(splits: Any) -> torch.Tensor:
     """Return ``splits`` of an alltoall as Horovod wants them."""
     tensor = torch.as_tensor(splits)
+    if not tensor.numel():  # equal slices, as without splits
+        return tensor.to(torch.int32)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype is torch.bool:
         raise ValueError(
             f"rank {world.rank()}: alltoall needs whole numbers of rows in splits, not "

@@ -231,6 +231,8 @@ def test_splits_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=f"(?s)rank {hvd.rank()}: .*{told}"):
             hvd.alltoall(whole, splits)
+    with pytest.raises(ValueError, match=f"rank {hvd.rank()}: alltoall of a scalar"):
+        hvd.alltoall(torch.tensor(1.0))  # Horovod crashes
     with pytest.raises(ValueError, match="not an even multiple"):
         hvd.alltoall(torch.ones(hvd.size() + 1))
 
