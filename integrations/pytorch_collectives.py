@@ -229,7 +229,7 @@ class Collectives:
         in_place: bool = False,
     ) -> Handle:
         """Start to fetch the root's tensor."""
-        entered = _movable(tensor)
+        entered = _movable(tensor).detach()  # the root's copy would have a gradient else
         leave = _restoring(tensor)
         if in_place:
             written = entered.data_ptr() == tensor.data_ptr()
@@ -538,7 +538,8 @@ def _settled(tensor: torch.Tensor) -> torch.Tensor:
             f"Horovod takes dense tensors, not those of {tensor.layout}; convert with "
             "to_dense(), or use sparse_allreduce_async"
         )
-    return tensor.contiguous().resolve_conj().resolve_neg()
+    settled = tensor.contiguous().resolve_conj().resolve_neg()
+    return tensor if settled is tensor else settled.detach()
 
 
 def _summable(tensor: torch.Tensor) -> torch.Tensor:
@@ -547,7 +548,7 @@ def _summable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype in _SUMMABLE:
         return tensor
     if tensor.dtype.is_floating_point:
-        return tensor.float()
+        return tensor.detach().float()
     if tensor.dtype in _SMALL_INTEGERS:
         return tensor.int()
     raise ValueError(

@@ -189,4 +189,8 @@ def test_without_grad_there_is_none():
     x = leaf(2)
     with torch.no_grad():
         assert not hvd.allreduce(x).requires_grad
-    assert not hvd.synchronize(hvd.allreduce_async(x)).requires_grad
+    for given in (x, x.bfloat16(), leaf(2, 3).t(), leaf(2, dtype=torch.bfloat16)):
+        for start in (hvd.allreduce_async, hvd.allgather_async, hvd.reducescatter_async):
+            assert not hvd.synchronize(start(given)).requires_grad
+        assert not hvd.synchronize(hvd.grouped_allreduce_async([given]))[0].requires_grad
+        assert not hvd.synchronize(hvd.broadcast_async(given, 0)).requires_grad
