@@ -130,7 +130,6 @@ def test_wrapping_what_is_no_optimizer():
         ({"op": hvd.Sum, "gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
         ({"named_parameters": [torch.ones(1)]}, "not parameters()"),
         ({"named_parameters": []}, "not in named_parameters"),
-        ({"sparse_as_dense": False}, "sparse_as_dense"),
     ],
 )
 def test_wrong_options(options, told):

@@ -1,0 +1,240 @@
+"""What travels as one operation: many dense gradients side by side, or one sparse gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+
+from hvdx.comm import Allgather, Allreduce, Together, Work
+from hvdx.integrations.pytorch_engine import Flight
+from hvdx.reduce_op import ReduceOp
+
+
+class Bucket:
+    """Gradients of one dtype and device, side by side in one flat tensor.
+
+    Behind the gradients lies one number per parameter that tells what this rank has: nothing
+    (0), a gradient (1), or a sparse one that travels as dense (``2 * ranks``). A rank without a
+    gradient learns from the sum whether the mean is a gradient to apply, of which kind, or
+    whether there is none anywhere.
+
+    Args:
+        index: of the bucket, for names.
+        names: of the parameters.
+        parameters: in the order of the flat tensor.
+        scale: what gradients are multiplied by on their way in. The 1/N of a mean costs
+            nothing in the same pass, and a pass of its own afterwards.
+        ranks: that take part.
+        full: what the number behind a gradient becomes where every rank has a dense one.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        names: Sequence[str],
+        parameters: Sequence[torch.Tensor],
+        *,
+        scale: float,
+        ranks: int,
+        full: int,
+    ) -> None:
+        self.index = index
+        self.names = names
+        self.parameters = parameters
+        self.scale = scale
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(
+            sum(sizes) + len(sizes), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        *parts, self.presence = self.flat.split([*sizes, len(sizes)])
+        self.views = [_shaped(part, p) for part, p in zip(parts, parameters, strict=True)]
+        self._pointers = [view.data_ptr() for view in self.views]
+        self._ranks = ranks
+        self._full = full
+        self.waiting = len(parameters)
+        self.placed: set[int] = set()  # moved in already
+        self.summed: set[int] = set()  # with op=Sum: gradients that are sums over the ranks
+        self.rounds = 0  # reductions since the last step
+        self._absent: list[int] = []
+        self._sparse: list[int] = []
+        self.flight: Flight | None = None
+
+    def place(self, index: int) -> None:
+        """Copy one large gradient in, as soon as it is there: it still lies in the cache."""
+        grad = self.parameters[index].grad
+        if grad is None or grad.is_sparse or grad.data_ptr() == self._pointers[index]:
+            return
+        with torch.no_grad():
+            torch.mul(grad, self.scale, out=self.views[index])
+        self.placed.add(index)
+
+    def begin(self) -> None:
+        """Forget what an earlier backward pass left that has failed half-way."""
+        self.placed.clear()
+        self.waiting = len(self.parameters)
+
+    @torch.no_grad()
+    def share(self, index: int) -> None:
+        """Divide a sum over the ranks by their number: once summed again, it counts once."""
+        if index in self.summed:
+            self.summed.discard(index)
+            grad = self.parameters[index].grad
+            if grad is not None and (grad.is_sparse or grad.data_ptr() == self._pointers[index]):
+                grad.mul_(1 / self._ranks)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Move the other gradients in; from here on all are views of the flat tensor."""
+        for index in tuple(self.summed):
+            self.share(index)
+        self._absent, self._sparse = [], []
+        into, given, unscaled = [], [], []
+        own = zip(self.parameters, self.views, self._pointers, strict=True)
+        for index, (parameter, view, pointer) in enumerate(own):
+            if index in self.placed:
+                parameter.grad = view
+                continue
+            grad = parameter.grad
+            if grad is None:
+                self._absent.append(index)
+                continue
+            unscaled.append(view)
+            if grad.is_sparse:
+                self._sparse.append(index)
+                grad = grad.to_dense()
+            elif grad.data_ptr() == pointer:
+                continue
+            into.append(view)
+            given.append(grad)
+            parameter.grad = view
+        if into:
+            torch._foreach_copy_(into, given)
+        if unscaled and self.scale != 1.0:
+            torch._foreach_mul_(unscaled, self.scale)
+        self.presence.fill_(1)
+        for index in self._sparse:
+            self.presence[index] = 2 * self._ranks
+        for index in self._absent:
+            self.views[index].zero_()
+            self.presence[index] = 0
+
+    def deliver(self, op: ReduceOp) -> None:
+        """Hand out means that are not in place: where this rank has no gradient, or a sparse one.
+
+        A gradient that came sparse from any rank is sparse again, so that optimizers that
+        treat sparse gradients in a way of their own do so on every rank.
+        """
+        if self._absent or self._sparse:
+            present = self.presence.tolist()
+            for index in (*self._absent, *self._sparse):
+                if present[index]:
+                    view = self.views[index]
+                    came_sparse = present[index] > 1.5 * self._full
+                    self.parameters[index].grad = view.to_sparse(1) if came_sparse else view
+        if op == ReduceOp.Sum:
+            self.summed.update(range(len(self.parameters)))
+        self.flight = None
+        self.begin()
+
+
+class SparseBucket:
+    """One parameter whose gradients are sparse along its first dimension.
+
+    The rows that have a gradient travel with their numbers; zeros stay at home. The result is
+    the mean (or sum) of all ranks' gradients, sparse and coalesced, or None where no rank has
+    one. A dense gradient, from a rank that uses the parameter otherwise, becomes sparse.
+
+    Args:
+        index: of the bucket, for names.
+        name: of the parameter.
+        parameter: of at least one dimension.
+        scale: what values are multiplied by: 1/N for a mean.
+        ranks: that take part.
+    """
+
+    def __init__(
+        self, index: int, name: str, parameter: torch.Tensor, *, scale: float, ranks: int
+    ) -> None:
+        self.index = index
+        self.names = [name]
+        self.parameters = [parameter]
+        self._scale = scale
+        self._ranks = ranks
+        self.waiting = 1
+        self.summed: set[int] = set()
+        self.rounds = 0
+        self.flight: Flight | None = None
+
+    def place(self, index: int) -> None:
+        """Do nothing: there is no place of its own."""
+
+    def begin(self) -> None:
+        """See :meth:`Bucket.begin`."""
+        self.waiting = 1
+
+    @torch.no_grad()
+    def share(self, index: int) -> None:
+        """See :meth:`Bucket.share`."""
+        grad = self.parameters[0].grad
+        if self.summed and grad is not None:
+            grad.mul_(1 / self._ranks)
+        self.summed.clear()
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Take the gradient apart into row numbers (n) and rows (n, ...)."""
+        self.share(0)
+        (parameter,) = self.parameters
+        grad = parameter.grad
+        self._present = torch.tensor([int(grad is not None)], dtype=torch.int32)
+        if grad is None:
+            self._rows = torch.zeros(0, dtype=torch.int64, device=parameter.device)
+            self._values = parameter.new_zeros(0, *parameter.shape[1:])
+            return
+        if not grad.is_sparse:
+            grad = grad.to_sparse(1)
+        elif grad.sparse_dim() != 1:
+            grad = grad.to_dense().to_sparse(1)
+        grad = grad.coalesce()
+        self._rows = grad.indices()[0].contiguous()
+        self._values = (grad.values() * self._scale).contiguous()
+
+    def reduction(self) -> Work[None]:
+        """Gather all ranks' rows."""
+        dtype = self._values.dtype
+        payload = self._values.view(torch.int16) if dtype == torch.bfloat16 else self._values
+        self._rows, values, self._present = yield Together(
+            (
+                Allgather(self._rows, "rows"),
+                Allgather(payload, "values"),
+                Allreduce(self._present, "presence", op=ReduceOp.Sum),
+            )
+        )
+        self._values = values.view(dtype)
+
+    @torch.no_grad()
+    def deliver(self, op: ReduceOp) -> None:
+        """Put the ranks' rows together."""
+        (parameter,) = self.parameters
+        if int(self._present):
+            rows = self._rows.reshape(1, -1)
+            values = self._values.reshape(-1, *parameter.shape[1:])
+            parameter.grad = torch.sparse_coo_tensor(rows, values, parameter.shape).coalesce()
+        if op == ReduceOp.Sum:
+            self.summed.add(0)
+        self.flight = None
+        self.begin()
+
+
+AnyBucket: TypeAlias = Bucket | SparseBucket
+
+
+def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """View a flat piece in the parameter's shape and, where it has no gaps, its memory order.
+
+    PyTorch lays gradients out so; fused optimizers insist on it.
+    """
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return part.as_strided(parameter.shape, strides)
