@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdx import world
 from hvdx.compression import as_compressor, fp16, none
@@ -130,10 +131,11 @@ def _refuse_optimizer(optimizer: Any) -> None:
 def _names(
     optimizer: torch.optim.Optimizer,
     named: torch.nn.Module | Iterable[tuple[str, torch.Tensor]] | None,
-) -> dict[torch.Tensor, str]:
+) -> Mapping[torch.Tensor, str]:
     """Return names of parameters, unique, and of all in ``optimizer`` if any are given."""
+    names: Mapping[torch.Tensor, str] = WeakIdKeyDictionary()
     if named is None:
-        return {}
+        return names
     pairs = list(named.named_parameters() if isinstance(named, torch.nn.Module) else named)
     if any(not (isinstance(pair, tuple) and len(pair) == 2) for pair in pairs):
         raise ValueError(
@@ -143,7 +145,7 @@ def _names(
     for name, parameter in pairs:
         if seen.setdefault(name, parameter) is not parameter:
             raise ValueError(f"two parameters are named {name!r} in named_parameters")
-    names = {parameter: name for name, parameter in reversed(pairs)}
+    names = WeakIdKeyDictionary({parameter: name for name, parameter in reversed(pairs)})
     missing = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if missing:
         raise ValueError(
@@ -165,8 +167,8 @@ def _set_of_ranks(process_set: Any) -> Any:
     return process_set
 
 
-def _checked_groups(groups: Any) -> int | list[list[torch.Tensor]] | None:
-    """Return ``groups``, a positive number or lists of parameters none of which appears twice."""
+def _checked_groups(groups: Any) -> int | list[list[int]] | None:
+    """Return ``groups``, a positive number or lists in which no parameter comes twice, as ids."""
     if groups is None:
         return None
     if isinstance(groups, int):
@@ -189,4 +191,4 @@ def _checked_groups(groups: Any) -> int | list[list[torch.Tensor]] | None:
             if id(parameter) in seen:
                 raise ValueError(f"a parameter of groups[{place}] appears twice in groups")
             seen.add(id(parameter))
-    return [list(group) for group in groups]
+    return [[id(parameter) for parameter in group] for group in groups]

@@ -135,7 +135,8 @@ class DeltaStepper(Wrapper):
         """Accept it: gradients stay on this rank however many backward calls add to them."""
         if passes < 1:
             raise ValueError(f"backward_passes_per_step={passes} must be at least 1")
-        self.optimizer.backward_passes_per_step = passes  # type: ignore[attr-defined]
+        optimizer: Any = self.optimizer
+        optimizer.backward_passes_per_step = passes
 
     @torch.no_grad()
     def before_step(self, optimizer: Any, args: Any, options: Any) -> None:

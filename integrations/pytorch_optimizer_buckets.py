@@ -1,7 +1,12 @@
-"""What travels as one operation: many dense gradients side by side, or one sparse gradient."""
+"""What travels as one operation: many dense gradients side by side, or one sparse gradient.
+
+Nothing here holds a parameter: hooks of a parameter that lead back to it are a circle that
+Python's collector cannot see, and the model would stay for ever.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -42,7 +47,7 @@ class Bucket:
     ) -> None:
         self.index = index
         self.names = names
-        self.parameters = parameters
+        self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self.scale = scale
         sizes = [parameter.numel() for parameter in parameters]
         self.flat = torch.zeros(
@@ -61,9 +66,9 @@ class Bucket:
         self._sparse: list[int] = []
         self.flight: Flight | None = None
 
-    def place(self, index: int) -> None:
+    def place(self, index: int, parameter: torch.Tensor) -> None:
         """Copy one large gradient in, as soon as it is there: it still lies in the cache."""
-        grad = self.parameters[index].grad
+        grad = parameter.grad
         if grad is None or grad.is_sparse or grad.data_ptr() == self._pointers[index]:
             return
         with torch.no_grad():
@@ -73,14 +78,15 @@ class Bucket:
     def begin(self) -> None:
         """Forget what an earlier backward pass left that has failed half-way."""
         self.placed.clear()
-        self.waiting = len(self.parameters)
+        self.waiting = len(self.views)
 
     @torch.no_grad()
     def share(self, index: int) -> None:
         """Divide a sum over the ranks by their number: once summed again, it counts once."""
         if index in self.summed:
             self.summed.discard(index)
-            grad = self.parameters[index].grad
+            parameter = self._parameters[index]()
+            grad = parameter.grad if parameter is not None else None
             if grad is not None and (grad.is_sparse or grad.data_ptr() == self._pointers[index]):
                 grad.mul_(1 / self._ranks)
 
@@ -91,14 +97,14 @@ class Bucket:
             self.share(index)
         self._absent, self._sparse = [], []
         into, given, unscaled = [], [], []
-        own = zip(self.parameters, self.views, self._pointers, strict=True)
-        for index, (parameter, view, pointer) in enumerate(own):
+        own = zip(self._parameters, self.views, self._pointers, strict=True)
+        for index, (reference, view, pointer) in enumerate(own):
+            parameter = reference()
+            if parameter is None or (grad := parameter.grad) is None:
+                self._absent.append(index)
+                continue
             if index in self.placed:
                 parameter.grad = view
-                continue
-            grad = parameter.grad
-            if grad is None:
-                self._absent.append(index)
                 continue
             unscaled.append(view)
             if grad.is_sparse:
@@ -129,12 +135,13 @@ class Bucket:
         if self._absent or self._sparse:
             present = self.presence.tolist()
             for index in (*self._absent, *self._sparse):
-                if present[index]:
+                parameter = self._parameters[index]()
+                if present[index] and parameter is not None:
                     view = self.views[index]
                     came_sparse = present[index] > 1.5 * self._full
-                    self.parameters[index].grad = view.to_sparse(1) if came_sparse else view
+                    parameter.grad = view.to_sparse(1) if came_sparse else view
         if op == ReduceOp.Sum:
-            self.summed.update(range(len(self.parameters)))
+            self.summed.update(range(len(self.views)))
         self.flight = None
         self.begin()
 
@@ -159,7 +166,9 @@ class SparseBucket:
     ) -> None:
         self.index = index
         self.names = [name]
-        self.parameters = [parameter]
+        self._parameter = weakref.ref(parameter)
+        self._like = parameter.new_empty(0, *parameter.shape[1:])  # no rows
+        self._shape = parameter.shape
         self._scale = scale
         self._ranks = ranks
         self.waiting = 1
@@ -167,17 +176,21 @@ class SparseBucket:
         self.rounds = 0
         self.flight: Flight | None = None
 
-    def place(self, index: int) -> None:
+    def place(self, index: int, parameter: torch.Tensor) -> None:
         """Do nothing: there is no place of its own."""
 
     def begin(self) -> None:
         """See :meth:`Bucket.begin`."""
         self.waiting = 1
 
+    def _grad(self) -> torch.Tensor | None:
+        parameter = self._parameter()
+        return parameter.grad if parameter is not None else None
+
     @torch.no_grad()
     def share(self, index: int) -> None:
         """See :meth:`Bucket.share`."""
-        grad = self.parameters[0].grad
+        grad = self._grad()
         if self.summed and grad is not None:
             grad.mul_(1 / self._ranks)
         self.summed.clear()
@@ -186,12 +199,11 @@ class SparseBucket:
     def fill(self) -> None:
         """Take the gradient apart into row numbers (n) and rows (n, ...)."""
         self.share(0)
-        (parameter,) = self.parameters
-        grad = parameter.grad
+        grad = self._grad()
         self._present = torch.tensor([int(grad is not None)], dtype=torch.int32)
         if grad is None:
-            self._rows = torch.zeros(0, dtype=torch.int64, device=parameter.device)
-            self._values = parameter.new_zeros(0, *parameter.shape[1:])
+            self._rows = torch.zeros(0, dtype=torch.int64, device=self._like.device)
+            self._values = self._like
             return
         if not grad.is_sparse:
             grad = grad.to_sparse(1)
@@ -217,11 +229,11 @@ class SparseBucket:
     @torch.no_grad()
     def deliver(self, op: ReduceOp) -> None:
         """Put the ranks' rows together."""
-        (parameter,) = self.parameters
-        if int(self._present):
+        parameter = self._parameter()
+        if int(self._present) and parameter is not None:
             rows = self._rows.reshape(1, -1)
-            values = self._values.reshape(-1, *parameter.shape[1:])
-            parameter.grad = torch.sparse_coo_tensor(rows, values, parameter.shape).coalesce()
+            values = self._values.reshape(-1, *self._shape[1:])
+            parameter.grad = torch.sparse_coo_tensor(rows, values, self._shape).coalesce()
         if op == ReduceOp.Sum:
             self.summed.add(0)
         self.flight = None

@@ -7,6 +7,7 @@ import functools
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_backward import follow
 from hvdx.integrations.pytorch_optimizer_buckets import AnyBucket, Bucket, SparseBucket
-from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper
+from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper, retire
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
@@ -33,11 +34,23 @@ class Slot:
     def __init__(self, reducer: Reducer, name: str, parameter: torch.Tensor) -> None:
         self.reducer = reducer
         self.name = name
-        self.parameter = parameter
+        self._parameter = weakref.ref(parameter)
         self.large = parameter.numel() >= _LARGE
         self.bucket: AnyBucket | None = None
         self.index = 0
         self.hooks: list[Any] = []
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The parameter, which lives as long as anything asks for it."""
+        parameter = self._parameter()
+        assert parameter is not None, f"parameter {self.name!r} is gone"
+        return parameter
+
+    @property
+    def lives(self) -> bool:
+        """Whether the parameter does."""
+        return self._parameter() is not None
 
     def free(self) -> None:
         """Take the hooks off the parameter."""
@@ -45,7 +58,12 @@ class Slot:
             hook.remove()
 
 
-_slots = WeakIdKeyDictionary()  # parameter -> its slot: one reducer averages each gradient
+_slots = WeakIdKeyDictionary()  # parameter -> weak reference to its slot; it has one at most
+
+
+def _slot_of(parameter: torch.Tensor) -> Slot | None:
+    reference = _slots.get(parameter)
+    return reference() if reference is not None else None
 
 
 class Reducer(Wrapper):
@@ -96,21 +114,23 @@ class Reducer(Wrapper):
         """See :meth:`Wrapper.end`."""
         for slot in self._slots:
             slot.free()
-            if _slots.get(slot.parameter) is slot:
+            if slot.lives and _slot_of(slot.parameter) is slot:
                 del _slots[slot.parameter]
         self._empty()
 
     def attach(self, methods: Sequence[str]) -> None:
         """See :meth:`Wrapper.attach`."""
         super().attach(methods)
-        self.optimizer.register_load_state_dict_post_hook(self._loaded)
+        optimizer: Any = self.optimizer
+        optimizer.register_load_state_dict_post_hook(self._loaded)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Sum the gradients of ``passes`` backward calls before they are averaged."""
         if passes < 1:
             raise ValueError(f"backward_passes_per_step={passes} must be at least 1")
         self._passes_per_step = passes
-        self.optimizer.backward_passes_per_step = passes  # type: ignore[attr-defined]
+        optimizer: Any = self.optimizer
+        optimizer.backward_passes_per_step = passes
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -148,21 +168,23 @@ class Reducer(Wrapper):
     def _adopt(self) -> None:
         """Follow parameters that are new to the optimizer, or newly trainable."""
         known = self._known
-        groups = self.optimizer.param_groups
         for name, parameter in self.named(known):
             known.add(id(parameter))
-            owner = _slots.get(parameter)
+            owner = _slot_of(parameter)
             if owner is not None:
                 owner.reducer.give_up(owner)
-            slot = _slots[parameter] = Slot(self, name, parameter)
+            slot = Slot(self, name, parameter)
+            _slots[parameter] = weakref.ref(slot)
             self._slots.append(slot)
             self._fresh.append(slot)
             ready: Callable[..., Any] = functools.partial(self._ready, slot)
             slot.hooks.append(parameter.register_post_accumulate_grad_hook(ready))
             if self.options.op == ReduceOp.Sum:
                 slot.hooks.append(parameter.register_hook(functools.partial(self._share, slot)))
-        self._groups = len(groups)
-        self._frozen = sum(len(group["params"]) for group in groups) - len(known)
+        if self.optimizer is not None:
+            groups = self.optimizer.param_groups
+            self._groups = len(groups)
+            self._frozen = sum(len(group["params"]) for group in groups) - len(known)
 
     def give_up(self, lost: Slot) -> None:
         """Leave a parameter to another optimizer's reducer, which was wrapped later.
@@ -172,8 +194,10 @@ class Reducer(Wrapper):
         """
         lost.free()
         self._slots.remove(lost)
-        self._fresh = list(self._slots)
+        self._fresh = [slot for slot in self._slots if slot.lives]
         self.buckets = []
+        if not self._slots:
+            retire(self)
 
     def _settle(self) -> list[AnyBucket]:
         """Put parameters that are new into buckets, after all ranks have compared notes."""
@@ -215,7 +239,7 @@ class Reducer(Wrapper):
         if isinstance(groups, int):  # cut once: what comes later travels in plain buckets
             return [] if self.buckets else [*map(list, buckets.evenly(len(slots), groups))]
         places = {id(slot.parameter): place for place, slot in enumerate(slots)}
-        return [[places[id(p)] for p in group if id(p) in places] for group in groups]
+        return [[places[each] for each in group if each in places] for group in groups]
 
     def _dense_bucket(self, index: int, slots: list[Slot]) -> Bucket:
         plain = self.options.compressor is none
@@ -262,7 +286,7 @@ class Reducer(Wrapper):
                 "and call optimizer.synchronize() after it"
             )
         if slot.large:
-            bucket.place(slot.index)
+            bucket.place(slot.index, parameter)
         bucket.waiting -= 1
         if bucket.waiting == 0:
             with self._lock:
@@ -297,7 +321,8 @@ class Reducer(Wrapper):
         self._passes += 1
         if self._passes < self._passes_per_step:
             return False
-        if self._frozen or len(self.optimizer.param_groups) != self._groups:
+        optimizer = self.optimizer
+        if optimizer is not None and (self._frozen or len(optimizer.param_groups) != self._groups):
             self._adopt()
         return True
 
@@ -335,8 +360,9 @@ class Reducer(Wrapper):
         except BaseException:
             self._abandon()
             raise
-        elapsed = time.perf_counter() - start
-        self.optimizer.communication_seconds += elapsed  # type: ignore[attr-defined]
+        optimizer: Any = self.optimizer
+        if optimizer is not None:
+            optimizer.communication_seconds += time.perf_counter() - start
 
     def _abandon(self) -> None:
         """Forget what is under way after an error, so that training can go on."""

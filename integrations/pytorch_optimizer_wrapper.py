@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import gc
 import itertools
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +26,11 @@ _serials = itertools.count()
 class Options(NamedTuple):
     """What the user asked of ``DistributedOptimizer``."""
 
-    names: dict[torch.Tensor, str]
+    names: Mapping[torch.Tensor, str]  # holds no parameter
     compressor: Compressor
     op: ReduceOp
     process_set: Any = None
-    groups: int | list[list[torch.Tensor]] | None = None
+    groups: int | list[list[int]] | None = None  # ids of parameters
     sparse_as_dense: bool = False
 
 
@@ -41,26 +42,28 @@ class Named(NamedTuple):
 
 
 class Wrapper(abc.ABC):
-    """Hooks on a user's optimizer, for as long as that lives and Horovod runs.
+    """Hooks on a user's optimizer and its parameters, for as long as Horovod runs.
 
-    The optimizer holds the wrapper, not the other way round: where the user drops it, the hooks
-    go with it. When Horovod stops, all that it knew of the ranks is dropped; when it runs again,
-    perhaps with other ranks (elastic training), the wrapper joins as a new one would, so that it
-    agrees with those of ranks that have just started.
+    They stay until the parameters go, or another optimizer that has them is wrapped, even if the
+    optimizer goes before: when Python collects it differs from rank to rank, and those that
+    still average would wait for those that do not. The wrapper itself holds neither.
+
+    When Horovod stops, all that is known of the ranks is dropped; when it runs again, perhaps
+    with other ranks (elastic training), the wrapper joins as a new one would, so that it agrees
+    with those of ranks that have just started.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
         self.options = options
         self.serial = next(_serials)
+        self._kind = type(optimizer).__name__
         self._optimizer = weakref.ref(optimizer)
         self.joined = False
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The user's optimizer."""
-        optimizer = self._optimizer()
-        assert optimizer is not None, "hooks of an optimizer outlive it"
-        return optimizer
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The user's optimizer, if that still lives; parameters may outlive it."""
+        return self._optimizer()
 
     def attach(self, methods: Sequence[str]) -> None:
         """Hook into the optimizer and give it ``methods`` of this object."""
@@ -72,7 +75,6 @@ class Wrapper(abc.ABC):
             setattr(optimizer, name, getattr(self, name))
         optimizer.reducer = self
         optimizer.communication_seconds = 0.0
-        weakref.finalize(optimizer, self.leave).atexit = False
         _wrappers.add(self)
 
     def join(self) -> None:
@@ -128,18 +130,19 @@ class Wrapper(abc.ABC):
         Raises:
             ValueError: gradients of such a dtype cannot be averaged.
         """
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
         found = [
             Named(self.options.names.get(parameter, f"noname.{group}.{place}"), parameter)
-            for group, options in enumerate(self.optimizer.param_groups)
+            for group, options in enumerate(groups)
             for place, parameter in enumerate(options["params"])
             if id(parameter) not in known and parameter.requires_grad
         ]
         for name, parameter in found:
             if parameter.dtype not in _AVERAGED:
-                known = ", ".join(map(dtype_name, _AVERAGED))
+                those = ", ".join(map(dtype_name, _AVERAGED))
                 raise ValueError(
                     f"parameter {name!r} is {dtype_name(parameter.dtype)}; DistributedOptimizer "
-                    f"averages gradients of {known}. Freeze it (requires_grad_(False)), or train "
+                    f"averages gradients of {those}. Freeze it (requires_grad_(False)), or train "
                     "it by an optimizer of its own and hvd.allreduce its gradient as real numbers"
                 )
         return found[::-1]
@@ -157,7 +160,7 @@ class Wrapper(abc.ABC):
         Raises:
             MismatchError: models, optimizers or options differ between ranks.
         """
-        optimizer, process_set = self.optimizer, self.options.process_set
+        process_set = self.options.process_set
         name = f"{self.name}.check{self._meetings}"
         entries = {
             str(place): f"{each.name}: {dtype_name(each.parameter.dtype)} "
@@ -165,14 +168,15 @@ class Wrapper(abc.ABC):
             for place, each in enumerate(fresh)
         }
         entries["options"] = (
-            f"{type(optimizer).__name__}, op={self.options.op.name}, "
+            f"{self._kind}, op={self.options.op.name}, "
             f"compression={self.options.compressor}, {more}"
         )
         subject = "parameters or options of DistributedOptimizer"
         check_same(self.adapter, subject, entries, name, process_set)
         first, self._meetings = self._meetings == 0, self._meetings + 1
         if self.ranks > 1:
-            groups = optimizer.param_groups if first else []
+            optimizer = self.optimizer
+            groups = optimizer.param_groups if first and optimizer is not None else []
             warn_of_differences(self.adapter, dict(fresh), groups, name, process_set)
         own = [place for place, each in enumerate(fresh) if _has_sparse_gradient(each.parameter)]
         return set().union(*self.adapter.allgather_object(own, f"{name}/sparse", process_set))
@@ -185,17 +189,20 @@ def _has_sparse_gradient(parameter: torch.Tensor) -> bool:
 _wrappers: weakref.WeakSet[Wrapper] = weakref.WeakSet()
 
 
-def _in_order() -> Iterator[Wrapper]:
-    yield from sorted(_wrappers, key=lambda wrapper: wrapper.serial)
+def retire(wrapper: Wrapper) -> None:
+    """Let a wrapper that has lost all its parameters take no place in a job that starts anew."""
+    _wrappers.discard(wrapper)
 
 
 def _follow_the_world() -> None:
     """Leave with Horovod's core, and join when it runs again: in order, since names count."""
     runs = "torch" in world.running()
-    for wrapper in _in_order():
+    if runs and not all(wrapper.joined for wrapper in _wrappers):
+        gc.collect()  # ranks that have just started hold nothing that is not in use
+    for wrapper in sorted(_wrappers, key=lambda wrapper: wrapper.serial):
         if not runs:
             wrapper.leave()
-        elif not wrapper.joined and wrapper._optimizer() is not None:
+        elif not wrapper.joined and wrapper.optimizer is not None:
             wrapper.join()
 
 
