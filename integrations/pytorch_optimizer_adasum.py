@@ -22,7 +22,7 @@ from hvdx.comm import Allgather, Allreduce, Alltoall, Work
 from hvdx.compression import fp16
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
-from hvdx.integrations.pytorch_optimizer_wrapper import Named, Wrapper
+from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper
 from hvdx.reduce_op import ReduceOp
 
 _LEAST_NORM = sys.float_info.min**0.5  # squared norms below it count as zero, as in Horovod
@@ -107,11 +107,16 @@ class DeltaStepper(Wrapper):
     parameters are the same on all ranks after each step.
     """
 
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
+        super().__init__(optimizer, options)
+        self._met: list[int] = []  # ids of the parameters that ranks have compared
+        self._named: list[Named] = []
+        self._before: list[torch.Tensor] = []
+
     def begin(self) -> None:
         """See :meth:`Wrapper.begin`."""
         self.named()  # refuses what cannot be combined
-        self._met: list[int] = []
-        self._before: list[torch.Tensor] = []
+        self._met = []
 
     def end(self) -> None:
         """See :meth:`Wrapper.end`."""
@@ -142,7 +147,7 @@ class DeltaStepper(Wrapper):
     def before_step(self, optimizer: Any, args: Any, options: Any) -> None:
         """Keep a copy of the parameters."""
         self.require_place()
-        if self.active:
+        if self.active and self.ranks > 1:
             self._named = self.named()
             ids = [id(each.parameter) for each in self._named]
             if ids != self._met:

@@ -416,7 +416,7 @@ class Reducer(Wrapper):
                 "optimizer.step() called without optimizer.skip_synchronize() after "
                 "optimizer.synchronize(). Horovod would average twice; hvdx does not, so that "
                 "both calls can go",
-                stacklevel=4,
+                stacklevel=3,
             )
         positional = len(args) > 1
         closure = args[1] if positional else options.get("closure")
