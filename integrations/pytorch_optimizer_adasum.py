@@ -22,6 +22,7 @@ from hvdx.comm import Allgather, Allreduce, Alltoall, Work
 from hvdx.compression import fp16
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
+from hvdx.integrations.pytorch_optimizer_reducer import release
 from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper
 from hvdx.reduce_op import ReduceOp
 
@@ -115,7 +116,8 @@ class DeltaStepper(Wrapper):
 
     def begin(self) -> None:
         """See :meth:`Wrapper.begin`."""
-        self.named()  # refuses what cannot be combined
+        for each in self.named():  # refuses what cannot be combined
+            release(each.parameter)
         self._met = []
 
     def end(self) -> None:

@@ -233,7 +233,8 @@ class SparseBucket:
         if int(self._present) and parameter is not None:
             rows = self._rows.reshape(1, -1)
             values = self._values.reshape(-1, *self._shape[1:])
-            parameter.grad = torch.sparse_coo_tensor(rows, values, self._shape).coalesce()
+            whole = torch.sparse_coo_tensor(rows, values, self._shape, check_invariants=False)
+            parameter.grad = whole.coalesce()
         if op == ReduceOp.Sum:
             self.summed.add(0)
         self.flight = None

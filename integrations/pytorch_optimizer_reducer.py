@@ -66,6 +66,13 @@ def _slot_of(parameter: torch.Tensor) -> Slot | None:
     return reference() if reference is not None else None
 
 
+def release(parameter: torch.Tensor) -> None:
+    """Have the reducer that averages the gradient of ``parameter``, if one does, give it up."""
+    slot = _slot_of(parameter)
+    if slot is not None:
+        slot.reducer.give_up(slot)
+
+
 class Reducer(Wrapper):
     """Watches a backward pass, sends each bucket as it fills and brings the means back.
 
@@ -170,9 +177,7 @@ class Reducer(Wrapper):
         known = self._known
         for name, parameter in self.named(known):
             known.add(id(parameter))
-            owner = _slot_of(parameter)
-            if owner is not None:
-                owner.reducer.give_up(owner)
+            release(parameter)
             slot = Slot(self, name, parameter)
             _slots[parameter] = weakref.ref(slot)
             self._slots.append(slot)
@@ -193,6 +198,7 @@ class Reducer(Wrapper):
         gradient is the mean.
         """
         lost.free()
+        del _slots[lost.parameter]
         self._slots.remove(lost)
         self._fresh = [slot for slot in self._slots if slot.lives]
         self.buckets = []
