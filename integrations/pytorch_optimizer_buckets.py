@@ -6,6 +6,7 @@ Python's collector cannot see, and the model would stay for ever.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -49,13 +50,9 @@ class Bucket:
         self.names = names
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self.scale = scale
-        sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(
-            sum(sizes) + len(sizes), dtype=parameters[0].dtype, device=parameters[0].device
-        )
-        *parts, self.presence = self.flat.split([*sizes, len(sizes)])
-        self.views = [_shaped(part, p) for part, p in zip(parts, parameters, strict=True)]
-        self._pointers = [view.data_ptr() for view in self.views]
+        self._shapes = [(p.numel(), p.shape, _strides(p)) for p in parameters]
+        self._dtype, self._device = parameters[0].dtype, parameters[0].device
+        self._lay_out()
         self._ranks = ranks
         self._full = full
         self.waiting = len(parameters)
@@ -65,6 +62,44 @@ class Bucket:
         self._absent: list[int] = []
         self._sparse: list[int] = []
         self.flight: Flight | None = None
+
+    def _lay_out(self) -> None:
+        sizes = [size for size, _, _ in self._shapes]
+        self.flat = torch.zeros(sum(sizes) + len(sizes), dtype=self._dtype, device=self._device)
+        *parts, self.presence = self.flat.split([*sizes, len(sizes)])
+        self.views = [
+            part.as_strided(shape, strides)
+            for part, (_, shape, strides) in zip(parts, self._shapes, strict=True)
+        ]
+        del parts
+        self._pointers = [view.data_ptr() for view in self.views]
+        self._storage = self.flat.untyped_storage()
+        self._tensors = self._sharing()
+
+    def _sharing(self) -> int:
+        """Count the tensors that lie in the flat tensor's memory."""
+        return int(torch._C._storage_Use_Count(self._storage._cdata))
+
+    def let_go(self) -> None:
+        """Leave the flat tensor to the user where gradients in it have been kept; take another.
+
+        ``kept = [p.grad for p in parameters]`` before the gradients are set to None shall stay
+        what it is, as without hvdx.
+        """
+        if self._sharing() > self._tensors or self._views_kept():
+            self.begin()
+            self._lay_out()
+
+    def _views_kept(self) -> bool:
+        counts = list(map(sys.getrefcount, self.views))
+        if max(counts) == 2:  # our list's and the call's
+            return False
+        for reference, view, count in zip(self._parameters, self.views, counts, strict=True):
+            if count > 2:
+                parameter = reference()
+                if parameter is None or parameter.grad is not view:
+                    return True
+        return False
 
     def place(self, index: int, parameter: torch.Tensor) -> None:
         """Copy one large gradient in, as soon as it is there: it still lies in the cache."""
@@ -176,6 +211,9 @@ class SparseBucket:
         self.rounds = 0
         self.flight: Flight | None = None
 
+    def let_go(self) -> None:
+        """Do nothing: each round makes a new gradient."""
+
     def place(self, index: int, parameter: torch.Tensor) -> None:
         """Do nothing: there is no place of its own."""
 
@@ -244,10 +282,9 @@ class SparseBucket:
 AnyBucket: TypeAlias = Bucket | SparseBucket
 
 
-def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """View a flat piece in the parameter's shape and, where it has no gaps, its memory order.
+def _strides(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return a gradient's strides: where the parameter's memory has no gaps, its order.
 
     PyTorch lays gradients out so; fused optimizers insist on it.
     """
-    strides = torch.empty_like(parameter, device="meta").stride()
-    return part.as_strided(parameter.shape, strides)
+    return torch.empty_like(parameter, device="meta").stride()

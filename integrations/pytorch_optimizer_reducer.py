@@ -167,6 +167,8 @@ class Reducer(Wrapper):
         if self.active:
             self._adopt()
             if self._stale or self._fresh:
+                for bucket in self.buckets:
+                    bucket.let_go()
                 self.take_off()
                 self.land()
 
@@ -309,6 +311,7 @@ class Reducer(Wrapper):
             for bucket in self.buckets:
                 if bucket.flight is None:
                     bucket.begin()
+                    bucket.let_go()
             # Inside another backward, or around one, a gradient may be added to once more.
             early = self._passes + 1 < self._passes_per_step
             self._quiet = self._held or early or self._nests or bool(self._fresh)

@@ -270,3 +270,38 @@ def test_gradients_in_odd_memory_order():
             optimizer.step()
     assert weight.grad.stride() == weight.stride() == (1, 3)
     torch.testing.assert_close(weight, twin, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("keep", [lambda grad: grad, torch.Tensor.detach], ids=["itself", "view"])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_gradients_that_are_kept_stay_what_they_are(keep, by_hand):
+    # As gradient surgery keeps those of one loss while the next one's are computed.
+    _, _, replica, ours = pair()
+    x, y = next(data())
+    kept = []
+    for step in range(3):
+        ours.zero_grad()
+        if by_hand:
+            for parameter in replica.parameters():
+                parameter.grad = torch.full_like(parameter, float(step + hvd.rank()))
+            ours.step()
+        else:
+            loss_of(replica, own(x) + step, own(y)).backward()
+        grads = [parameter.grad for parameter in replica.parameters()]
+        kept.append(([keep(grad) for grad in grads], [grad.clone() for grad in grads]))
+    for grads, copies in kept:
+        assert all(map(torch.equal, grads, copies))
+
+
+def test_memory_is_taken_once():
+    _, _, replica, ours = pair()
+    x, y = next(data())
+    places = set()
+    for step in range(5):
+        ours.zero_grad(set_to_none=step % 2 == 0)
+        for _ in range(2):
+            loss_of(replica, own(x), own(y)).backward()
+            nn.utils.clip_grad_norm_(replica.parameters(), 0.1)
+        ours.step()
+        places.add(tuple(bucket.flat.data_ptr() for bucket in ours.reducer.buckets))
+    assert len(places) == 1
