@@ -30,6 +30,9 @@ class Follower(Protocol):
     def land(self) -> None:
         """Wait for them and hand out the means."""
 
+    def abandon(self) -> None:
+        """Forget them: something has failed."""
+
 
 class Backward:
     """One backward pass. The engine calls it at the end.
@@ -51,10 +54,15 @@ class Backward:
             self.outer.followers += [f for f in self.followers if f not in self.outer.followers]
             return
         due = [f for f in sorted(self.followers, key=_serial) if f.backward_ended()]
-        for follower in due:
-            follower.take_off()
-        for follower in due:
-            follower.land()
+        try:
+            for follower in due:
+                follower.take_off()
+            for follower in due:
+                follower.land()
+        except BaseException:
+            for follower in due:
+                follower.abandon()
+            raise
 
 
 def _serial(follower: Follower) -> int:

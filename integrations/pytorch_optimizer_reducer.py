@@ -178,6 +178,8 @@ class Reducer(Wrapper):
         """Follow parameters that are new to the optimizer, or newly trainable."""
         known = self._known
         for name, parameter in self.named(known):
+            if id(parameter) in known:  # named twice
+                continue
             known.add(id(parameter))
             release(parameter)
             slot = Slot(self, name, parameter)
@@ -306,7 +308,8 @@ class Reducer(Wrapper):
     def _begin_backward(self, task: int) -> None:
         """Note that another backward began; the engine calls back when it is over."""
         with self._lock:
-            self._task = task
+            if task == self._task:  # another device's thread was first
+                return
             self._nests = follow(task, self) or self._nests
             for bucket in self.buckets:
                 if bucket.flight is None:
@@ -315,6 +318,7 @@ class Reducer(Wrapper):
             # Inside another backward, or around one, a gradient may be added to once more.
             early = self._passes + 1 < self._passes_per_step
             self._quiet = self._held or early or self._nests or bool(self._fresh)
+            self._task = task
 
     def _share(self, slot: Slot, grad: torch.Tensor) -> None:
         """With op=Sum: before this rank's gradient is added to a sum over the ranks."""
@@ -353,7 +357,7 @@ class Reducer(Wrapper):
                     self._send(bucket)
                     self._aloft.append(bucket)
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
         self._stale = False
         self._passes = 0
@@ -367,13 +371,13 @@ class Reducer(Wrapper):
                 bucket.flight.finish()
                 bucket.deliver(self.options.op)
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
         optimizer: Any = self.optimizer
         if optimizer is not None:
             optimizer.communication_seconds += time.perf_counter() - start
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Forget what is under way after an error, so that training can go on."""
         self._stale = True
         for bucket in self.buckets:
