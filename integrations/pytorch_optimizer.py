@@ -121,6 +121,11 @@ def _refuse_optimizer(optimizer: Any) -> None:
         raise TypeError(f"{type(optimizer).__name__} is no torch.optim.Optimizer")
     if hasattr(optimizer, "reducer"):
         raise TypeError("this optimizer is wrapped by hvdx.DistributedOptimizer already")
+    if hasattr(optimizer, "_allreduce_delay"):
+        raise TypeError(
+            "this optimizer is wrapped by horovod.torch.DistributedOptimizer already; wrap the "
+            "plain one, once"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "LBFGS decides from each rank's own loss how often to evaluate, so that ranks would "

@@ -40,12 +40,14 @@ def warn_of_differences(
     ours = [own for own, _ in details]
     differing = [key for key in values if len({own.get(key) for own in ours}) > 1]
     if differing:
-        same = [rank for rank, own in zip(ranks, ours, strict=True)
-                if own[differing[0]] == ours[0][differing[0]]]  # fmt: skip
+        first = differing[0]
+        others = [
+            rank for rank, own in zip(ranks, ours, strict=True) if own[first] != ours[0][first]
+        ]
         warnings.warn(
             f"replicas start different: {len(differing)} of {len(values)} parameters are not "
-            f"equal on all ranks, the first is {differing[0]!r} (ranks {same} agree, the others "
-            "do not). Averaged gradients keep such replicas apart: call "
+            f"equal on all ranks. The first is {first!r}: ranks {others} hold other values than "
+            f"rank {ranks[0]}. Averaged gradients keep such replicas apart: call "
             "hvd.broadcast_parameters(model, root_rank=0) before training",
             stacklevel=2,
         )

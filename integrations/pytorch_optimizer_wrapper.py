@@ -177,7 +177,7 @@ class Wrapper(abc.ABC):
         if self.ranks > 1:
             optimizer = self.optimizer
             groups = optimizer.param_groups if first and optimizer is not None else []
-            warn_of_differences(self.adapter, dict(fresh), groups, name, process_set)
+            warn_of_differences(self.adapter, dict(fresh[::-1]), groups, name, process_set)
         own = [place for place, each in enumerate(fresh) if _has_sparse_gradient(each.parameter)]
         return set().union(*self.adapter.allgather_object(own, f"{name}/sparse", process_set))
 

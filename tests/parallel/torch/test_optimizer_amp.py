@@ -61,6 +61,24 @@ def test_scaled_steps_equal_one_process(way, clear):
     assert_equal(plain, replica)
 
 
+def test_fused_optimizers_skip_inside_their_kernel():
+    torch.manual_seed(13)
+    net = nn.Linear(6, 3).to(torch.float64)
+    optimizer = torch.optim.Adam(net.parameters(), 0.1, fused=True)
+    hvd.DistributedOptimizer(optimizer, net)
+    scale = scaler()
+    before = None
+    for step, (x, y) in enumerate(data(steps=4)):
+        optimizer.zero_grad()
+        loss = scale.scale(loss_of(net, own(x), own(y)))
+        (loss * float("inf") if step == 3 and hvd.rank() == 0 else loss).backward()
+        before = net.weight.detach().clone()
+        scale.step(optimizer)
+        scale.update()
+        assert torch.equal(before, net.weight) == (step == 3)
+    assert_replicas(net)
+
+
 def test_sums_with_skipped_steps():
     _, _, replica, ours = pair(op=hvd.Sum)
     scale = scaler()
