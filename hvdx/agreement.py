@@ -7,10 +7,20 @@ import hashlib
 import json
 from typing import Any
 
+from hvdx import world
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 
 _named: collections.Counter[tuple[str, int]] = collections.Counter()
+
+
+def _forget() -> None:
+    """Count from the start when the job does: ranks that joined late have counted nothing."""
+    if not world.running():
+        _named.clear()
+
+
+world.on_change(_forget)
 
 
 def next_name(subject: str, process_set: Any = None) -> str:

@@ -117,6 +117,15 @@ def test_wrapping_twice():
         hvd.DistributedOptimizer(optimizer)
 
 
+def test_wrapping_what_horovod_has_wrapped():
+    import horovod.torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
+    theirs = horovod.torch.DistributedOptimizer(optimizer)
+    with pytest.raises(TypeError, match=r"horovod\.torch\.DistributedOptimizer already"):
+        hvd.DistributedOptimizer(theirs)
+
+
 def test_wrapping_what_is_no_optimizer():
     with pytest.raises(TypeError, match="no optimizer"):
         hvd.DistributedOptimizer(torch.nn.Linear(1, 1).parameters())
@@ -130,7 +139,6 @@ def test_wrapping_what_is_no_optimizer():
         ({"op": hvd.Sum, "gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
         ({"named_parameters": [torch.ones(1)]}, "not parameters()"),
         ({"named_parameters": []}, "not in named_parameters"),
-        ({"sparse_as_dense": False}, "sparse_as_dense"),
     ],
 )
 def test_wrong_options(options, told):
