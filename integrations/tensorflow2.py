@@ -68,6 +68,7 @@ def _explained(call: Call) -> Call:
     name of the graph's node.
     """
 
+    @tf.autograph.experimental.do_not_convert
     @functools.wraps(call)
     def checked(self: TensorFlowAdapter, tensors: Any, **options: Any) -> Any:
         if not tf.executing_eagerly():
@@ -127,7 +128,8 @@ class TensorFlowAdapter:
         before, after, options = self._reduction(
             sent.dtype, op, prescale_factor, postscale_factor, process_set
         )
-        result = mpi_ops._allreduce(_scaled(sent, before), **_named(name), **options)
+        with _operation("Allreduce", name, [_scaled(sent, before)]) as ([sent], named):
+            result = mpi_ops._allreduce(sent, **named, **options)
         return tf.cast(_scaled(result, after), tensor.dtype)
 
     def _allreduce_slices(
@@ -219,9 +221,9 @@ class TensorFlowAdapter:
             before, after, options = self._reduction(
                 sent[0].dtype, op, prescale_factor, postscale_factor, process_set
             )
-            results = mpi_ops._grouped_allreduce(
-                [_scaled(each, before) for each in sent], **_named(name), **options
-            )
+            scaled = [_scaled(each, before) for each in sent]
+            with _operation("GroupedAllreduce", name, scaled) as (given, named):
+                results = mpi_ops._grouped_allreduce(given, **named, **options)
             return [_scaled(result, after) for result in results]
 
         return _by_dtype(tensors, _reducible, reduce, tf.cast, name)
@@ -231,9 +233,8 @@ class TensorFlowAdapter:
         """Gather along the first dimension."""
 
         def gather(x: Any) -> Any:
-            result = mpi_ops.allgather(
-                _movable(x), process_set=process_set or self._everyone, **_named(name)
-            )
+            with _operation("Allgather", name, [_movable(x)]) as ([sent], named):
+                result = mpi_ops.allgather(sent, process_set=process_set or self._everyone, **named)
             return _restored(result, x.dtype)
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
@@ -248,9 +249,10 @@ class TensorFlowAdapter:
         """Gather several tensors as one operation per dtype."""
 
         def send(sent: list[Any], name: str | None) -> list[Any]:
-            results: list[Any] = mpi_ops.grouped_allgather(
-                sent, process_set=process_set or self._everyone, **_named(name)
-            )
+            with _operation("GroupedAllgather", name, sent) as (given, named):
+                results: list[Any] = mpi_ops.grouped_allgather(
+                    given, process_set=process_set or self._everyone, **named
+                )
             return results
 
         def gather(*xs: Any) -> list[Any]:
@@ -291,9 +293,10 @@ class TensorFlowAdapter:
         """Return the root's tensor."""
 
         def send(x: Any) -> Any:
-            result = mpi_ops.broadcast(
-                _movable(x), root_rank, process_set=process_set or self._everyone, **_named(name)
-            )
+            with _operation("Broadcast", name, [_movable(x)]) as ([sent], named):
+                result = mpi_ops.broadcast(
+                    sent, root_rank, process_set=process_set or self._everyone, **named
+                )
             return _restored(result, x.dtype)
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
@@ -313,9 +316,10 @@ class TensorFlowAdapter:
 
         def exchange(x: Any) -> tuple[Any, Any]:
             # Splits are always given, so that received ones come back.
-            result, received = mpi_ops.alltoall(
-                _movable(x), splits, process_set=process_set or self._everyone, **_named(name)
-            )
+            with _operation("Alltoall", name, [_movable(x)]) as ([sent], named):
+                result, received = mpi_ops.alltoall(
+                    sent, splits, process_set=process_set or self._everyone, **named
+                )
             return _restored(result, x.dtype), received
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
@@ -369,9 +373,11 @@ class TensorFlowAdapter:
             first, last, options = self._reduction(sent[0].dtype, op, before, after, process_set)
             sent = [_scaled(each, first) for each in sent]
             if len(sent) == 1:
-                results = [mpi_ops._reducescatter(sent[0], **_named(name), **options)]
+                with _operation("Reducescatter", name, sent) as ([own], named):
+                    results = [mpi_ops._reducescatter(own, **named, **options)]
             else:
-                results = mpi_ops._grouped_reducescatter(sent, **_named(name), **options)
+                with _operation("GroupedReducescatter", name, sent) as (given, named):
+                    results = mpi_ops._grouped_reducescatter(given, **named, **options)
             return [_scaled(result, last) for result in results]
 
         def scatter(*xs: Any) -> list[Any]:
@@ -591,14 +597,40 @@ def elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
 
 
-def _named(name: str | None) -> dict[str, Any]:
-    """Return Horovod's arguments for an operation's name.
+@contextlib.contextmanager
+def _operation(
+    kind: str, name: str | None, tensors: Sequence[Any]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Prepare one of Horovod's operations: its tensors, and its arguments for the name.
+
+    TensorFlow's optimisers of graphs know of no side effect of Horovod's operations. On a rank
+    whose tensors happen to be constants they would carry them out once and for all, and merge
+    those that look alike, while the other ranks wait for them in every step. See :func:`_fresh`.
 
     A name goes without slashes: where scopes are left out, Horovod takes what follows the last.
     """
     kept = _scopes_kept.get()
-    ignored = name is not None if kept is None else not kept
-    return {"name": name and name.replace("/", "."), "ignore_name_scope": ignored}
+    named = {"name": name, "ignore_name_scope": name is not None if kept is None else not kept}
+    if tf.executing_eagerly():
+        yield list(tensors), named
+        return
+    if name is None:  # as Horovod does
+        name = "_".join(dict.fromkeys([tensors[0].name, tensors[-1].name]))
+        name = mpi_ops._normalize_name(f"Horovod{kind}_{name}")
+    named["name"] = name.replace("/", ".")
+    yield [_fresh(tensor) for tensor in tensors], named
+
+
+def _fresh(tensor: Any) -> Any:
+    """Return ``tensor``, uncopied, as something that a graph's optimisers cannot foresee."""
+    with tf.device("CPU:0"):  # of a shape that ends in as many ones as a die with one side shows
+        zero = tf.raw_ops.RandomUniformInt(
+            shape=tf.constant([1]), minval=tf.constant(0), maxval=tf.constant(1), seed=1, seed2=1
+        )
+        shape = tf.concat([tf.shape(tensor), tf.fill(zero, 1)], 0)
+    fresh = tf.reshape(tensor, shape)
+    fresh.set_shape(tensor.shape)
+    return fresh
 
 
 def _differentiable(call: Callable[..., Any], back: Callable[..., list[Any]], *given: Any) -> Any:

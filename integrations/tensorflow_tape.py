@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvdx import collectives, world
 from hvdx.compression import CompressionError, Compressor, as_compressor, none
@@ -59,8 +60,8 @@ def distributed(tape: tf.GradientTape, options: TapeOptions, scale_local: bool) 
         raise TypeError(f"{type(tape).__name__} is no tf.GradientTape")
     kind = _averaging_class(type(tape))
     own = kind.__new__(kind)
-    # The record is shared. Who stops recording is the tape that started it.
-    own.__dict__.update(tape.__dict__, _recording=False)
+    own.__dict__.update(tape.__dict__, _recording=False)  # the record is shared
+    own._recorder = tape
     own._options, own._scale_local, own._local, own._averages = options, scale_local, {}, True
     return own
 
@@ -73,6 +74,7 @@ def _averaging_class(kind: type) -> Any:
 class AveragingTape(tf.GradientTape):
     """What ``DistributedGradientTape`` puts before the class of the user's tape."""
 
+    _recorder: tf.GradientTape  # the tape given, which may record still
     _options: TapeOptions
     _scale_local: bool
     _local: dict[int, Any]  # by identity; kept alive, lest another take the number
@@ -83,6 +85,7 @@ class AveragingTape(tf.GradientTape):
         value = variable_of(source)
         self._local[id(value)] = value
 
+    @tf.autograph.experimental.do_not_convert
     def gradient(
         self,
         target: Any,
@@ -105,6 +108,8 @@ class AveragingTape(tf.GradientTape):
             local sources are divided by the number of ranks unless ``scale_local_gradients``
             was False: they then weigh as much as they do in the others' mean.
         """
+        if self._recorder._recording and not self._persistent:
+            self._recorder._pop_tape()  # as a tape does that is asked before it is left
         values = tf.nest.map_structure(variable_of, sources)
         own = super().gradient(target, values, output_gradients, unconnected_gradients)
         if not self._averages:
@@ -330,10 +335,14 @@ def _averager(adapter: TensorFlowAdapter, name: str, options: TapeOptions) -> An
     """Make what averages for Keras' optimizer do so for a tape; imports Keras."""
     from hvdx.integrations.keras3 import Options
 
+    def create(next_creator: Any, **given: Any) -> Any:
+        """Make the averager's own variable, also where a graph is traced for the second time."""
+        return ResourceVariable(given["initial_value"], trainable=False, dtype=given["dtype"])
+
     chosen = {**options._asdict(), "name": name, "times": 1, "scale_local": True}
-    return _averager_class()(
-        adapter, Options(**{field: chosen[field] for field in Options._fields})
-    )
+    known = Options(**{field: chosen[field] for field in Options._fields})
+    with tf.init_scope(), tf.variable_creator_scope(create):
+        return _averager_class()(adapter, known)
 
 
 @functools.cache

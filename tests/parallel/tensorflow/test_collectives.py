@@ -63,6 +63,26 @@ def test_many_in_one_graph(hvd):
             np.testing.assert_array_equal(result, np.full(3, i))
 
 
+def test_constants_in_a_graph(hvd):
+    """TensorFlow computed them once on the rank that had constants, and merged equal ones."""
+    rank, size = hvd.rank(), hvd.size()
+
+    @tf.function
+    def step(given):
+        first, second = (given, given + 1) if rank == 0 else (tf.zeros([2]), tf.zeros([2]))
+        return (
+            hvd.allreduce(first, op=hvd.Sum, name="constant.first"),
+            hvd.allreduce(second, op=hvd.Sum, name="constant.second"),
+            hvd.allgather(first, name="constant.third"),
+        )
+
+    for i in range(3):
+        first, second, rows = step(tf.fill([2], float(i)))
+        np.testing.assert_array_equal(first, [i, i])
+        np.testing.assert_array_equal(second, [i + 1, i + 1])
+        np.testing.assert_array_equal(rows, [i, i] + [0, 0] * (size - 1))
+
+
 def test_grouped(hvd, run):
     tensors = [tf.fill([i + 1], float(hvd.rank() * i)) for i in range(4)]
     results = run(lambda *x: hvd.grouped_allreduce(list(x), name="group"))(*tensors)
