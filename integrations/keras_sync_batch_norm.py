@@ -20,10 +20,13 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     whole batch. Ranks count by the elements that they have, so that batches may differ in size
     and masks in what they leave out. One small allreduce a call, and one in its gradient.
 
-    A saved layer is a plain ``BatchNormalization`` to a process without hvdx: give
-    ``custom_objects={"SyncBatchNormalization": keras.layers.BatchNormalization}`` to
-    ``keras.models.load_model``. Where hvdx is imported, it loads as it is; ``process_set`` is
-    not saved.
+    Files load as they are where hvdx is imported; ``process_set`` is not saved. In a process
+    without hvdx a plain layer of the same name takes its place (for files name their weights by
+    their layers' classes), by this argument of ``keras.models.load_model``::
+
+        class SyncBatchNormalization(keras.layers.BatchNormalization): ...
+
+        custom_objects = {"hvdx>SyncBatchNormalization": SyncBatchNormalization}
 
     Args:
         fused: accepted for Horovod's sake; must be False.
