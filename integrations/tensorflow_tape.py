@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -333,14 +334,14 @@ class _Nobody:
 
 def _averager(adapter: TensorFlowAdapter, name: str, options: TapeOptions) -> Any:
     """Make what averages for Keras' optimizer do so for a tape; imports Keras."""
-    from hvdx.integrations.keras3 import Options
+    module: Any = importlib.import_module("hvdx.integrations.keras3_tensorflow")
 
     def create(next_creator: Any, **given: Any) -> Any:
         """Make the averager's own variable, also where a graph is traced for the second time."""
         return ResourceVariable(given["initial_value"], trainable=False, dtype=given["dtype"])
 
     chosen = {**options._asdict(), "name": name, "times": 1, "scale_local": True}
-    known = Options(**{field: chosen[field] for field in Options._fields})
+    known = module.Options(**{field: chosen[field] for field in module.Options._fields})
     with tf.init_scope(), tf.variable_creator_scope(create):
         return _averager_class()(adapter, known)
 
