@@ -59,7 +59,8 @@ def distributed(tape: tf.GradientTape, options: TapeOptions, scale_local: bool) 
         raise TypeError("the tape is wrapped by DistributedGradientTape already; wrap it once")
     if not isinstance(tape, tf.GradientTape):
         raise TypeError(f"{type(tape).__name__} is no tf.GradientTape")
-    kind = _averaging_class(type(tape))
+    given: Any = type(tape)
+    kind = _averaging_class(given)
     own = kind.__new__(kind)
     own.__dict__.update(tape.__dict__, _recording=False)  # the record is shared
     own._recorder = tape
