@@ -26,6 +26,7 @@ from hvdx.errors import MismatchError
 from hvdx.frameworks import kind_of
 from hvdx.integrations import keras_callbacks as callbacks
 from hvdx.integrations.keras3 import DistributedOptimizer
+from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -71,6 +72,7 @@ __all__ = [
     "MismatchError",
     "Product",
     "Sum",
+    "SyncBatchNormalization",
     "TrainingReport",
     "add_process_set",
     "allgather",
