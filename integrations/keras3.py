@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import abc
 import functools
+import hashlib
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ def DistributedOptimizer(
     device_dense: str = "",
     device_sparse: str = "",
     compression: Any = none,
-    sparse_as_dense: bool = True,
+    sparse_as_dense: bool = False,
     gradient_predivide_factor: float = 1.0,
     op: int = ReduceOp.Average,
     num_groups: int = 0,
@@ -52,30 +54,40 @@ def DistributedOptimizer(
     """Make ``optimizer`` average gradients over the ranks; returns the same object.
 
     The optimizer keeps its class, configuration, learning rate or schedule, iterations and
-    state. A model compiled with it saves and loads as without hvdx; a loaded optimizer is the
-    user's plain one, to be wrapped and compiled again. It gains ``communication_seconds``.
+    state. A model compiled with it saves and loads as without hvdx. What is loaded from a file,
+    and copies that Keras makes through one (``copy.deepcopy`` and pickles of models), hold the
+    user's plain optimizer, to be wrapped and compiled again: :func:`hvdx.keras.load_model` does.
+    The optimizer gains ``communication_seconds`` and ``register_local_var``.
 
     Gradients travel in flat buckets (``HVDX_BUCKET_MB``), in a graph while later ones are
-    computed. Sparse gradients (``tf.IndexedSlices``) become dense. Where a rank has no gradient
-    for a variable it sends zeros; a variable that no rank has a gradient for stays without.
+    computed. Where a rank has no gradient for a variable it sends zeros; a variable that no rank
+    has a gradient for stays without. With Keras' ``gradient_accumulation_steps`` ranks
+    communicate once per update, or every step where a ``LossScaleOptimizer`` is wrapped.
+
+    XLA cannot compile Horovod's operations. Where Keras would choose it by itself
+    (``jit_compile="auto"`` with a GPU), models with this optimizer train without;
+    ``jit_compile=True`` is an error at the first step.
 
     Args:
-        optimizer: any Keras 3 optimizer. For mixed float16 give the ``LossScaleOptimizer``
-            itself, so that all ranks agree whether a step overflowed.
+        optimizer: any Keras 3 optimizer. For mixed float16, a ``LossScaleOptimizer`` that is
+            wrapped itself costs least: where ``compile()`` puts one around the wrapped
+            optimizer, ranks agree in an operation of its own whether a step overflowed.
         name: of the operations; equal on all ranks. Default: counted.
         device_dense: accepted for Horovod's sake and not needed.
         device_sparse: likewise.
         compression: a compressor of ``hvd.Compression`` or a Horovod ``Compressor`` class.
-        sparse_as_dense: accepted for Horovod's sake: sparse gradients always travel dense.
+        sparse_as_dense: send sparse gradients (``tf.IndexedSlices``) in the dense buckets. Else
+            they stay sparse: all ranks' rows are gathered, uncompressed, as in Horovod.
         gradient_predivide_factor: with Average, divides before the sum and multiplies after.
         op: ``hvd.Average`` or ``hvd.Sum``.
         num_groups: accepted for Horovod's sake; buckets take its place.
-        groups: likewise.
-        backward_passes_per_step: must be 1: Keras accumulates by itself, with
-            ``gradient_accumulation_steps`` of the optimizer.
-        average_aggregated_gradients: accepted for Horovod's sake.
+        groups: likewise: a positive number or lists of variables.
+        backward_passes_per_step: how many steps to accumulate before an update: sets
+            ``gradient_accumulation_steps`` of the optimizer, which must have no state yet.
+        average_aggregated_gradients: update with the mean over those steps rather than, as in
+            Horovod by default, with their sum.
         process_set: the ranks to average over; all by default.
-        scale_local_gradients: accepted for Horovod's sake.
+        scale_local_gradients: divide the gradients of local variables by the number of ranks.
 
     Raises:
         TypeError: it is wrapped already, is no Keras 3 optimizer, or Keras runs on jax.
@@ -95,12 +107,8 @@ def DistributedOptimizer(
         )
     if gradient_predivide_factor != 1.0 and op != ReduceOp.Average:
         raise ValueError("gradient_predivide_factor needs op=hvd.Average")
-    if backward_passes_per_step != 1:
-        raise ValueError(
-            f"backward_passes_per_step={backward_passes_per_step}: Keras 3 accumulates gradients "
-            f"itself; use {type(optimizer).__name__}(..., gradient_accumulation_steps="
-            f"{backward_passes_per_step}), which averages over the steps"
-        )
+    _check_groups(num_groups or groups)
+    _check_passes(optimizer, backward_passes_per_step)
     backend = framework_of_kind("keras")
     options = Options(
         name or next_name("keras", process_set),
@@ -108,12 +116,75 @@ def DistributedOptimizer(
         ReduceOp(op),
         gradient_predivide_factor,
         process_set,
+        sparse_as_dense,
+        1 if average_aggregated_gradients else backward_passes_per_step,
+        scale_local_gradients,
     )
     module, averager = _ENGINES[backend]
     engine = getattr(importlib.import_module(module), averager)
     optimizer._averager = engine(world.core(backend), options)
-    kind: Any = type(optimizer)
-    optimizer.__class__ = _averaging_class(kind)
+    if backward_passes_per_step > 1:
+        _innermost(optimizer).gradient_accumulation_steps = backward_passes_per_step
+    scaler = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    optimizer.__class__ = _class_with(AveragingScaler if scaler else AveragingOptimizer, optimizer)
+    return optimizer
+
+
+def PartialDistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: int = ReduceOp.Average,
+    groups: Any = None,
+    process_set: Any = None,
+    local_layers: Any = None,
+    scale_local_gradients: bool = True,
+) -> keras.optimizers.Optimizer:
+    """Make ``optimizer`` average gradients over the ranks, but for those of ``local_layers``.
+
+    These layers train on their own rank's data alone and may differ between ranks, in shape
+    too. Give their variables to ``BroadcastGlobalVariablesCallback(local_variables=...)`` also.
+
+    Args:
+        optimizer: see :func:`DistributedOptimizer`, as for the other arguments.
+        name: likewise.
+        device_dense: likewise.
+        device_sparse: likewise.
+        compression: likewise.
+        sparse_as_dense: likewise.
+        gradient_predivide_factor: likewise.
+        op: likewise.
+        groups: likewise.
+        process_set: likewise.
+        local_layers: a layer or several; they need not be built yet.
+        scale_local_gradients: divide their gradients by the number of ranks, since the others'
+            are averaged.
+
+    Raises:
+        ValueError: ``local_layers`` holds something else.
+    """
+    layers = [local_layers] if isinstance(local_layers, keras.Layer) else list(local_layers or ())
+    for layer in layers:
+        if not isinstance(layer, keras.Layer):
+            raise ValueError(f"local_layers: {layer!r} is no keras.layers.Layer")
+    optimizer = DistributedOptimizer(
+        optimizer,
+        name,
+        device_dense,
+        device_sparse,
+        compression,
+        sparse_as_dense,
+        gradient_predivide_factor,
+        op,
+        groups=groups,
+        process_set=process_set,
+        scale_local_gradients=scale_local_gradients,
+    )
+    optimizer._averager.local.extend(layers)
     return optimizer
 
 
@@ -133,6 +204,49 @@ def _check_fresh(optimizer: Any) -> None:
             )
 
 
+def _check_groups(groups: Any) -> None:
+    lists = isinstance(groups, (list, tuple)) and all(isinstance(g, (list, tuple)) for g in groups)
+    if groups is not None and not lists and not (isinstance(groups, int) and groups >= 0):
+        raise ValueError(f"groups={groups!r}: give a number, or a list of lists of variables")
+
+
+def _check_passes(optimizer: Any, passes: int) -> None:
+    if not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"backward_passes_per_step={passes!r}: give a number from 1")
+    inner = _innermost(optimizer)
+    if passes > 1 and inner.gradient_accumulation_steps:
+        raise ValueError(
+            f"backward_passes_per_step={passes}, but {inner.name!r} accumulates already, over "
+            f"gradient_accumulation_steps={inner.gradient_accumulation_steps}; give one of them"
+        )
+    if passes > 1 and inner.built:
+        raise ValueError(
+            f"backward_passes_per_step={passes}: {inner.name!r} is built already, without room "
+            "for accumulated gradients. Wrap it before it is built, or make it with "
+            f"{type(inner).__name__}(..., gradient_accumulation_steps={passes}), which averages "
+            "over the steps"
+        )
+
+
+def _innermost(optimizer: Any) -> Any:
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def averaging(optimizer: Any) -> AveragingOptimizer | None:
+    """Return ``optimizer``, or the one in a loss scaler, if it averages over the ranks."""
+    for one in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if isinstance(one, AveragingOptimizer):
+            return one
+    return None
+
+
+class _Variables(list):  # type: ignore[type-arg]
+    """A list that may be called: scripts for Horovod write ``optimizer.variables()``."""
+
+    def __call__(self) -> list[Any]:
+        return self
+
+
 class AveragingOptimizer:
     """What :func:`DistributedOptimizer` puts before the class of the user's optimizer.
 
@@ -149,6 +263,36 @@ class AveragingOptimizer:
         """Seconds this rank has waited for averages, without what overlapped with computing."""
         return self._averager.seconds
 
+    @property
+    def variables(self) -> list[Any]:
+        """The optimizer's variables; a list that may also be called, as Horovod's may."""
+        return _Variables(super().variables)  # type: ignore[misc]
+
+    def register_local_var(self, var: Any) -> None:
+        """Keep the gradients of ``var`` on this rank.
+
+        Raises:
+            ValueError: training has begun: what travels is settled then.
+        """
+        if self._averager.started:
+            raise ValueError(
+                f"register_local_var({getattr(var, 'name', var)!r}) after the first step; call it "
+                "before training"
+            )
+        self._averager.local.append(var)
+
+    def build(self, variables: Any) -> None:
+        """Make the optimizer's variables; a scaler around it learns to ask all ranks.
+
+        A ``LossScaleOptimizer`` builds what is in it, and later calls it only if this rank's own
+        gradients are finite: the other ranks would wait for its gradients.
+        """
+        caller = sys._getframe(1).f_locals.get("self")
+        plain = isinstance(caller, keras.optimizers.LossScaleOptimizer)
+        if plain and caller.inner_optimizer is self and not isinstance(caller, AgreeingScaler):
+            caller.__class__ = _class_with(AgreeingScaler, caller)
+        super().build(variables)  # type: ignore[misc]
+
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Average ``grads`` over the ranks, then update as the user's class does."""
         grads = list(grads)
@@ -160,11 +304,34 @@ class AveragingOptimizer:
         super().apply(grads, trainable_variables)  # type: ignore[misc]
 
 
+class AveragingScaler(AveragingOptimizer):
+    """A ``LossScaleOptimizer`` that averages: an overflow anywhere reaches all with the mean."""
+
+    def check_finite(self, grads: Sequence[Any]) -> Any:
+        """Tell whether all are finite, asking all ranks where gradients stay on one of them."""
+        finite = super().check_finite(grads)  # type: ignore[misc]
+        return self._averager.everywhere(finite) if self._averager.local else finite
+
+
+class AgreeingScaler:
+    """A ``LossScaleOptimizer`` around one that averages."""
+
+    inner_optimizer: Any
+
+    def check_finite(self, grads: Sequence[Any]) -> Any:
+        """Tell whether the gradients of all ranks are finite."""
+        return self.inner_optimizer._averager.everywhere(super().check_finite(grads))  # type: ignore[misc]
+
+
+def _class_with(mixin: type, optimizer: Any) -> type:
+    return _subclass(mixin, type(optimizer))
+
+
 @functools.cache
-def _averaging_class(kind: type) -> type:
+def _subclass(mixin: type, kind: type) -> type:
     own = type(
         kind.__name__,
-        (AveragingOptimizer, kind),
+        (mixin, kind),
         {
             "__doc__": kind.__doc__,
             "__module__": kind.__module__,
@@ -188,6 +355,9 @@ class Options(NamedTuple):
     op: ReduceOp
     predivide: float
     process_set: Any
+    sparse_as_dense: bool
+    times: int  # what Keras' mean over accumulated steps is multiplied by
+    scale_local: bool
 
 
 class Bucket:
@@ -214,15 +384,22 @@ class Bucket:
 
 
 class Layout(NamedTuple):
-    """How the gradients of one list of variables travel."""
+    """How the gradients of one list of variables travel; places count from 0 in that list."""
 
     variables: list[Any]  # kept alive, since layouts are found by their identity
     buckets: list[Bucket]
+    sparse: dict[int, str]  # place -> name of the operations that gather its rows
+    local: frozenset[int]  # places whose gradients stay here
     idle: frozenset[int]  # places for which no rank had a gradient in the first step
 
 
 class Averager(abc.ABC):
-    """Averages lists of gradients; a subclass per backend says how tensors are handled."""
+    """Averages lists of gradients; a subclass per backend says how tensors are handled.
+
+    Attributes:
+        local: variables, and layers, whose gradients stay on this rank.
+        broadcast_follows: ranks are made equal after the first step, so that they may differ now.
+    """
 
     ops: Ops
     seconds: float
@@ -230,18 +407,96 @@ class Averager(abc.ABC):
     def __init__(self, adapter: Adapter, options: Options) -> None:
         self.adapter = adapter
         self.options = options
+        self.local: list[Any] = []
+        self.broadcast_follows = False
         self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._unseen: set[tuple[int, ...]] = set()  # layouts whose replicas are yet to compare
+
+    @property
+    def started(self) -> bool:
+        """Whether ranks have agreed about what travels."""
+        return bool(self._layouts)
 
     def average(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
         """Return the means of ``grads`` over the ranks, None where no rank has a gradient."""
         if self.ranks() == 1 and self.options.compressor is none:
-            return grads
+            return [self._scaled(grad, self.options.times) for grad in grads]
+        layout = self._layout(optimizer, grads, variables)
+        if optimizer.gradient_accumulation_steps:
+            means = self._accumulated(optimizer, layout, grads)
+        else:
+            means = self.reduce(layout, grads)
+        factor = self.options.times / (self.ranks() if self.options.scale_local else 1)
+        for place in layout.local:
+            means[place] = self._scaled(grads[place], factor)
+        for place in layout.idle:
+            if grads[place] is None and self.is_zero(means[place]):
+                means[place] = None
+        return means
+
+    def _layout(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> Layout:
         key = tuple(map(id, variables))
         layout = self._layouts.get(key)
         if layout is None:
             self._check_caller(optimizer)
             layout = self._layouts[key] = self._agree(optimizer, grads, variables)
-        return self.reduce(layout, grads)
+            self._unseen.add(key)
+            if not self.is_tracing():  # a graph is traced once, and has no second step
+                return layout
+        if key in self._unseen:  # scripts may broadcast after the first step, as Horovod's do
+            self._unseen.discard(key)
+            self._compare(layout)
+        return layout
+
+    def _accumulated(self, optimizer: Any, layout: Layout, grads: list[Any]) -> list[Any]:
+        """Average what this and earlier steps have gathered, in the step that updates only.
+
+        Keras divides by the number of steps, and adds what is in its accumulators: nothing then.
+        """
+        if not optimizer.built:
+            optimizer.build(layout.variables)
+        shared = [place for place in range(len(grads)) if place not in layout.local]
+        sums = [
+            optimizer._accumulated_gradients[optimizer._get_variable_index(layout.variables[place])]
+            for place in shared
+        ]
+        whole = self.dense(layout, grads)
+        own = [whole[place] for place in shared]
+
+        def update() -> list[Any]:
+            for place, total in zip(shared, sums, strict=True):
+                whole[place] = whole[place] + total.value
+            means = self.reduce(layout, whole)
+            for total in sums:
+                total.assign(keras.ops.zeros_like(total))
+            return [means[place] for place in shared]
+
+        steps = optimizer.gradient_accumulation_steps
+        due = (optimizer._iterations + 1) % steps == 0
+        results = keras.ops.cond(due, update, lambda: own)
+        means: list[Any] = [None] * len(grads)
+        for place, result in zip(shared, results, strict=True):
+            means[place] = result
+        return means
+
+    def everywhere(self, condition: Any) -> Any:
+        """Tell whether ``condition``, a boolean tensor, holds on every rank."""
+        if self.ranks() == 1:
+            return condition
+        flag = keras.ops.cast(condition, "float32")
+        least = self.adapter.allreduce(
+            flag,
+            op=ReduceOp.Min,
+            name=f"{self.options.name}.finite",
+            prescale_factor=1.0,
+            postscale_factor=1.0,
+            process_set=self.options.process_set,
+        )
+        return least > 0.5
+
+    @staticmethod
+    def _scaled(grad: Any, factor: float) -> Any:
+        return grad if grad is None or factor == 1 else keras.ops.multiply(grad, factor)
 
     def ranks(self) -> int:
         """Return how many ranks take part."""
@@ -249,7 +504,19 @@ class Averager(abc.ABC):
 
     @abc.abstractmethod
     def reduce(self, layout: Layout, grads: list[Any]) -> list[Any]:
-        """Carry out the :meth:`work` of all buckets, side by side."""
+        """Carry out the :meth:`work` of all buckets, side by side; None in local places."""
+
+    @abc.abstractmethod
+    def dense(self, layout: Layout, grads: list[Any]) -> list[Any]:
+        """Return dense tensors of the variables' types, zeros where there is no gradient."""
+
+    @abc.abstractmethod
+    def is_tracing(self) -> bool:
+        """Tell whether a graph is being made."""
+
+    @abc.abstractmethod
+    def is_zero(self, mean: Any) -> bool:
+        """Tell whether a mean is all zeros, as far as it is known yet."""
 
     @abc.abstractmethod
     def pack(self, bucket: Bucket, grads: list[Any]) -> tuple[Any, bool]:
@@ -267,6 +534,7 @@ class Averager(abc.ABC):
         """Average one bucket's gradients, as its compressor does."""
         compressor, op, predivide = self.options[1:4]
         factor = self.ranks() if op is ReduceOp.Sum and compressor is not none else predivide
+        factor *= self.options.times
         if compressor.elementwise:
             flat, in_place = self.pack(bucket, grads)
             if predivide != 1.0:
@@ -289,53 +557,104 @@ class Averager(abc.ABC):
         return [self.ops.scale(mean, factor) for mean in means] if factor != 1.0 else means
 
     def _agree(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> Layout:
-        """Plan buckets, after all ranks have said that they plan the same."""
+        """Plan what travels how, after all ranks have said that they plan the same."""
         name, process_set = "hvdx.keras.agreement", self.options.process_set
-        specs = [
-            Spec(
+        local = self._local_places(variables)
+        specs = {
+            place: Spec(
                 getattr(variable, "path", variable.name),
                 tuple(variable.shape),
                 keras.backend.standardize_dtype(variable.dtype),
             )
-            for variable in variables
-        ]
+            for place, variable in enumerate(variables)
+            if place not in local
+        }
         limit = buckets.limit_bytes()
+        each = {f"{i} {s.name}": f"{s.dtype} {s.shape}" for i, s in enumerate(specs.values())}
         entries = {
             "operations": self.options.name,
             "optimizer": f"{type(optimizer).__name__} {self.configuration(optimizer)}",
             "options": f"op={self.options.op.name}, compression={self.options.compressor}, "
-            f"gradient_predivide_factor={self.options.predivide}, buckets of {limit} bytes",
-            **{f"{i} {spec.name}": f"{spec.dtype} {spec.shape}" for i, spec in enumerate(specs)},
+            f"gradient_predivide_factor={self.options.predivide}, buckets of {limit} bytes, "
+            f"sparse_as_dense={self.options.sparse_as_dense}, gradients times {self.options.times}",
+            **each,
         }
         subject = "variables, optimizer or options of DistributedOptimizer"
         check_same(self.adapter, subject, entries, name, process_set)
-        missing = frozenset(place for place, grad in enumerate(grads) if grad is None)
-        everyone = self.adapter.allgather_object(missing, f"{name}.missing", process_set)
+        as_dense = self.options.sparse_as_dense or optimizer.gradient_accumulation_steps
+        own = ["dense" if as_dense and grads[i] is not None else self.kind(grads[i]) for i in specs]
+        everyone = self.adapter.allgather_object(own, f"{name}.kinds", process_set)
+        kinds = {place: {k[i] for k in everyone} for i, place in enumerate(specs)}
+        prefix = f"{self.options.name}.{len(self._layouts)}"
+        sparse = {
+            p: f"{prefix}.rows.{i}" for i, p in enumerate(specs) if kinds[p] - {None} == {"sparse"}
+        }
+        return Layout(
+            variables,
+            self._buckets(prefix, {p: s for p, s in specs.items() if p not in sparse}, variables),
+            sparse,
+            local,
+            frozenset(place for place, found in kinds.items() if found == {None}),
+        )
+
+    def kind(self, grad: Any) -> str | None:
+        """Say how a gradient would travel: ``dense``, ``sparse``, or None if there is none."""
+        return None if grad is None else "dense"
+
+    def _local_places(self, variables: list[Any]) -> frozenset[int]:
+        own = [
+            variable
+            for owner in self.local
+            for variable in (owner.trainable_weights if isinstance(owner, keras.Layer) else [owner])
+        ]
+        known = {id(tensor) for v in own for tensor in (v, getattr(v, "value", v))}
+        return frozenset(
+            place
+            for place, v in enumerate(variables)
+            if id(v) in known or id(getattr(v, "value", v)) in known
+        )
+
+    def _compare(self, layout: Layout) -> None:
+        """Warn where replicas differ: averaged gradients do not make them equal again."""
+        own = []
+        for place, variable in enumerate(layout.variables):
+            if place not in layout.local:
+                value = self.adapter.to_numpy(getattr(variable, "value", variable))
+                name = getattr(variable, "path", variable.name)
+                own.append((name, hashlib.sha256(value.tobytes()).hexdigest()[:8]))
+        name = "hvdx.keras.replicas"
+        everyone = self.adapter.allgather_object(own, name, self.options.process_set)
+        differing = [names[0][0] for names in zip(*everyone, strict=True) if len(set(names)) > 1]
+        if differing and not self.broadcast_follows:
+            warnings.warn(
+                f"ranks train {len(differing)} of {len(own)} variables from different values, the "
+                f"first being {differing[0]!r}, and will stay different: use "
+                "hvd.callbacks.BroadcastGlobalVariablesCallback(0), or "
+                "hvd.broadcast_parameters(model) before training",
+                stacklevel=2,
+            )
+
+    def _buckets(self, prefix: str, specs: dict[int, Spec], variables: list[Any]) -> list[Bucket]:
         # Backward meets the last layers first, so that their bucket shall fill first.
-        order = range(len(specs))[::-1]
+        order = list(specs)[::-1]
         plan = buckets.plan(
             [
                 buckets.Entry(
-                    specs[i].name,
-                    _elements(specs[i].shape),
-                    specs[i].dtype,
-                    self.device(variables[i]),
+                    specs[place].name,
+                    _elements(specs[place].shape),
+                    specs[place].dtype,
+                    self.device(variables[place]),
                 )
-                for i in order
+                for place in order
             ],
-            limit,
+            buckets.limit_bytes(),
         )
-        prefix = f"{self.options.name}.{len(self._layouts)}"
-        return Layout(
-            variables,
-            [
-                self._bucket(f"{prefix}.{number}", [order[i] for i in members], specs)
-                for number, members in enumerate(plan)
-            ],
-            frozenset.intersection(*everyone),
-        )
+        return [
+            self._bucket(f"{prefix}.{number}", [order[i] for i in members], specs)
+            for number, members in enumerate(plan)
+        ]
 
-    def _bucket(self, name: str, members: list[int], specs: list[Spec]) -> Bucket:
+    def _bucket(self, name: str, members: list[int], specs: dict[int, Spec]) -> Bucket:
         own = [specs[place] for place in members]
         compressor = self.options.compressor
         states = [] if compressor.elementwise else [compressor.init(self.ops, s) for s in own]
@@ -346,16 +665,18 @@ class Averager(abc.ABC):
         return json.dumps(_nameless(optimizer.get_config()), sort_keys=True, default=str)
 
     def _check_caller(self, optimizer: Any) -> None:
-        """Refuse to work inside a loss scaler: it calls only on ranks without overflow."""
+        """Refuse to work inside a scaler that calls only on ranks without overflow."""
         frame = sys._getframe(2)
         while frame.f_back is not None:
             frame = frame.f_back
             caller = frame.f_locals.get("self")
-            if isinstance(caller, keras.optimizers.LossScaleOptimizer) and caller is not optimizer:
+            if isinstance(caller, keras.optimizers.LossScaleOptimizer) and not isinstance(
+                caller, (AgreeingScaler, AveragingScaler)
+            ):
                 raise ValueError(
                     f"a LossScaleOptimizer calls {optimizer.name!r} on those ranks only whose own "
                     "gradients are finite, so that the others would never answer. Wrap the scaler "
-                    "instead (compile() makes one for mixed_float16 where there is none): "
+                    "instead: "
                     "hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))"
                 )
 

@@ -46,7 +46,7 @@ def make_model() -> Callable[..., Any]:
     def make(dtype: str = "float32", seed: int = 3, width: int = 8) -> Any:
         keras.config.set_floatx(dtype)  # losses, learning rates and fit's data are of this type
         keras.utils.set_random_seed(seed)
-        keras.backend.clear_session()  # equal names on all ranks and in all tests
+        keras.backend.clear_session(free_memory=False)  # equal names on all ranks and in all tests
         return keras.Sequential(
             [
                 keras.Input((6,), dtype=dtype),

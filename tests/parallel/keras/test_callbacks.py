@@ -43,7 +43,7 @@ def test_broadcast_comes_before_the_first_batch(hvd, make_model, assert_equal_re
 
 
 def test_broadcast_of_a_model_built_by_its_first_batch(hvd, assert_equal_replicas):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(hvd.rank())
     model = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)])
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")

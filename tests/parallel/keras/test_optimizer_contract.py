@@ -129,8 +129,19 @@ def test_refuses(hvd):
         hvd.DistributedOptimizer(fresh, compression="zip")
     with pytest.raises(ValueError, match="Adasum"):
         hvd.DistributedOptimizer(fresh, op=hvd.Adasum)
+    with pytest.raises(ValueError, match="groups='a'"):
+        hvd.DistributedOptimizer(fresh, groups="a")
+    with pytest.raises(ValueError, match="backward_passes_per_step=0"):
+        hvd.DistributedOptimizer(fresh, backward_passes_per_step=0)
+    with pytest.raises(ValueError, match="accumulates already"):
+        accumulating = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        hvd.DistributedOptimizer(accumulating, backward_passes_per_step=4)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=4"):
-        hvd.DistributedOptimizer(fresh, backward_passes_per_step=4)
+        built = keras.optimizers.SGD(0.1)
+        built.build([keras.Variable(0.0)])
+        hvd.DistributedOptimizer(built, backward_passes_per_step=4)
+    with pytest.raises(ValueError, match="'dense' is no keras"):
+        hvd.PartialDistributedOptimizer(fresh, local_layers=["dense"])
     hvd.DistributedOptimizer(fresh)  # none of these wrapped it
 
 
@@ -229,11 +240,57 @@ def test_loss_scaling(hvd, data, make_model, ways, assert_equal_replicas):
 
 
 @pytest.mark.parametrize("way", ["fit", "loop"])
-def test_inside_a_loss_scaler_is_refused(hvd, way, data, make_model, ways):
+def test_inside_a_loss_scaler(hvd, way, data, make_model, ways, farthest, assert_equal_replicas):
+    """As ``compile`` puts one around the optimizer of a mixed_float16 model."""
+    batches = data()
+    alone, together = make_model(), make_model()
+    ways.loop(alone, keras.optimizers.SGD(0.1), batches.whole)
     inner = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1.0)
-    with pytest.raises(ValueError, match="Wrap the scaler"):
-        getattr(ways, way)(make_model(), scaler, data().shard)
+    before = keras.optimizers.serialize(scaler)
+    getattr(ways, way)(together, scaler, batches.shard)
+    assert keras.optimizers.serialize(scaler) == before
+    assert farthest(alone, together) < 1e-6
+    grads = [keras.ops.ones(v.shape) for v in together.trainable_variables]
+    if hvd.rank() == 0:
+        grads[0] = grads[0] * float("nan")
+    scaler.apply(grads, together.trainable_variables)
+    assert float(scaler.dynamic_scale) == 0.5
+    assert farthest(alone, together) < 1e-6
+    assert_equal_replicas(together)
+
+
+def test_mixed_float16(hvd, assert_equal_replicas):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8), keras.layers.Dense(1)])
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam()), "mse")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = np.full((8, 6), 0.01 * (hvd.rank() + 1), "float32")
+    if hvd.rank() == 0:
+        x[4:] = 1e6  # the second step overflows on this rank
+    model.fit(x, np.zeros((8, 1)), batch_size=4, shuffle=False, verbose=0)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert int(model.optimizer.iterations) == 1
+    assert float(model.optimizer.dynamic_scale) == 2.0**14
+    assert_equal_replicas(model)
+
+
+def test_xla_as_the_default_is_left_out(hvd, data, make_model, ways, monkeypatch):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("XLA is TensorFlow's")
+    import tensorflow as tf
+
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda *kind: [gpu])
+    model = make_model()
+    model.compile("sgd", "mse")
+    assert model.jit_compile is True  # so Keras would choose, where it sees a GPU
+    with pytest.warns(UserWarning, match="trains without it"):
+        ways.fit(model, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), data().shard)
+    assert model.jit_compile is False
 
 
 def test_xla_is_refused(hvd, data, make_model, ways):

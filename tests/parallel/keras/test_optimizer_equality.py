@@ -88,7 +88,7 @@ def test_models_of_two_types(hvd, data, ways, farthest, exact):
     def make():
         keras.config.set_floatx("float64")
         keras.utils.set_random_seed(1)
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         return keras.Sequential(
             [
                 keras.Input((6,), dtype="float64"),
@@ -159,7 +159,7 @@ def test_embeddings(hvd, ways, farthest, exact):
     def make():
         keras.config.set_floatx("float64")
         keras.utils.set_random_seed(1)
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         return keras.Sequential(
             [
                 keras.Input((5,), dtype="int32"),
