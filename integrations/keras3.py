@@ -21,7 +21,7 @@ import keras
 from keras.src import api_export
 from keras.src.saving import object_registration
 
-from hvdx import buckets, world
+from hvdx import buckets, collectives, world
 from hvdx.agreement import check_same, next_name
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, as_compressor, none
@@ -281,6 +281,16 @@ class AveragingOptimizer:
             )
         self._averager.local.append(var)
 
+    def settle(self) -> None:
+        """Give every rank the mean of the gradients accumulated so far; a collective call.
+
+        Between updates each rank has its own. The update is the same with their mean, and one
+        rank's state is then that of all, as it must be to be saved.
+        """
+        steps = self.gradient_accumulation_steps  # type: ignore[attr-defined]
+        if steps and self.built and int(self._iterations) % steps:  # type: ignore[attr-defined]
+            self._averager.settle(self._accumulated_gradients)  # type: ignore[attr-defined]
+
     def build(self, variables: Any) -> None:
         """Make the optimizer's variables; a scaler around it learns to ask all ranks.
 
@@ -478,6 +488,14 @@ class Averager(abc.ABC):
         for place, result in zip(shared, results, strict=True):
             means[place] = result
         return means
+
+    def settle(self, sums: list[Any]) -> None:
+        """Replace the values of variables by their means over the ranks."""
+        means = collectives.grouped_allreduce(
+            sums, name=f"{self.options.name}.settle", process_set=self.options.process_set
+        )
+        for total, mean in zip(sums, means, strict=True):
+            total.assign(mean)
 
     def everywhere(self, condition: Any) -> Any:
         """Tell whether ``condition``, a boolean tensor, holds on every rank."""

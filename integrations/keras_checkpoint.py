@@ -93,7 +93,7 @@ class CheckpointCallback(RankCallback):
     a warning, for the one before.
 
     ``fit`` then begins with the epoch after the checkpoint's, on all ranks with rank 0's weights
-    and optimizer state, and counts ``epochs`` from the job's first start. Any number of ranks
+    (the running statistics of ``BatchNormalization`` too) and optimizer state, and counts ``epochs`` from the job's first start. Any number of ranks
     may go on; those that are new start with random numbers of their own. On the TensorFlow
     backend ``fit(shuffle=True)`` shuffles arrays by a generator that cannot be saved: give a
     ``tf.data.Dataset`` for the same order as without interruption.
@@ -141,8 +141,8 @@ class CheckpointCallback(RankCallback):
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Load the last checkpoint on rank 0 and give its content to all."""
-        averager = averaging(self.model.optimizer)
-        if averager is not None and averager._averager.local:
+        optimizer = averaging(self.model.optimizer)
+        if optimizer is not None and optimizer._averager.local:
             raise ValueError(
                 "CheckpointCallback saves rank 0's variables, but this optimizer has local ones, "
                 "which differ between ranks; save those on each rank by other means"
@@ -168,6 +168,8 @@ class CheckpointCallback(RankCallback):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint, if it is time; all ranks wait, and hear if that fails."""
         if (epoch + 1) % self.every == 0 or epoch + 1 == (self.params or {}).get("epochs"):
+            if optimizer := averaging(self.model.optimizer):
+                optimizer.settle()
             everyone = allgather_object(_random_state(self.model))
             _from_root(lambda: self._write(epoch + 1, everyone), "write a checkpoint")
 

@@ -18,7 +18,7 @@ def folder(tmp_path):
     return hvdx.broadcast_object(str(tmp_path))
 
 
-def make(hvd, kind="adam"):
+def make(hvd, kind="sgd"):
     """Make a model with random numbers of its own and an optimizer with much state."""
     keras.utils.set_random_seed(hvd.rank())
     inner = keras.optimizers.Adam(0.05, gradient_accumulation_steps=2, use_ema=True)
@@ -33,7 +33,7 @@ def make(hvd, kind="adam"):
             keras.layers.Dense(1),
         ]
     )
-    model.compile(hvd.DistributedOptimizer(inner), "mse")
+    model.compile(hvd.DistributedOptimizer(inner), "mse", run_eagerly=True)  # tracing takes longer
     return model
 
 
@@ -67,50 +67,51 @@ def train(hvd, model, folder, epochs, data, *others, **options):
 
 def test_resumed_equals_never_interrupted(hvd, data, folder):
     shard = data().shard
-    straight = train(hvd, make(hvd), None, 5, shard, Decides())
-    train(hvd, make(hvd), folder, 3, shard, Decides())
+    straight = train(hvd, make(hvd, "adam"), f"{folder}-straight", 4, shard, Decides())
+    train(hvd, make(hvd, "adam"), folder, 3, shard, Decides())
     if hvd.rank() == 0:
         assert sorted(os.listdir(folder)) == [f"checkpoint-{n:06}.keras" for n in (2, 3)]
-    resumed = make(hvd)
+    resumed = make(hvd, "adam")
     keras.utils.set_random_seed(100 + hvd.rank())  # a new process has other random numbers
     decides = Decides()
-    train(hvd, resumed, folder, 5, shard, decides)
-    assert decides.past == [0.0, 1.0, 2.0, 3.0, 4.0]
+    train(hvd, resumed, folder, 4, shard, decides)
+    assert decides.past == [0.0, 1.0, 2.0, 3.0]
     for one, other in zip(straight.variables, resumed.variables, strict=True):
-        if "loss" not in one.path:
+        own = "moving_" in one.path and hvd.rank() > 0  # statistics of a rank's own data
+        if "loss" not in one.path and not own:
             np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
     for one, other in zip(straight.optimizer.variables, resumed.optimizer.variables, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
-    assert train(hvd, resumed, folder, 5, shard).history.epoch == []  # done already
+    assert train(hvd, resumed, folder, 4, shard).history.epoch == []  # done already
 
 
 def test_damaged_files_are_passed_over(hvd, data, folder):
-    model = train(hvd, make(hvd), folder, 3, data().shard)
+    model = train(hvd, make(hvd), folder, 2, data().shard)
     if hvd.rank() == 0:
-        newest = f"{folder}/checkpoint-000003.keras"
-        whole = open(newest, "rb").read()
-        with open(newest, "wb") as file:
-            file.write(whole[: len(whole) // 2])
-        open(f"{folder}/.checkpoint-000009.keras", "w").close()
+        newest = f"{folder}/checkpoint-000002.keras"
+        os.truncate(newest, os.path.getsize(newest) // 2)
+        with open(f"{folder}/.checkpoint-000009.keras", "w"):
+            pass
     hvd.barrier()
     again = make(hvd)
     if hvd.rank() == 0:
-        with pytest.warns(UserWarning, match=r"checkpoint-000003\.keras is damaged"):
-            train(hvd, again, folder, 3, data().shard)
+        with pytest.warns(UserWarning, match=r"checkpoint-000002\.keras is damaged"):
+            train(hvd, again, folder, 2, data().shard)
         assert not os.path.exists(f"{folder}/.checkpoint-000009.keras")
     else:
-        train(hvd, again, folder, 3, data().shard)
-    assert again.history.epoch == [2]
-    assert int(again.optimizer._iterations) == int(model.optimizer._iterations) == 15
+        train(hvd, again, folder, 2, data().shard)
+    assert again.history.epoch == [1]
+    assert int(again.optimizer.iterations) == int(model.optimizer.iterations) == 10
 
 
 def test_errors_reach_every_rank(hvd, data, folder):
     train(hvd, make(hvd), folder, 1, data().shard)
     with pytest.raises(ValueError, match=r"rank 0 cannot load a checkpoint: .*does not fit"):
-        train(hvd, make(hvd, "sgd"), folder, 2, data().shard)
+        train(hvd, make(hvd, "adam"), folder, 2, data().shard)
     file = f"{folder}/file"
     if hvd.rank() == 0:
-        open(file, "w").close()
+        with open(file, "w"):
+            pass
     hvd.barrier()
     with pytest.raises(OSError, match="rank 0 cannot write a checkpoint"):
         train(hvd, make(hvd), f"{file}/below", 1, data().shard)
@@ -137,8 +138,8 @@ def test_a_model_that_keras_cannot_describe(hvd, data, folder):
 
     def odd():
         model = Odd(len)
-        model.build((None, 6))
-        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+        model(np.ones((1, 6)))
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse", run_eagerly=True)
         return model
 
     first, second = odd(), odd()
