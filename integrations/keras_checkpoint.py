@@ -93,10 +93,11 @@ class CheckpointCallback(RankCallback):
     a warning, for the one before.
 
     ``fit`` then begins with the epoch after the checkpoint's, on all ranks with rank 0's weights
-    (the running statistics of ``BatchNormalization`` too) and optimizer state, and counts ``epochs`` from the job's first start. Any number of ranks
-    may go on; those that are new start with random numbers of their own. On the TensorFlow
-    backend ``fit(shuffle=True)`` shuffles arrays by a generator that cannot be saved: give a
-    ``tf.data.Dataset`` for the same order as without interruption.
+    (the running statistics of ``BatchNormalization`` too) and optimizer state, and counts
+    ``epochs`` from the job's first start. Any number of ranks may go on; those that are new
+    start with random numbers of their own. On the TensorFlow backend ``fit(shuffle=True)``
+    shuffles arrays by a generator that cannot be saved: give a ``tf.data.Dataset`` for the same
+    order as without interruption.
 
     List it last, so that it saves what the other callbacks have decided after an epoch.
 

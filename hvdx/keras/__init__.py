@@ -126,7 +126,10 @@ def __getattr__(name: str) -> Any:
     if name in ("ProcessSet", "global_process_set"):
         return getattr(importlib.import_module("hvdx"), name)
     if name == "elastic":  # and never Horovod's, which fails on Keras 3
-        return importlib.import_module("hvdx.keras.elastic")
+        try:
+            return importlib.import_module("hvdx.keras.elastic")
+        except ModuleNotFoundError as error:
+            raise AttributeError(f"hvdx.keras has no {name}: {error}") from error
     if keras.backend.backend() == "tensorflow":
         return getattr(importlib.import_module("horovod.keras"), name)
     raise AttributeError(f"module 'hvdx.keras' has no attribute {name!r}")

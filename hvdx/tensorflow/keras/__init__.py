@@ -6,7 +6,6 @@ of Horovod's other module.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import keras
@@ -24,8 +23,6 @@ __all__.remove("PartialDistributedOptimizer")  # Horovod's module has none
 
 
 def __getattr__(name: str) -> Any:
-    if name == "elastic":
-        return importlib.import_module("hvdx.tensorflow.keras.elastic")
     return getattr(_face, name)
 
 

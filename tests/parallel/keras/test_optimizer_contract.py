@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 import zipfile
 
+import cloudpickle
 import keras
 import numpy as np
 import pytest
@@ -62,12 +64,23 @@ def test_keeps_state(hvd, data, make_model, ways, farthest, exact):
 
 
 LOAD = """
-import sys, keras
-assert not any(name.startswith("hvdx") for name in sys.modules)
-model = keras.models.load_model(sys.argv[1])
-assert type(model.optimizer).__name__ == "Adam", type(model.optimizer)
-assert int(model.optimizer.iterations) == 5, int(model.optimizer.iterations)
-print(len(model.optimizer.variables))
+import sys
+sys.modules["hvdx"] = sys.modules["horovod"] = None  # as if they were not installed
+import keras, numpy
+folder = sys.argv[1]
+weights = numpy.load(f"{folder}/weights.npz")
+for name in "model.keras", "model.h5":
+    model = keras.models.load_model(f"{folder}/{name}")
+    assert type(model.optimizer).__name__ == "Adam", type(model.optimizer)
+    assert int(model.optimizer.iterations) == 5, int(model.optimizer.iterations)
+    assert len(model.optimizer.variables) == int(sys.argv[2]), name
+    model.load_weights(f"{folder}/model.weights.h5")
+    for own, saved in zip(model.get_weights(), weights.values(), strict=True):
+        numpy.testing.assert_array_equal(own, saved)
+if keras.backend.backend() == "tensorflow":
+    import tensorflow
+    served = tensorflow.saved_model.load(f"{folder}/exported").serve(numpy.ones((2, 6), "float32"))
+    numpy.testing.assert_allclose(served, model.predict(numpy.ones((2, 6)), verbose=0), rtol=1e-5)
 """
 
 
@@ -80,29 +93,86 @@ def test_saved_model_loads_without_hvdx(hvd, data, make_model, ways, tmp_path):
         ways.loop(model, optimizer, data().shard)
     assert [v.path for v in wrapped.variables] == [v.path for v in plain.variables]
     configs = []
-    for number, model in enumerate((alone, together)):
-        path = tmp_path / f"{number}.keras"
-        model.save(path)
-        with zipfile.ZipFile(path) as archive:
+    for name, model in (("plain", alone), ("model", together)):
+        model.save(tmp_path / f"{name}.keras")
+        with zipfile.ZipFile(tmp_path / f"{name}.keras") as archive:
             configs.append(json.loads(archive.read("config.json")))
     assert configs[0]["compile_config"]["optimizer"] == configs[1]["compile_config"]["optimizer"]
     if hvd.rank() == 0:
-        told = subprocess.run(
-            [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=False
-        )
+        together.save(tmp_path / "model.h5")
+        together.save_weights(tmp_path / "model.weights.h5")
+        np.savez(tmp_path / "weights.npz", *together.get_weights())
+        if keras.backend.backend() == "tensorflow":
+            together.export(tmp_path / "exported", verbose=False)
+        command = [sys.executable, "-c", LOAD, str(tmp_path), str(len(wrapped.variables))]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
         assert told.returncode == 0, told.stderr
-        assert int(told.stdout) == len(wrapped.variables)
 
 
-def test_load_model_wraps(hvd, data, make_model, ways, tmp_path, assert_equal_replicas):
-    model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam()), "mse")
-    ways.loop(model, model.optimizer, data().shard)
-    model.save(tmp_path / "model.keras")
-    loaded = hvd.load_model(tmp_path / "model.keras")
+def trained(model, optimizer, ways, data, path):
+    model.compile(optimizer, "mse")
+    ways.loop(model, optimizer, data().shard)
+    model.save(path)
+    return model
+
+
+@pytest.mark.parametrize("file", ["model.keras", "model.h5"])
+def test_load_model_wraps(hvd, file, data, make_model, ways, tmp_path, assert_equal_replicas):
+    path = tmp_path / file
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam())
+    model = trained(make_model(), optimizer, ways, data, path)
+    loaded = hvd.load_model(path)
+    assert type(loaded.optimizer).__name__ == "Adam"
+    for own, saved in zip(loaded.optimizer.variables(), model.optimizer.variables(), strict=True):
+        np.testing.assert_array_equal(own.numpy(), saved.numpy())
     ways.loop(loaded, loaded.optimizer, data().shard)
     assert int(loaded.optimizer.iterations) == 10
     assert_equal_replicas(loaded)
+
+
+def test_load_model_wraps_a_loss_scaler(
+    hvd, data, make_model, ways, tmp_path, assert_equal_replicas
+):
+    scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1.0)
+    path = tmp_path / "model.keras"
+    trained(make_model(), hvd.DistributedOptimizer(scaler), ways, data, path)
+    loaded = hvd.load_model(path, compression=hvd.Compression.fp16)
+    assert isinstance(loaded.optimizer, keras.optimizers.LossScaleOptimizer)
+    ways.loop(loaded, loaded.optimizer, data().shard)
+    assert loaded.optimizer.communication_seconds > 0
+    assert_equal_replicas(loaded)
+
+
+@pytest.mark.parametrize("file", ["model.keras", "model.h5"])
+def test_load_model_with_an_optimizer_of_ones_own(hvd, file, make_model, ways, data, tmp_path):
+    path = tmp_path / file
+    trained(make_model(), hvd.DistributedOptimizer(Own(0.1)), ways, data, path)
+
+    def make(**config):
+        return hvd.DistributedOptimizer(Own(**config))
+
+    for options in (
+        {"custom_optimizers": [Own]},
+        {"custom_objects": {"Own": Own}},
+        {"custom_objects": {"Own": make}},
+        {"custom_objects": {"Own": lambda **config: Own(**config)}},
+    ):
+        loaded = hvd.load_model(path, **options)
+        assert isinstance(loaded.optimizer, Own)
+        assert loaded.optimizer.communication_seconds == 0.0
+
+
+def test_copies(hvd, make_model, ways, data):
+    """Copies of models hold plain optimizers, as files do."""
+    model = make_model()
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    ways.loop(model, model.optimizer, data().shard)
+    for copied in (copy.deepcopy(model), cloudpickle.loads(cloudpickle.dumps(model))):
+        assert type(copied.optimizer).__name__ == "SGD"
+        assert not hasattr(copied.optimizer, "communication_seconds")
+        assert int(copied.optimizer.iterations) == 5
+        hvd.DistributedOptimizer(copied.optimizer)
+    assert not keras.models.clone_model(model).compiled
 
 
 def test_communication_seconds(hvd, data, make_model, ways):
