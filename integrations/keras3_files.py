@@ -26,7 +26,7 @@ def optimizer_class(filepath: Any) -> str | None:
 
 
 def _of_h5(filepath: Any) -> Any:
-    import h5py
+    import h5py  # type: ignore[import-untyped]
 
     if isinstance(filepath, h5py.Group):
         return json.loads(filepath.attrs["training_config"])["optimizer_config"]

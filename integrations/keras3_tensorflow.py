@@ -14,7 +14,8 @@ from hvdx import world
 from hvdx.collectives import perform
 from hvdx.comm import drive
 from hvdx.frameworks import Adapter
-from hvdx.integrations.keras3 import Averager, Bucket, Layout, Options, averaging
+from hvdx.integrations.keras3 import averaging
+from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options
 from hvdx.ops import TensorFlowOps
 from hvdx.reduce_op import ReduceOp
 

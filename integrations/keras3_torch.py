@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hvdx.frameworks import Adapter
-from hvdx.integrations.keras3 import Averager, Bucket, Layout, Options
+from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import TorchOps
 

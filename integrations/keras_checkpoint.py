@@ -306,7 +306,8 @@ def _write_told(archive: zipfile.ZipFile, told: Any) -> None:
     arrays: dict[str, np.ndarray] = {}
     text = json.dumps(_plain(told, arrays))
     content = io.BytesIO()
-    np.savez(content, **{k: np.frombuffer(a.tobytes(), np.uint8) for k, a in arrays.items()})
+    flat: dict[str, Any] = {k: np.frombuffer(a.tobytes(), np.uint8) for k, a in arrays.items()}
+    np.savez(content, **flat)
     archive.writestr("hvdx.npz", content.getvalue())
     archive.writestr("hvdx.json", text)
 

@@ -42,6 +42,14 @@ class LearningRateScheduleCallback(RankCallback):
         >>> hvd.callbacks.LearningRateScheduleCallback(0.1 * hvd.size(), decay, start_epoch=5)
     """
 
+    initial_lr: float
+    start_epoch: int
+    end_epoch: int | None
+    current_epoch: int
+    staircase: bool
+    momentum_correction: bool
+    steps_per_epoch: int | None
+
     def __init__(
         self,
         initial_lr: float,

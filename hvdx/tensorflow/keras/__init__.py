@@ -15,7 +15,7 @@ from hvdx.integrations import keras3 as _keras3
 from hvdx.keras import *  # noqa: F403
 from hvdx.keras import Average, Compression
 from hvdx.keras import __all__ as _names
-from hvdx.tensorflow.keras import callbacks as callbacks
+from hvdx.tensorflow.keras import callbacks as callbacks  # type: ignore[no-redef]
 
 __all__ = [*_names]
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
     return getattr(_face, name)
 
 
-def DistributedOptimizer(
+def DistributedOptimizer(  # type: ignore[no-redef]
     optimizer: keras.optimizers.Optimizer,
     name: str | None = None,
     device_dense: str = "",
@@ -64,7 +64,7 @@ def DistributedOptimizer(
     )
 
 
-def allreduce(
+def allreduce(  # type: ignore[no-redef]
     value: Any,
     name: str | None = None,
     average: bool | None = None,

@@ -9,7 +9,7 @@ from hvdx.integrations.keras_callbacks import BestModelCheckpoint as _BestModelC
 from hvdx.integrations.keras_callbacks import __all__ as __all__
 
 
-class BestModelCheckpoint(_BestModelCheckpoint):
+class BestModelCheckpoint(_BestModelCheckpoint):  # type: ignore[no-redef]
     """As :class:`hvdx.keras.callbacks.BestModelCheckpoint`, with its arguments in another order.
 
     The order is that of Horovod's module.

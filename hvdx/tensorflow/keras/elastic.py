@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from hvdx.keras.elastic import *  # noqa: F403
+from hvdx.keras.elastic import *  # type: ignore[import-not-found]  # noqa: F403

@@ -175,7 +175,8 @@ def test_embeddings(hvd, way, dense, ways, farthest, exact):
 
     alone, together = make(), make()
     train = ways.fit if way == "fit" else ways.loop
-    options = dict(momentum=0.9, global_clipnorm=0.5)
+    # Of slices with equal rows Keras takes another norm than of dense gradients.
+    options = dict(momentum=0.9, global_clipnorm=None if dense else 0.5)
     ways.loop(alone, keras.optimizers.SGD(0.1, **options), (words, truth))
     own = slice(rank * 3, rank * 3 + 3)
     optimizer = hvd.DistributedOptimizer(
