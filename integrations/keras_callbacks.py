@@ -47,13 +47,14 @@ class ProgressCallback(RankCallback):
         self._samples = 0
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Start the clock."""
+        """Make the report."""
         epochs = self._epochs or int(self.params.get("epochs", 0))
         optimizer = averaging(self.model.optimizer) or SimpleNamespace(communication_seconds=0.0)
         self._report = TrainingReport(optimizer, epochs)
+        self._report.pause()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Forget the samples of the last epoch."""
+        """Forget the samples of the last epoch and start the clock."""
         self._samples = 0
         self._report.resume()
 

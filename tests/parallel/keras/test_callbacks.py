@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -112,12 +115,20 @@ def test_progress(hvd, validate, make_model, capsys):
     model = make_model()
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
     callback = hvd.callbacks.ProgressCallback()
-    counted = []
+    counted, walls = [], []
     options = {"validation_data": (np.ones((3, 6)), np.ones((3, 1)))} if validate else {}
 
     class Count(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_test_begin(self, logs=None):
+            time.sleep(0.2)
+
         def on_epoch_end(self, epoch, logs=None):
             counted.append(callback._samples)
+            walls.append(time.perf_counter() - self.start)
+            time.sleep(0.1)  # as long as it takes to write a checkpoint
 
     short_fit(model, callback, Count(), epochs=2, **options)
     assert counted == [8, 8]
@@ -128,5 +139,7 @@ def test_progress(hvd, validate, make_model, capsys):
         assert f"samples/s on {hvd.size()} ranks" in lines[1]
         assert "communication" in lines[1]
         assert ("val_loss" in lines[0]) == validate
+        speed = float(re.search(r"([\d,]+) samples/s", lines[1])[1].replace(",", ""))
+        assert speed > 8 * hvd.size() / (walls[1] - 0.2 * validate + 0.05) - 1
     else:
         assert not lines

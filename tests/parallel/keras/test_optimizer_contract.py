@@ -73,7 +73,7 @@ for name in "model.keras", "model.h5":
     model = keras.models.load_model(f"{folder}/{name}")
     assert type(model.optimizer).__name__ == "Adam", type(model.optimizer)
     assert int(model.optimizer.iterations) == 5, int(model.optimizer.iterations)
-    assert len(model.optimizer.variables) == int(sys.argv[2]), name
+    assert name == "model.h5" or len(model.optimizer.variables) == int(sys.argv[2])
     model.load_weights(f"{folder}/model.weights.h5")
     for own, saved in zip(model.get_weights(), weights.values(), strict=True):
         numpy.testing.assert_array_equal(own, saved)
