@@ -70,6 +70,8 @@ def fit(model: Any, optimizer: Any, batches: Sequence[np.ndarray], **options: An
     """Train with ``fit``, one step per batch, in order."""
     x, y = batches
     model.compile(optimizer, SquareError(), **options)
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)  # or TensorFlow traces everything twice
     flat = [part.reshape(-1, part.shape[-1]) for part in (x, y)]
     model.fit(*flat, batch_size=x.shape[1], shuffle=False, verbose=0)
 
