@@ -223,6 +223,8 @@ def load_model(
 ) -> keras.Model:
     """Load a model that Keras saved, and make its optimizer average gradients again.
 
+    From ``.h5`` files too it gets the optimizer's state, which Keras 3 itself loses.
+
     Args:
         filepath: of a ``.keras`` or ``.h5`` file, saved with or without hvdx.
         custom_optimizers: classes that the file names.
@@ -237,6 +239,7 @@ def load_model(
         known[kind] = keras3_files.class_of(known[kind])
     model = keras.models.load_model(filepath, custom_objects=known)
     if model.optimizer is not None:
+        keras3_files.restore_optimizer(filepath, model)
         if averaging(model.optimizer) is None:
             DistributedOptimizer(model.optimizer, compression=compression)
         keras3_files.leave_xla_out(model)

@@ -79,8 +79,9 @@ for name in "model.keras", "model.h5":
         numpy.testing.assert_array_equal(own, saved)
 if keras.backend.backend() == "tensorflow":
     import tensorflow
-    served = tensorflow.saved_model.load(f"{folder}/exported").serve(numpy.ones((2, 6), "float32"))
-    numpy.testing.assert_allclose(served, model.predict(numpy.ones((2, 6)), verbose=0), rtol=1e-5)
+    exported = tensorflow.saved_model.load(f"{folder}/exported")
+    x = numpy.ones((2, 6), "float32")
+    numpy.testing.assert_allclose(exported.serve(x), model.predict(x, verbose=0), rtol=1e-5)
 """
 
 
