@@ -50,7 +50,7 @@ def DistributedOptimizer(
 
     The optimizer keeps its class, configuration, learning rate or schedule, iterations and
     state. A model compiled with it saves and loads as without hvdx. What is loaded from a file,
-    and copies that Keras makes through one (``copy.deepcopy`` and pickles of models), hold the
+    and copies that Keras makes of models (``clone_model``, ``copy.deepcopy``, pickles), hold the
     user's plain optimizer, to be wrapped and compiled again: :func:`hvdx.keras.load_model` does.
     The optimizer gains ``communication_seconds`` and ``register_local_var``.
 
