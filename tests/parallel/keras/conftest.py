@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import pytest
 import hvdx
 
 STEPS, PER_RANK = 5, 4
+
+if keras.backend.backend() == "torch":  # Keras would load it to save a model: long, and not needed
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
