@@ -10,10 +10,13 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvdx.agreement import next_name
+from hvdx.integrations import pytorch_engine
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.objects import pickled, unpickled
 from hvdx.reduce_op import ReduceOp
+from hvdx.watchdog import add_source, waiting, watched
 
+add_source(pytorch_engine.blocked)
 _BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
 
 #: What Horovod reduces; all else is summed in float32 or refused.
@@ -32,7 +35,8 @@ def _explained(call: Call) -> Call:
     @functools.wraps(call)
     def checked(self: TorchAdapter, tensors: Any, **options: Any) -> Any:
         try:
-            return call(self, tensors, **options)
+            with waiting(call.__name__, options["name"], tensors, options["process_set"]):
+                return call(self, tensors, **options)
         except HorovodInternalError as error:
             if not is_mismatch(error):
                 raise
@@ -195,6 +199,7 @@ class TorchAdapter:
         )
         return _differentiable(result).to(given.dtype)
 
+    @watched
     def barrier(self, process_set: Any) -> None:
         """Wait for all ranks."""
         self.horovod.barrier(process_set=process_set or self._everyone)
@@ -203,14 +208,17 @@ class TorchAdapter:
         """Count the ranks of the set; asked of the set itself, which no core can confuse."""
         return len(process_set.ranks) if process_set is not None else int(self.horovod.size())
 
+    @watched
     def join(self) -> int:
         """Say that this rank has no more data."""
         return int(self.horovod.join())
 
+    @watched
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
         """Send a picklable object from the root."""
         return self.horovod.broadcast_object(value, root_rank, name, process_set or self._everyone)
 
+    @watched
     def allgather_object(self, value: Any, name: str, process_set: Any) -> list[Any]:
         """Gather picklable objects."""
         payload = torch.frombuffer(bytearray(pickled(value)), dtype=torch.uint8)
@@ -233,6 +241,7 @@ class TorchAdapter:
             raise TypeError(f"{type(owner).__name__} holds no parameters that hvdx knows")
         return {name: value for name, value in entries if isinstance(value, torch.Tensor)}
 
+    @watched
     def broadcast_tensors(
         self, tensors: dict[str, torch.Tensor], root_rank: int, name: str, process_set: Any
     ) -> None:
@@ -276,6 +285,7 @@ class TorchAdapter:
         if not is_root:
             optimizer.load_state_dict(state)
 
+    @watched
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one integer per rank; the core puts ``allgather.`` before the name."""
         gathered = self.horovod.allgather(torch.tensor([number], dtype=torch.int32), name=name)

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from hvdx.integrations.tensorflow_watch import in_graph
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.objects import pickled, unpickled
 from hvdx.reduce_op import ReduceOp
+from hvdx.watchdog import waiting, watched
 
 #: What Horovod reduces; all else is summed in float32 or refused.
 _REDUCIBLE = frozenset({tf.float32, tf.float64, tf.float16, tf.int32, tf.int64, tf.uint8, tf.int8})
@@ -31,8 +33,10 @@ def _explained(call: Call) -> Call:
 
     @functools.wraps(call)
     def checked(self: TensorFlowAdapter, tensors: Any, **options: Any) -> Any:
+        about = call.__name__, options["name"], tensors, options["process_set"]
         try:
-            return call(self, tensors, **options)
+            with waiting(*about):
+                return in_graph(functools.partial(call, self, tensors, **options), *about)
         except tf.errors.OpError as error:
             if not is_mismatch(error):
                 raise
@@ -180,6 +184,7 @@ class TensorFlowAdapter:
         )
         return tf.cast(result, tensor.dtype)
 
+    @watched
     def barrier(self, process_set: Any) -> None:
         """Wait for all ranks; Horovod's TensorFlow face has no barrier, so a sum serves."""
         self.allreduce(
@@ -195,16 +200,19 @@ class TensorFlowAdapter:
         """Count the ranks of the set; asked of the set itself, which no core can confuse."""
         return len(process_set.ranks) if process_set is not None else int(self.horovod.size())
 
+    @watched
     def join(self) -> int:
         """Say that this rank has no more data."""
         return int(self.horovod.join())
 
+    @watched
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
         """Send a picklable object from the root."""
         return self.horovod.broadcast_object(
             value, root_rank, name=_node(name), process_set=process_set or self._everyone
         )
 
+    @watched
     def allgather_object(self, value: Any, name: str, process_set: Any) -> list[Any]:
         """Gather picklable objects."""
         payload = np.frombuffer(pickled(value), np.uint8)
@@ -226,6 +234,7 @@ class TensorFlowAdapter:
             return dict(owner)
         raise TypeError(f"{type(owner).__name__} holds no variables that hvdx knows")
 
+    @watched
     def broadcast_tensors(
         self, tensors: dict[str, Any], root_rank: int, name: str, process_set: Any
     ) -> None:
@@ -252,6 +261,7 @@ class TensorFlowAdapter:
         """Refuse: TensorFlow's optimizers are Keras's, which broadcast as variables."""
         raise TypeError(f"{type(optimizer).__name__} is no Keras 3 optimizer")
 
+    @watched
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one integer per rank under the name that the torch core gives it."""
 
