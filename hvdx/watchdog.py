@@ -618,8 +618,8 @@ def _frame_of(thread: int | None) -> Any:
 
 
 @functools.cache
-def _is_users(file: str) -> bool:
-    """Tell whether ``file`` is neither Python's, nor an installed package's, nor hvdx's."""
+def _is_library(file: str) -> bool:
+    """Tell whether ``file`` is Python's, hvdx's or another installed package's."""
     import sysconfig
 
     import hvdx
@@ -628,10 +628,16 @@ def _is_users(file: str) -> bool:
     folders = [os.path.dirname(module.__file__ or "") for module in (hvdx, inner) if module]
     folders += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     packages = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
-    return not (
-        file.startswith(("<frozen", *(folder + os.sep for folder in folders)))
-        or any(package in file for package in packages)
+    return file.startswith(tuple(folder + os.sep for folder in folders)) or any(
+        package in file for package in packages
     )
+
+
+def _is_users(frame: Any) -> bool:
+    file = frame.f_code.co_filename
+    if file.startswith("<"):  # made at run time, by libraries too
+        return bool(frame.f_globals.get("__name__") == "__main__")
+    return not _is_library(file)
 
 
 def _whereabouts(frame: Any) -> str:
@@ -639,7 +645,7 @@ def _whereabouts(frame: Any) -> str:
     import linecache
 
     own = frame
-    while own is not None and not _is_users(own.f_code.co_filename):
+    while own is not None and not _is_users(own):
         own = own.f_back
     own = own or frame
     if own is None:

@@ -68,7 +68,7 @@ class Case(NamedTuple):
     setup: str
     act: str
     told: list[tuple[str, ...]]  # by rank: what its error, or else stderr, holds
-    environ: dict[str, str] = {}
+    backend: str = ""
 
 
 CASES = {
@@ -125,16 +125,17 @@ CASES = {
         KERAS, FIT,
         "fit(5 - rank)\n"
         "hvd.allreduce(numpy.float32(1), name='score')",
-        [("rank 0 waited 4 s for allreduce 'hvdx.keras.1.0.0/mean'", "rank 1: waiting for "
-          "allreduce 'score'", "fit(5 - rank)"), ("StallError", "'hvdx.keras.1.0.0/mean'")],
-        {"KERAS_BACKEND": "tensorflow"},
+        [("is waiting for another collective", "rank 0: waiting for allreduce "
+          "'hvdx.keras.1.0.0/mean'", "rank 1: waiting for allreduce 'score'", "model.fit("),
+         ("StallError", "'hvdx.keras.1.0.0/mean'", "hvd.allreduce(numpy.float32(1)")],
+        "tensorflow",
     ),
     "Keras on torch, a batch less": Case(
         KERAS, FIT,
         "fit(5 - rank)\n",
         [("StallError: rank 0 waits for", "hvdx.keras.1.0.0", "which can never finish: rank 1 has "
           "left the job: its script has ended"), ()],
-        {"KERAS_BACKEND": "torch"},
+        "torch",
     ),
     "nothing wrong": Case(
         TORCH, NET + "x = torch.ones(3)",
@@ -163,26 +164,22 @@ class Done(NamedTuple):
     stderr: str
 
 
+def framework(case: Case) -> str:
+    return case.backend or ("torch" if case.imports == TORCH else "tensorflow")
+
+
 def done(folder: Path, case: Case) -> Done:
     """Run a case on two ranks; its launch is stopped where it takes too long."""
     folder.mkdir()
-    keras = case.environ.get("KERAS_BACKEND")
-    framework = keras or ("torch" if case.imports == TORCH else "tensorflow")
     act = "".join(f"    {line}\n" for line in case.act.splitlines())
     script = folder / "train.py"
     script.write_text(
-        RANK.format(folder=str(folder), framework=framework, **{**case._asdict(), "act": act})
+        RANK.format(folder=str(folder), framework=framework(case), **{**case._asdict(), "act": act})
     )
-    environ = environment(HVDX_TIMEOUT=str(TIMEOUT), **case.environ)
+    environ = environment(HVDX_TIMEOUT=str(TIMEOUT), KERAS_BACKEND=framework(case))
     job = run(*HVDX_RUN, "-np", "2", "--", sys.executable, str(script), env=environ)
     notes = [(folder / f"rank{rank}").read_text() for rank in range(2)]
     return Done(job.returncode, notes, job.stderr)
-
-
-def can_run(case: Case) -> bool:
-    needed = {TORCH: "torch", TENSORFLOW: "tensorflow", KERAS: "keras"}[case.imports]
-    needed = case.environ.get("KERAS_BACKEND", needed)
-    return importlib.util.find_spec(needed) is not None
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +190,7 @@ def jobs(tmp_path_factory):
         yield {
             name: pool.submit(done, root / str(number), case)
             for number, (name, case) in enumerate(CASES.items())
-            if can_run(case)
+            if importlib.util.find_spec(framework(case))
         }
 
 
@@ -208,10 +205,11 @@ def test_the_job_ends_and_says_why(name, jobs):
         own = note + "\n".join(line for line in lines if line.startswith(f"[{rank}]"))
         missing = [text for text in told if text not in own]
         assert not missing, f"rank {rank}:\n{note}\n{ended.stderr}"
-        if note != "fine":
+        if note not in ("fine", ""):  # ended from outside
             assert float(note.split(" ")[0]) < TIMEOUT + SLACK
     if name == "nothing wrong":
         assert ended.status == 0
-        assert "hvdx" not in ended.stderr, ended.stderr
+        if "already" not in ended.stderr:  # said when half of the time is over: a busy machine
+            assert "hvdx" not in ended.stderr, ended.stderr
     else:
         assert ended.status != 0
