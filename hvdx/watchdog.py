@@ -316,7 +316,7 @@ class Watch:
         self.failure: str | None = None
         self._rank = rank
         self._seconds = seconds
-        self._tick = min(1.0, seconds / 8)
+        self._tick = min(seconds / 8, max(1.0, size / 64))  # rank 0 shall not drown in reports
         self._wires = wires
         self._stop_cores = stop_cores
         self._picture = Picture(size, seconds, now) if rank == 0 else None
@@ -650,7 +650,8 @@ def _whereabouts(frame: Any) -> str:
     own = own or frame
     if own is None:
         return ""
-    code, line = own.f_code, own.f_lineno
+    code = own.f_code
+    line = own.f_lineno or code.co_firstlineno  # between two lines it has none
     source = linecache.getline(code.co_filename, line).strip()[:120]
     place = f"{code.co_filename[-120:]}:{line} in {code.co_name}"
     return f"{place}: {source}" if source else place
