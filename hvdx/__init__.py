@@ -28,6 +28,7 @@ from hvdx.errors import (
     LaunchError,
     MismatchError,
     NotInitializedError,
+    StallError,
 )
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
@@ -39,6 +40,7 @@ from hvdx.replicas import (
     parameter_hash,
 )
 from hvdx.reporting import TrainingReport
+from hvdx.watchdog import patience
 from hvdx.world import (
     add_process_set,
     ccl_built,
@@ -91,6 +93,7 @@ __all__ = [
     "NotInitializedError",
     "Product",
     "ReduceOp",
+    "StallError",
     "Sum",
     "TrainingReport",
     "add_process_set",
@@ -124,6 +127,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "parameter_hash",
+    "patience",
     "rank",
     "reducescatter",
     "remove_process_set",

@@ -26,6 +26,15 @@ class MismatchError(HvdxError, RuntimeError):
     """
 
 
+class StallError(HvdxError, RuntimeError):
+    """A collective can never finish: some ranks have not called it, or have left the job.
+
+    Raised on every rank that waits, after ``HVDX_TIMEOUT`` seconds, and on the others at their
+    next collective; the message says what each rank waits for. Horovod has been stopped by then.
+    Not Horovod's ``HorovodInternalError``, which elastic training answers by trying again.
+    """
+
+
 class LaunchError(HvdxError, RuntimeError):
     """A job could not be started: hosts, slots, network interface or environment."""
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hvdx import frameworks
+from hvdx import frameworks, watchdog
 from hvdx.errors import MismatchError, NotInitializedError
 from hvdx.frameworks import Adapter
 
@@ -39,10 +39,12 @@ def init(
         ValueError: the framework cannot be told; the message says how to say it.
         HorovodMissingError: Horovod is not installed for the framework.
         LaunchError: the launcher's environment contradicts itself.
+        HvdxError: ``HVDX_TIMEOUT`` is no number of seconds.
         MismatchError: ranks start different frameworks (raised on every rank).
     """
     from hvdx import launch
 
+    watchdog.timeout_seconds()  # a wrong one shall not be found half-way
     chosen = frameworks.choose(framework)
     adapters = [frameworks.adapter(name) for name in chosen]
     fresh = [a for a in adapters if not a.horovod.is_initialized()]
@@ -55,6 +57,8 @@ def init(
     _changed()
     if fresh:
         _check_frameworks(adapters)
+        if len(fresh) == len(_started):  # the job's first cores; one watch serves all
+            watchdog.start(adapters[0], _stop_cores)
         launch.report_up()
 
 
@@ -99,10 +103,20 @@ def _spell(code: int) -> str:
 
 def shutdown() -> None:
     """Leave the job: stop every core that :func:`init` started."""
+    watchdog.stop("has left the job: it has called hvd.shutdown()")
     for adapter in _started.values():
         adapter.horovod.shutdown()
     _started.clear()
     _changed()
+
+
+def _stop_cores() -> None:
+    """Stop Horovod under running calls, which then fail.
+
+    Torch's own ``shutdown`` would also forget the handles that they wait for.
+    """
+    for name in list(_started):
+        importlib.import_module(f"horovod.{name}.mpi_ops")._basics.shutdown()
 
 
 def _changed() -> None:
@@ -132,8 +146,12 @@ def core(framework: str | None = None) -> Adapter:
 
     Raises:
         NotInitializedError: it does not run.
+        StallError: it ran, and the job was stopped.
     """
     if not is_initialized(framework):
+        stalled = watchdog.failure()  # AutoGraph, which may read this, knows no :=
+        if stalled is not None:
+            raise stalled
         if framework and _started:
             running = ", ".join(_started)
             raise NotInitializedError(

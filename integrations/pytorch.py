@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from hvdx.agreement import check_same, next_name
+from hvdx.integrations import pytorch_engine
 from hvdx.integrations.pytorch_collectives import Collectives, dtype_name
 from hvdx.objects import pickled, unpickled
+from hvdx.watchdog import add_source
 
 __all__ = ["TorchAdapter", "dtype_name"]
 
+add_source(pytorch_engine.blocked)
 _BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
 
 

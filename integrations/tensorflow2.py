@@ -15,9 +15,11 @@ from horovod.tensorflow import mpi_ops
 from tensorflow.python.ops import control_flow_util, resource_variable_ops
 
 from hvdx.errors import MismatchError
+from hvdx.integrations.tensorflow_watch import in_graph
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.objects import pickled, unpickled
 from hvdx.reduce_op import ReduceOp
+from hvdx.watchdog import waiting, watched
 
 #: What Horovod reduces; all else is summed in float32 or refused.
 _REDUCIBLE = frozenset({tf.float32, tf.float64, tf.float16, tf.int32, tf.int64, tf.uint8, tf.int8})
@@ -73,8 +75,10 @@ def _explained(call: Call) -> Call:
     def checked(self: TensorFlowAdapter, tensors: Any, **options: Any) -> Any:
         if not tf.executing_eagerly():
             refuse_xla()
+        about = call.__name__, options["name"], tensors, options["process_set"]
         try:
-            return call(self, tensors, **options)
+            with waiting(*about):
+                return in_graph(functools.partial(call, self, tensors, **options), *about)
         except tf.errors.OpError as error:
             if not is_mismatch(error) or isinstance(error, MismatchError):
                 raise
@@ -396,6 +400,7 @@ class TensorFlowAdapter:
 
         return list(_differentiable(scatter, back, *tensors))
 
+    @watched
     def barrier(self, process_set: Any) -> None:
         """Wait for all ranks; Horovod's TensorFlow face has no barrier, so a sum serves."""
         self.allreduce(
@@ -434,10 +439,12 @@ class TensorFlowAdapter:
             return mpi_ops.size_op(process_set.process_set_id if process_set is not None else 0)
         return self.ranks(process_set)
 
+    @watched
     def join(self) -> int:
         """Say that this rank has no more data."""
         return int(self.horovod.join())
 
+    @watched
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
         """Send a picklable object from the root; at once, also where a graph is being traced."""
         is_root = int(self.horovod.rank()) == root_rank
@@ -456,6 +463,7 @@ class TensorFlowAdapter:
             data = send(payload if is_root else np.zeros(size, np.uint8), "data")
         return value if is_root else unpickled(data.tobytes())
 
+    @watched
     def allgather_object(self, value: Any, name: str, process_set: Any) -> list[Any]:
         """Gather picklable objects."""
         payload = np.frombuffer(pickled(value), np.uint8)
@@ -477,6 +485,7 @@ class TensorFlowAdapter:
             return dict(owner)
         raise TypeError(f"{type(owner).__name__} holds no variables that hvdx knows")
 
+    @watched
     def broadcast_tensors(
         self, tensors: dict[str, Any], root_rank: int, name: str, process_set: Any
     ) -> None:
@@ -534,6 +543,7 @@ class TensorFlowAdapter:
         """Refuse: TensorFlow's optimizers are Keras's, which broadcast as variables."""
         raise TypeError(f"{type(optimizer).__name__} is no Keras 3 optimizer")
 
+    @watched
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one integer per rank under the name that the torch core gives it."""
 
