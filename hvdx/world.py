@@ -99,6 +99,11 @@ def on_change(callback: Any) -> None:
     _on_change.append(callback)
 
 
+def running() -> tuple[str, ...]:
+    """Name the frameworks whose cores run, as far as hvdx has seen; asks nobody."""
+    return tuple(_started)
+
+
 def is_initialized(framework: str | None = None) -> bool:
     """Tell whether a core runs: any, or that of ``framework``."""
     _adopt()

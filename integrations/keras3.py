@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -221,6 +222,18 @@ class Layout(NamedTuple):
     idle: frozenset[int]  # places for which no rank had a gradient in the first step
 
 
+_averagers: weakref.WeakSet[Averager] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    if not world.running():
+        for averager in _averagers:
+            averager.forget()
+
+
+world.on_change(_forget)
+
+
 class Averager(abc.ABC):
     """Averages lists of gradients; a subclass per backend says how tensors are handled."""
 
@@ -231,6 +244,11 @@ class Averager(abc.ABC):
         self.adapter = adapter
         self.options = options
         self._layouts: dict[tuple[int, ...], Layout] = {}
+        _averagers.add(self)
+
+    def forget(self) -> None:
+        """Have the ranks agree again at the next step: others may have joined since."""
+        self._layouts.clear()
 
     def average(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
         """Return the means of ``grads`` over the ranks, None where no rank has a gradient."""

@@ -30,6 +30,11 @@ class TensorFlowAverager(Averager):
             self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         self._graphs: dict[int, Any] = {}
 
+    def forget(self) -> None:
+        """See :meth:`Averager.forget`."""
+        super().forget()
+        self._graphs.clear()
+
     @property
     def seconds(self) -> float:  # type: ignore[override]
         """From the last gradient's being ready to the last mean's arrival, summed over steps."""

@@ -26,6 +26,7 @@ from hvdx.errors import MismatchError
 from hvdx.frameworks import kind_of
 from hvdx.integrations import keras_callbacks as callbacks
 from hvdx.integrations.keras3 import DistributedOptimizer
+from hvdx.integrations.keras_data import DistributedDataset
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -65,6 +66,7 @@ __all__ = [
     "Adasum",
     "Average",
     "Compression",
+    "DistributedDataset",
     "DistributedOptimizer",
     "Max",
     "Min",
@@ -118,13 +120,14 @@ __all__ = [
 #: Horovod's own would train without averaging anything, or fail, on Keras 3.
 _UNFIT = {
     "PartialDistributedOptimizer": "Horovod's averages nothing on Keras 3",
-    "elastic": "Horovod's KerasState fails on Keras 3",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in ("ProcessSet", "global_process_set"):
         return getattr(importlib.import_module("hvdx"), name)
+    if name == "elastic":  # and never Horovod's, which fails on Keras 3
+        return importlib.import_module("hvdx.keras.elastic")
     if name in _UNFIT:
         raise AttributeError(f"hvdx.keras has no {name} yet, and {_UNFIT[name]}")
     if keras.backend.backend() == "tensorflow":

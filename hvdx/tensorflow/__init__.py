@@ -28,6 +28,8 @@ from hvdx.world import shutdown
 
 _horovod = frameworks.adapter("tensorflow").horovod
 
+from hvdx.tensorflow import data, elastic  # noqa: E402
+
 init = functools.partial(world.init, framework="tensorflow")
 
 __all__ = [
@@ -45,6 +47,8 @@ __all__ = [
     "broadcast_object",
     "broadcast_parameters",
     "broadcast_variables",
+    "data",
+    "elastic",
     "grouped_allgather",
     "grouped_allreduce",
     "init",

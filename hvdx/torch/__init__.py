@@ -32,13 +32,21 @@ from hvdx.world import shutdown
 
 _horovod = frameworks.adapter("torch").horovod
 
+from hvdx.integrations.pytorch_data import (  # noqa: E402
+    DistributedBatchSampler,
+    DistributedSampler,
+    uneven,
+)
 from hvdx.integrations.pytorch_optimizer import DistributedOptimizer  # noqa: E402
+from hvdx.torch import elastic  # noqa: E402
 
 init = functools.partial(world.init, framework="torch")
 
 __all__ = [
     "Compression",
+    "DistributedBatchSampler",
     "DistributedOptimizer",
+    "DistributedSampler",
     "TrainingReport",
     "allgather",
     "allgather_object",
@@ -49,12 +57,14 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "elastic",
     "grouped_allgather",
     "grouped_allreduce",
     "init",
     "parameter_hash",
     "reducescatter",
     "shutdown",
+    "uneven",
 ]
 
 
