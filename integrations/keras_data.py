@@ -103,16 +103,23 @@ class DistributedDataset(keras.utils.PyDataset):
     def on_epoch_end(self) -> None:
         """Go on to the next epoch's order; Keras calls it, a loop of your own must."""
         frame = sys._getframe(1)
-        while frame.f_code.co_name == "on_epoch_end" and frame.f_back is not None:
-            frame = frame.f_back  # Keras' adapter
-        if frame.f_code.co_name == "reset":
+        adapter = frame.f_locals.get("self")
+        if getattr(adapter, "py_dataset", None) is not self or frame.f_back is None:
+            self._advance()
+            return
+        # fit would take our batches in an order that each rank draws for itself.
+        for shuffling in (adapter, adapter.enqueuer):
+            if shuffling is not None:
+                shuffling.shuffle = False
+        if frame.f_back.f_code.co_name == "reset":
             return  # before fit begins, Keras calls this too
+        self._advance()
+        # It counts the steps of its first epoch for all; after a resumed one that is too few.
+        frame.f_back.f_locals["self"]._num_batches = self.num_batches
+
+    def _advance(self) -> None:
         self._source.on_epoch_end()
         self._progress.set_epoch(self._progress.epoch + 1)
-        # fit counts the steps of its first epoch for all; after a resumed one that is too few.
-        caller = frame.f_locals.get("self")
-        if getattr(caller, "_num_batches", None) is not None:
-            caller._num_batches = self.num_batches
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of ``epoch`` next."""

@@ -97,7 +97,7 @@ def _shuffled(dataset: Any, buffer: int, seed: int) -> tuple[Any, Any]:
     def whole(_: Any) -> Any:
         # This function's graph has a seed of its own. Else that of the process would count,
         # which scripts make differ between ranks, for the sake of dropout.
-        tf.compat.v1.get_default_graph().seed = seed
+        tf.compat.v1.get_default_graph().seed = seed % (2**31 - 2) + 1  # 0 would mean none
         now = epoch.assign_add(1) - 1
         return dataset.shuffle(buffer, seed=now, reshuffle_each_iteration=False)
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 from launching import HOROVODRUN, environment, run
 
@@ -144,6 +145,7 @@ def test_a_job_survives_a_killed_rank_and_takes_another_in(kind, tmp_path):
 
 def elastic(discover: Path, script: Path, folder: Path, **environ: str):
     launcher = [*HOROVODRUN, "--gloo", "-np", "2", "--min-np", "1", "--max-np", "2"]
+    launcher += ["--gloo-timeout-seconds", "100"]  # until a newcomer has imported its framework
     launcher += ["--host-discovery-script", str(discover), "--network-interfaces", "lo"]
     rank = [sys.executable, str(script), str(folder), str(SAMPLES), str(EPOCHS)]
-    return run(*launcher, *rank, env=environment(**environ))
+    return run(*launcher, *rank, env=environment(**environ), timeout=240)
