@@ -111,7 +111,9 @@ class Place(NamedTuple):
     ranks: int
 
     @classmethod
-    def of(cls, process_set: Any = None, rank: int | None = None, ranks: int | None = None) -> Place:
+    def of(
+        cls, process_set: Any = None, rank: int | None = None, ranks: int | None = None
+    ) -> Place:
         """Return the place that is given, or that of this process.
 
         Raises:

@@ -103,7 +103,7 @@ class DistributedDataset(keras.utils.PyDataset):
     def on_epoch_end(self) -> None:
         """Go on to the next epoch's order; Keras calls it, a loop of your own must."""
         frame = sys._getframe(1)
-        adapter = frame.f_locals.get("self")
+        adapter: Any = frame.f_locals.get("self")
         if getattr(adapter, "py_dataset", None) is not self or frame.f_back is None:
             self._advance()
             return

@@ -15,7 +15,7 @@ from hvdx.integrations.pytorch_engine import wait
 from hvdx.reduce_op import ReduceOp
 
 
-class DistributedSampler(torch.utils.data.distributed.DistributedSampler):
+class DistributedSampler(torch.utils.data.distributed.DistributedSampler[Any]):
     """Give each rank its share of a dataset, shuffled anew in every epoch.
 
     Takes the place of torch's class of this name and needs no ``torch.distributed``. Unlike
@@ -190,7 +190,8 @@ class DistributedBatchSampler(torch.utils.data.Sampler[list[int]]):
         left = self._progress.begin(len(self.dataset), place.ranks, self.shuffle)
         sizes = data.step_sizes(len(left), place.ranks, self.batch_size, self.drop_last)
         self._steps = steps = Steps(left, sizes, place)
-        for (own, _), size in zip(steps, sizes, strict=True):
+        for step, size in enumerate(sizes):
+            own, _ = steps[step]
             self._progress.give(size)
             yield own.tolist()
 

@@ -117,9 +117,7 @@ def _batched(own: Any, sizes: list[int], place: Place, batch_size: int) -> Any:
 def _weighted(batches: Any, sizes: list[int], place: Place) -> Any:
     if not (isinstance(batches.element_spec, tuple) and len(batches.element_spec) == 2):
         raise ValueError(f"weights=True needs elements (x, y), not {batches.element_spec}")
-    factors = [
-        place.ranks * len(range(place.rank, size, place.ranks)) / size for size in sizes
-    ]
+    factors = [place.ranks * len(range(place.rank, size, place.ranks)) / size for size in sizes]
 
     def add(batch: Any, factor: Any) -> Any:
         x, y = batch

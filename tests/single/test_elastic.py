@@ -30,8 +30,10 @@ class Schedule:
 
 
 def make(received=None, **parts):
-    """A state whose broadcasts return what is ``received`` from rank 0: what is sent, by default."""
-    return elastic.ObjectState(lambda sent: sent if received is None else received(sent), None, **parts)
+    """A state whose broadcasts return what ``received`` makes of what is sent; just that else."""
+    return elastic.ObjectState(
+        lambda sent: sent if received is None else received(sent), None, **parts
+    )
 
 
 def test_restore_undoes_changes_within_objects():

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("horovod")
 
-import hvdx.torch as hvd
-from hvdx.torch.elastic.state import (
+import hvdx.torch as hvd  # noqa: E402
+from hvdx.torch.elastic.state import (  # noqa: E402
     ModelStateHandler,
     get_handler_registry,
     set_handler_registry,
@@ -31,7 +31,7 @@ def linear(value):
 
 
 def values(model):
-    return {float(p) for parameter in model.parameters() for p in parameter.flatten()}
+    return {value for p in model.parameters() for value in p.detach().flatten().tolist()}
 
 
 def step(model, optimizer):

@@ -46,7 +46,8 @@ class TorchState(ObjectState):
     def _handler(self, value: Any) -> StateHandler | None:
         for kind, handler in _handler_registry:
             if isinstance(value, kind):
-                return handler(value)
+                made: StateHandler = handler(value)
+                return made
         return super()._handler(value)
 
 

@@ -95,11 +95,8 @@ def test_sample_weights_and_nested_arrays():
     x = {"a": np.arange(samples), "b": np.ones((samples, 2))}
     weights = np.full(samples, 3.0)
     dataset = hvd.DistributedDataset(x, np.arange(samples), weights, batch_size=4)
-    total = sum(w.sum() for _, _, w in dataset)
-    np.testing.assert_allclose(hvdx.allreduce(total, op=hvdx.Sum), 3.0 * sum(
-        hvd.size() * len(range(0, size, 1)) / hvd.size()
-        for size in hvdx.data.step_sizes(samples, hvd.size(), 4)
-    ))  # fmt: skip
+    for _, _, factors in dataset:  # the last step's differ between ranks, not their mean
+        np.testing.assert_allclose(hvdx.allreduce(factors.mean()), 3.0)
     inputs, targets, _ = dataset[0]
     np.testing.assert_array_equal(inputs["a"], targets)
 

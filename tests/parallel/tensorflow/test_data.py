@@ -42,7 +42,9 @@ def test_only_own_elements_are_transformed(hvd):
         tf.data.Dataset.range(4 * hvd.size()), 2, transform=lambda dataset: dataset.map(count)
     )
     ranks = seen_by_all(batches)
-    assert sorted(-i for own in ranks for batch in own for i in batch) == list(range(4 * hvd.size()))
+    assert sorted(-i for own in ranks for batch in own for i in batch) == list(
+        range(4 * hvd.size())
+    )
     assert calls.numpy() == 4
 
 

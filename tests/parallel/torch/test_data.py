@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ import hvdx as hvd_core
 
 def everyone(indices):
     return hvd_core.allgather_object(list(indices))
+
+
+def joined(parts):
+    return list(itertools.chain.from_iterable(parts))
 
 
 @pytest.mark.parametrize("samples", [24, 25, 3])
@@ -39,7 +44,7 @@ def test_a_look_is_no_epoch(hvd):
     sampler = hvd.DistributedSampler(range(40))
     if hvd.rank() == 0:
         next(iter(sampler))
-    assert sorted(sum(everyone(sampler), [])) == list(range(40))
+    assert sorted(joined(everyone(sampler))) == list(range(40))
 
 
 def test_batches_are_even_and_every_sample_comes_once(hvd):
@@ -59,7 +64,7 @@ def test_an_epoch_is_resumed_on_another_number_of_ranks(hvd, workers):
     seen = []
     loader = DataLoader(range(samples), batch_sampler=batches, num_workers=workers)
     for step, batch in enumerate(loader):
-        seen += sum(everyone(batch.tolist()), [])
+        seen += joined(everyone(batch.tolist()))
         batches.record_batch(step)  # a worker has fetched more
         if step == 1:
             break
@@ -78,18 +83,18 @@ def test_a_process_set_shares_among_its_ranks(hvd, process_set):
         sampler = hvd.DistributedSampler(range(10), process_set=process_set, uneven="join")
         assert sampler.num_replicas == len(process_set.ranks)
         shares = hvd_core.allgather_object(list(sampler), process_set=process_set)
-        assert sorted(sum(shares, [])) == list(range(10))
+        assert sorted(joined(shares)) == list(range(10))
     else:
         with pytest.raises(ValueError, match="is not in the process set"):
             hvd.DistributedSampler(range(10), process_set=process_set)
 
 
 def test_what_is_no_option(hvd):
-    with pytest.raises(ValueError, match="uneven='zip' must be one of pad, drop, join"):
+    with pytest.raises(ValueError, match="'zip' must be one of pad, drop, join"):
         hvd.DistributedSampler(range(4), uneven="zip")
     with pytest.raises(ValueError, match="batch_size=0"):
         hvd.DistributedBatchSampler(range(4), 0)
-    with pytest.raises(TypeError, match="Linear is no torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match="Linear is no torch"):
         hvd.uneven([], nn.Linear(1, 1))
 
 
