@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def test_fit_on_ranks_equals_fit_in_one_process(extra, make_model, farthest, exa
     plain.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
     sizes = [0, *np.cumsum(hvdx.data.step_sizes(samples, hvd.size(), 4))]
     for _ in range(2):
-        for start, stop in zip(sizes, sizes[1:]):  # noqa: B905
+        for start, stop in itertools.pairwise(sizes):
             plain.train_on_batch(x[start:stop], y[start:stop])
     tolerance = max(exact, 1e-6)  # Keras computes losses in float32 where it is told nothing
     assert farthest(plain, replica) <= tolerance
