@@ -240,6 +240,24 @@ class ObjectState(State):
         super().__setattr__(name, value)
 
 
+def run(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Call ``func(state, ...)`` again whenever ranks have failed, left or joined.
+
+    Nothing may communicate between ``hvd.init()`` and the decorated function: ranks that join
+    later would wait there for ranks that are training. With TensorFlow, every ``tf.function`` is
+    traced anew after a change.
+
+    Example:
+        >>> @hvd.elastic.run
+        ... def train(state):
+        ...     for state.epoch in range(state.epoch, epochs):
+        ...         ...  # a few batches, then
+        ...         state.commit()
+        >>> train(hvd.elastic.TorchState(model, optimizer, epoch=0))
+    """
+    return run_fn(func, reset)
+
+
 def run_fn(func: Callable[..., Any], reset: Callable[[], None]) -> Callable[..., Any]:
     """Wrap ``func(state, ...)``, so that it is called again after every change of the ranks.
 

@@ -1,11 +1,22 @@
-"""Elastic training with Keras 3: ``hvd.elastic``; see :mod:`hvdx.elastic`."""
+"""Elastic training with Keras 3: ``hvd.elastic``; see :mod:`hvdx.elastic`.
+
+Example:
+    >>> data = hvd.DistributedDataset(x, y, batch_size=32)
+    >>> state = hvd.elastic.KerasState(model, data=data, batch=0, epoch=0)
+    >>> callbacks = [
+    ...     hvd.elastic.UpdateBatchStateCallback(state),
+    ...     hvd.elastic.UpdateEpochStateCallback(state),
+    ...     hvd.elastic.CommitStateCallback(state, batches_per_commit=10),
+    ... ]
+    >>> @hvd.elastic.run
+    ... def train(state):
+    ...     state.model.fit(state.data, epochs=epochs - state.epoch, callbacks=callbacks)
+    >>> train(state)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from hvdx import elastic as _elastic
+from hvdx.elastic import run
 from hvdx.integrations.keras_elastic import (
     CommitStateCallback,
     KerasState,
@@ -20,28 +31,3 @@ __all__ = [
     "UpdateEpochStateCallback",
     "run",
 ]
-
-
-def _reset() -> None:
-    _elastic.reset()
-
-
-def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Call ``func(state, ...)`` again whenever ranks have failed, left or joined.
-
-    Nothing may communicate between ``hvd.init()`` and the decorated function: ranks that join
-    later would wait there for ranks that are training.
-
-    Example:
-        >>> state = hvd.elastic.KerasState(model, data=data, batch=0, epoch=0)
-        >>> callbacks = [
-        ...     hvd.elastic.UpdateBatchStateCallback(state),
-        ...     hvd.elastic.UpdateEpochStateCallback(state),
-        ...     hvd.elastic.CommitStateCallback(state),
-        ... ]
-        >>> @hvd.elastic.run
-        ... def train(state):
-        ...     state.model.fit(state.data, epochs=epochs - state.epoch, callbacks=callbacks)
-        >>> train(state)
-    """
-    return _elastic.run_fn(func, _reset)

@@ -121,7 +121,7 @@ finish(hvd, state, model)
 """
 
 
-@pytest.mark.parametrize("kind", ["torch", "keras on tensorflow", "keras on torch"])
+@pytest.mark.parametrize("kind", ["torch", "keras on tensorflow"])
 def test_a_job_survives_a_killed_rank_and_takes_another_in(kind, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(COMMON + (TORCH if kind == "torch" else KERAS))
