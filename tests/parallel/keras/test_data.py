@@ -36,15 +36,15 @@ def test_every_sample_once_in_equally_many_steps(extra):
     np.testing.assert_array_equal(batch[1], 2 * batch[0])
 
 
-@pytest.mark.parametrize("extra", [0, 1, -1])
-def test_fit_on_ranks_equals_fit_in_one_process(extra, make_model, farthest, exact):
+@pytest.mark.parametrize(("extra", "workers"), [(0, 1), (1, 1), (-1, 1), (1, 2)])
+def test_fit_on_ranks_equals_fit_in_one_process(extra, workers, make_model, farthest, exact):
     samples = 8 * hvd.size() + extra
     random = np.random.default_rng(0)
     x, y = random.normal(size=(samples, 6)), random.normal(size=(samples, 1))
     plain, replica = make_model("float64"), make_model("float64")
     replica.set_weights(plain.get_weights())
     replica.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9)), "mse")
-    dataset = hvd.DistributedDataset(x, y, batch_size=4, shuffle=False)
+    dataset = hvd.DistributedDataset(x, y, batch_size=4, shuffle=False, workers=workers)
     replica.fit(dataset, epochs=2, verbose=0)
     plain.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
     sizes = [0, *np.cumsum(hvdx.data.step_sizes(samples, hvd.size(), 4))]
