@@ -107,10 +107,13 @@ class DistributedDataset(keras.utils.PyDataset):
         if getattr(adapter, "py_dataset", None) is not self or frame.f_back is None:
             self._advance()
             return
-        # fit would take our batches in an order that each rank draws for itself.
-        for shuffling in (adapter, adapter.enqueuer):
-            if shuffling is not None:
-                shuffling.shuffle = False
+        # fit would take our batches in an order that each rank draws for itself, and begin with
+        # those that workers have fetched ahead before.
+        adapter.shuffle = False
+        if adapter.enqueuer is not None:
+            adapter.enqueuer.shuffle = False
+            while not adapter.enqueuer.ready_queue.empty():
+                adapter.enqueuer.ready_queue.get()
         if frame.f_back.f_code.co_name == "reset":
             return  # before fit begins, Keras calls this too
         self._advance()
