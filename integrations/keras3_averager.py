@@ -6,11 +6,12 @@ import abc
 import hashlib
 import json
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import keras
 
-from hvdx import buckets, collectives
+from hvdx import buckets, collectives, world
 from hvdx.agreement import check_same
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, none
@@ -65,6 +66,18 @@ class Layout(NamedTuple):
     idle: frozenset[int]  # places for which no rank had a gradient in the first step
 
 
+_averagers: weakref.WeakSet[Averager] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    if not world.running():
+        for averager in _averagers:
+            averager.forget()
+
+
+world.on_change(_forget)
+
+
 class Averager(abc.ABC):
     """Averages lists of gradients; a subclass per backend says how tensors are handled.
 
@@ -83,6 +96,12 @@ class Averager(abc.ABC):
         self.broadcast_follows = False
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._unseen: set[tuple[int, ...]] = set()  # layouts whose replicas are yet to compare
+        _averagers.add(self)
+
+    def forget(self) -> None:
+        """Have the ranks agree again at the next step: others may have joined since."""
+        self._layouts.clear()
+        self._unseen.clear()
 
     @property
     def started(self) -> bool:

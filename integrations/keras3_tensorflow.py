@@ -36,6 +36,11 @@ class TensorFlowAverager(Averager):
         self._graphs: dict[int, Any] = {}
         _leave_xla_out()
 
+    def forget(self) -> None:
+        """See :meth:`Averager.forget`."""
+        super().forget()
+        self._graphs.clear()
+
     @property
     def seconds(self) -> float:  # type: ignore[override]
         """From the last gradient's being ready to the last mean's arrival, summed over steps."""

@@ -30,6 +30,7 @@ from hvdx.integrations.keras3 import (
     PartialDistributedOptimizer,
     averaging,
 )
+from hvdx.integrations.keras_data import DistributedDataset
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.keras import callbacks
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, Sum
@@ -71,6 +72,7 @@ __all__ = [
     "Adasum",
     "Average",
     "Compression",
+    "DistributedDataset",
     "DistributedOptimizer",
     "Max",
     "Min",
@@ -128,10 +130,7 @@ def __getattr__(name: str) -> Any:
     if name in ("ProcessSet", "global_process_set"):
         return getattr(importlib.import_module("hvdx"), name)
     if name == "elastic":  # and never Horovod's, which fails on Keras 3
-        try:
-            return importlib.import_module("hvdx.keras.elastic")
-        except ModuleNotFoundError as error:
-            raise AttributeError(f"hvdx.keras has no {name}: {error}") from error
+        return importlib.import_module("hvdx.keras.elastic")
     if keras.backend.backend() == "tensorflow":
         return getattr(importlib.import_module("horovod.keras"), name)
     raise AttributeError(f"module 'hvdx.keras' has no attribute {name!r}")

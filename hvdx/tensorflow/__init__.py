@@ -35,6 +35,7 @@ from hvdx.integrations.tensorflow_tape import (  # noqa: E402
     distributed,
     variable_of,
 )
+from hvdx.tensorflow import data, elastic  # noqa: E402
 from hvdx.tensorflow.compression import Compression  # noqa: E402
 
 init = functools.partial(world.init, framework="tensorflow")
@@ -58,6 +59,8 @@ __all__ = [
     "broadcast_object_fn",
     "broadcast_parameters",
     "broadcast_variables",
+    "data",
+    "elastic",
     "grouped_allgather",
     "grouped_allreduce",
     "grouped_reducescatter",

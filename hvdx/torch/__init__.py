@@ -10,9 +10,14 @@ from typing import Any
 
 from hvdx import frameworks
 from hvdx.errors import MismatchError
+from hvdx.integrations.pytorch_data import (
+    DistributedBatchSampler,
+    DistributedSampler,
+    uneven,
+)
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
-from hvdx.torch import mpi_ops
+from hvdx.torch import elastic, mpi_ops
 from hvdx.torch.functions import (
     allgather_object,
     broadcast_object,
@@ -50,7 +55,9 @@ _UNCHANGED = [
 ]
 
 __all__ = [
+    "DistributedBatchSampler",
     "DistributedOptimizer",
+    "DistributedSampler",
     "MismatchError",
     "SyncBatchNorm",
     "TrainingReport",
@@ -58,7 +65,9 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "elastic",
     "parameter_hash",
+    "uneven",
 ]
 __all__ += mpi_ops.__all__
 __all__ += _UNCHANGED
