@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import SECONDS, Gate, Watch, environment, run, start, sums, train
+from launching import (
+    Gate,
+    Watch,
+    environment,
+    free_port,
+    run,
+    start,
+    together,
+    train,
+    words,
+)
 
 from hvdx.launch import network
 
@@ -22,27 +31,6 @@ PLACE = (
     "print('place', hvd.rank(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), "
     "hvd.cross_size(), flush=True)"
 )
-
-
-def words(size: int) -> list[str]:
-    """What the ranks of a job print, without the prefix that only `hvdx run` gives."""
-    return [line.partition(":")[2] for line in sums(size)]
-
-
-def together(environs: list[dict[str, str]], command: list[str]) -> list[str]:
-    """Run one process per environment; return their lines, sorted."""
-    ranks = [start(*command, env=environment(**environ)) for environ in environs]
-    lines = []
-    for rank in ranks:
-        out, said = rank.communicate(timeout=SECONDS)
-        assert rank.returncode == 0, said
-        lines += out.splitlines()
-    return sorted(lines)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def test_torchrun(tmp_path):
