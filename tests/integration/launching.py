@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -75,6 +76,14 @@ def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a launcher to its end."""
     settings: dict[str, Any] = {"env": environment(), "timeout": SECONDS}
     return subprocess.run(command, capture_output=True, text=True, **{**settings, **options})
+
+
+def told(output: str) -> list[str]:
+    """Return what ranks print, sorted, though some launchers' ranks write into each other's lines.
+
+    torchrun's do: its ranks' output is unbuffered, so that a line and its end are two writes.
+    """
+    return sorted(re.findall(r"rank \d+ of \d+ got \[.*?\]", output))
 
 
 def together(environs: Iterable[dict[str, str]], command: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""examples/launch: the batch script runs, and the manifest's pods meet; real processes."""
+"""examples/launch and the commands of docs/launching.md, run: real processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import environment, free_port, run, together, train, words
+from launching import SECONDS, environment, free_port, run, start, together, told, train, words
 
 from hvdx.launch import network
 
@@ -42,6 +42,26 @@ hostname "train-$JOB_COMPLETION_INDEX"
 mount --bind "$0/hosts-$JOB_COMPLETION_INDEX" /etc/hosts
 exec "$@"
 """
+
+
+def own_address() -> str:
+    """Return an address of this machine that others could reach."""
+    own = [address for address in network.addresses() if not address.startswith("127.")]
+    if not own:
+        pytest.skip("this machine has no network interface besides loopback")
+    return own[0]
+
+
+def commands(launcher: str) -> list[str]:
+    """Return the commands of the guide that begin with ``launcher``, comments cut off."""
+    return re.findall(rf"^\$ ({launcher} .*?)(?:\s+#.*)?$", GUIDE, re.MULTILINE)
+
+
+def adapted(command: str, **changes: str) -> list[str]:
+    """Split a command of the guide, each word of ``changes`` replaced; all must be in it."""
+    parts = command.split()
+    assert set(changes) <= set(parts), command
+    return [word for each in parts for word in changes.get(each, each).split()]
 
 
 def directives() -> dict[str, str]:
@@ -92,6 +112,40 @@ def test_slurm_script_runs(tmp_path):
     assert lines[2:] == [lines[2]] * 2, "ranks must share the token"
 
 
+def test_torchrun(tmp_path):
+    for module in ("horovod", "torch"):
+        pytest.importorskip(module)
+    script = train(tmp_path)[1]
+    here = {"torchrun": f"{sys.executable} -m torch.distributed.run", "train.py": script}
+    alone, *nodes = commands("torchrun")
+    job = run(*adapted(alone, **here, **{"4": "3"}))
+    assert (job.returncode, told(job.stdout)) == (0, words(3)), job.stderr
+    two = {**here, "4": "1", "10.0.0.1": own_address()}
+    port = ["--master-port", str(free_port())]
+    jobs = [adapted(node, **two) for node in nodes]
+    started = [start(*job[:-1], *port, job[-1]) for job in jobs]
+    ends = [each.communicate(timeout=SECONDS) for each in started]
+    assert told("".join(out for out, _ in ends)) == words(2), ends
+
+
+@pytest.mark.parametrize("command", commands("mpirun"))
+def test_mpirun(command, tmp_path):
+    for module in ("horovod", "torch"):
+        pytest.importorskip(module)
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+    python, script = train(tmp_path)
+    here = {"mpirun": "mpirun --oversubscribe", "python": python, "train.py": script}
+    if "-H" in command.split():  # hosts that are this machine
+        here |= {"8": "2", "h1:4,h2:4": "localhost:2"}
+        here |= {"HVDX_RENDEZVOUS_ADDR=10.0.0.1": f"HVDX_RENDEZVOUS_ADDR={own_address()}"}
+    else:
+        here |= {"4": "2"}
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    job = run(*adapted(command, **here), env=environment(**root, HVDX_JOB_TOKEN="a secret"))
+    assert (job.returncode, told(job.stdout)) == (0, words(2)), job.stderr
+
+
 @pytest.fixture(scope="module")
 def manifest():
     """The manifest's objects by kind."""
@@ -132,9 +186,7 @@ def test_manifest_is_of_one_piece(manifest):
 def test_pods_of_the_manifest(manifest, tmp_path):
     for module in ("horovod", "torch"):
         pytest.importorskip(module)
-    own = [address for address in network.addresses() if not address.startswith("127.")]
-    if not own:
-        pytest.skip("this machine has no network interface besides loopback")
+    own = own_address()
     job = manifest["Job"]
     job["spec"]["completions"] = 2
     port = str(free_port())  # on a machine of many, the manifest's may be taken
@@ -143,12 +195,12 @@ def test_pods_of_the_manifest(manifest, tmp_path):
     command = train(tmp_path)
     if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
         for pod in environs:  # hosts cannot be renamed here: rank 0 by its address
-            pod["HVDX_RENDEZVOUS_ADDR"] = own[0]
+            pod["HVDX_RENDEZVOUS_ADDR"] = own
     else:
         # The cluster's DNS tells pod 1 where rank 0 is. It may not yet know when rank 0 starts.
         names = [f"train-{i}.train.default.svc.cluster.local train-{i}" for i in range(2)]
-        files = [f"127.0.0.1 localhost\n{own[0]} {name}\n" for name in names]
+        files = [f"127.0.0.1 localhost\n{own} {name}\n" for name in names]
         (tmp_path / "hosts-0").write_text(files[0])
-        (tmp_path / "hosts-1").write_text(f"{files[1]}{own[0]} train-0.train\n")
+        (tmp_path / "hosts-1").write_text(f"{files[1]}{own} train-0.train\n")
         command = ["unshare", "--uts", "--mount", "sh", "-ec", POD, str(tmp_path), *command]
     assert together(environs, command) == words(2)
