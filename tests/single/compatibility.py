@@ -21,6 +21,7 @@ Horovod, stay out of the test's process.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib
@@ -63,6 +64,7 @@ NOT_NAMES = {
     "get_ext_suffix": "a part of the C++ library's file name",
     "get_extension_full_path": "likewise",
     "hvd": "horovod.tensorflow, as its own modules import it",
+    "split_list": "cuts a list into parts, for Horovod's own use",
     "is_version_greater_equal_than": "asks for TensorFlow's version",
     "mpi_lib": "the C++ library",
     "mpi_lib_v2": "the C++ library",
@@ -130,13 +132,29 @@ def modules(face: str) -> list[str]:
 
 
 def public(module: types.ModuleType) -> dict[str, Any]:
-    """Return a module's public names: Horovod's own, and plain constants, not what it imports."""
+    """Return a module's public names, by ``__all__``, or else all of Horovod's own.
+
+    Those that a module inside a face has from its siblings do not count.
+    """
+    borrowed = set() if module.__name__ in FACES else _from_siblings(module)
     found = {}
-    for name, value in vars(module).items():
+    for name in getattr(module, "__all__", vars(module)):
+        value = getattr(module, name)
         own = home(value).partition(".")[0] == "horovod" or isinstance(value, (bool, int, str))
-        if not name.startswith("_") and name not in NOT_NAMES and own:
+        if own and not name.startswith("_") and name not in NOT_NAMES and name not in borrowed:
             found[name] = value
     return found
+
+
+def _from_siblings(module: types.ModuleType) -> set[str]:
+    """Return what a module imports from other modules, its own and Horovod's common ones aside."""
+    ours = (f"{module.__name__}.", "horovod.common.")
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.ImportFrom) and not f"{node.module}.".startswith(ours)
+        for alias in node.names
+    }
 
 
 def home(value: Any) -> str:
@@ -209,13 +227,28 @@ def member_faults(ours: Any, theirs: type, alike: Callable[[Any, Any], bool]) ->
         if isinstance(wanted, type):
             found += [f"{name} {fault}" for fault in member_faults(own, wanted, alike)]
             continue
-        bound = wanted if isinstance(wanted, staticmethod) else getattr(theirs, name)
-        if callable(bound):
-            skip = 0 if isinstance(wanted, (staticmethod, classmethod)) else 1
-            own_skip = skip if isinstance(ours, type) and inspect.isfunction(own) else 0
-            pair = (_parameters(own)[own_skip:], _parameters(bound)[skip:])
+        if callable(wanted) or isinstance(wanted, (staticmethod, classmethod)):
+            own_skip = int(
+                isinstance(ours, type) and _is_method(inspect.getattr_static(ours, name))
+            )
+            pair = (_parameters(own)[own_skip:], _declared(theirs, name))
             found += [f"{name} {fault}" for fault in _parameter_faults(*pair, alike)]
     return found
+
+
+def _is_method(attribute: Any) -> bool:
+    return inspect.isfunction(attribute)  # neither static nor of the class
+
+
+def _declared(kind: type, name: str) -> list[inspect.Parameter]:
+    """Return a method's parameters; those of the method that it overrides if it only hands on."""
+    for base in kind.__mro__:
+        if name in vars(base):
+            attribute = vars(base)[name]
+            parameters = _parameters(getattr(base, name))[_is_method(attribute) :]
+            if any(p.kind not in _ANY for p in parameters) or not parameters:
+                break
+    return parameters
 
 
 def _call_faults(ours: Any, theirs: Any, alike: Callable[[Any, Any], bool]) -> list[str]:
@@ -225,8 +258,6 @@ def _call_faults(ours: Any, theirs: Any, alike: Callable[[Any, Any], bool]) -> l
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
-    if isinstance(function, staticmethod):
-        function = function.__func__
     return list(inspect.signature(function).parameters.values())
 
 
@@ -241,7 +272,7 @@ def _parameter_faults(
     order = [parameter.name for parameter in ours if parameter.kind in _BY_PLACE]
     kinds = {parameter.kind for parameter in ours}
     for place, wanted in enumerate(theirs):
-        if wanted.kind in (wanted.VAR_POSITIONAL, wanted.VAR_KEYWORD):
+        if wanted.kind in _ANY:
             if wanted.kind not in kinds:
                 found.append(f"takes no {wanted}")
         elif wanted.name not in own:
@@ -251,14 +282,14 @@ def _parameter_faults(
             if wanted.kind in _BY_PLACE and order[place : place + 1] != [wanted.name]:
                 found.append(f"has {wanted.name} at another place")
     known = {parameter.name for parameter in theirs}
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for extra in ours:
-        needed = extra.default is extra.empty and extra.kind not in variable
+        needed = extra.default is extra.empty and extra.kind not in _ANY
         if extra.name not in known and needed:
             found.append(f"also needs {extra.name}")
     return found
 
 
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
