@@ -40,6 +40,7 @@ VERDICTS = ("same", "better", "refused")
 
 #: Horovod's packages that scripts import. Their modules have the rows of the package too.
 FACES = (
+    "horovod",
     "horovod.torch",
     "horovod.tensorflow",
     "horovod.tensorflow.keras",
@@ -66,6 +67,7 @@ NOT_NAMES = {
     "hvd": "horovod.tensorflow, as its own modules import it",
     "split_list": "cuts a list into parts, for Horovod's own use",
     "is_version_greater_equal_than": "asks for TensorFlow's version",
+    "runner": "the launcher: its flags have a table of their own",
     "mpi_lib": "the C++ library",
     "mpi_lib_v2": "the C++ library",
 }
@@ -93,11 +95,9 @@ def read(page: str) -> list[Section]:
     """
     sections: list[Section] = []
     for line in page.splitlines():
-        if heading := re.match(r"#+ `(horovod[\w.]*)` and `(hvdx[\w.]*)`$", line):
+        if heading := re.match(r"#+ `(horovod[\w.]*)` and `(hvdx[\w. ]*)`$", line):
             sections.append(Section(heading[1], heading[2], {}))
-        elif line.startswith("#"):
-            continue
-        elif line.startswith("| `") and sections:
+        elif line.startswith("| `"):
             for name, row in _row(line):
                 if name in sections[-1].rows:
                     raise ValueError(f"{sections[-1].theirs} has two rows for {name}")
@@ -109,7 +109,7 @@ def _row(line: str) -> Iterator[tuple[str, Row]]:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     if len(cells) != 3 or cells[1] not in VERDICTS:
         raise ValueError(f"not a row of name, {'/'.join(VERDICTS)}, note: {line}")
-    names = re.findall(r"`([\w.()]+)`", cells[0])
+    names = re.findall(r"`([\w.()-]+)`", cells[0])
     if not names or (cells[1] != "same" and not cells[2]):
         raise ValueError(f"a row needs names, and all but 'same' a note: {line}")
     for name in names:
@@ -121,6 +121,8 @@ def _row(line: str) -> Iterator[tuple[str, Row]]:
 
 def modules(face: str) -> list[str]:
     """Return the public modules of a face, itself first, without those of a face inside it."""
+    if face == "horovod":  # its other packages are faces, or out of scope
+        return [face]
     package = importlib.import_module(face)
     inside = [each.name for each in pkgutil.walk_packages(package.__path__, f"{face}.")]
     others = [each for each in FACES if each.startswith(f"{face}.")]
@@ -136,7 +138,8 @@ def public(module: types.ModuleType) -> dict[str, Any]:
 
     Those that a module inside a face has from its siblings do not count.
     """
-    borrowed = set() if module.__name__ in FACES else _from_siblings(module)
+    whole = module.__name__ in FACES or hasattr(module, "__all__")
+    borrowed = set() if whole else _from_siblings(module)
     found = {}
     for name in getattr(module, "__all__", vars(module)):
         value = getattr(module, name)
@@ -149,9 +152,10 @@ def public(module: types.ModuleType) -> dict[str, Any]:
 def _from_siblings(module: types.ModuleType) -> set[str]:
     """Return what a module imports from other modules, its own and Horovod's common ones aside."""
     ours = (f"{module.__name__}.", "horovod.common.")
+    source = Path(module.__file__).read_text() if module.__file__ else ""
     return {
         alias.asname or alias.name
-        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ImportFrom) and not f"{node.module}.".startswith(ours)
         for alias in node.names
     }
@@ -228,10 +232,8 @@ def member_faults(ours: Any, theirs: type, alike: Callable[[Any, Any], bool]) ->
             found += [f"{name} {fault}" for fault in member_faults(own, wanted, alike)]
             continue
         if callable(wanted) or isinstance(wanted, (staticmethod, classmethod)):
-            own_skip = int(
-                isinstance(ours, type) and _is_method(inspect.getattr_static(ours, name))
-            )
-            pair = (_parameters(own)[own_skip:], _declared(theirs, name))
+            unbound = isinstance(ours, type) and _is_method(inspect.getattr_static(ours, name))
+            pair = (_parameters(own)[unbound:], _declared(theirs, name))
             found += [f"{name} {fault}" for fault in _parameter_faults(*pair, alike)]
     return found
 

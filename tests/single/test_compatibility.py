@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import enum
+import functools
 import json
 import os
 import subprocess
@@ -54,8 +57,49 @@ def test_face(found, face):
 
 @needs_everything
 def test_every_section_is_of_a_module(found):
-    assert {section.theirs for section in SECTIONS} <= set(found)
+    assert {section.theirs for section in SECTIONS} <= {*found, "horovodrun"}
     assert len(found) > 25
+
+
+@pytest.fixture
+def flags(monkeypatch) -> dict[str, argparse.Action]:
+    """Horovod's flags, taken from its parser."""
+    launch = pytest.importorskip("horovod.runner.launch")
+    parsers: list[argparse.ArgumentParser] = []
+
+    def grab(parser):
+        parsers.append(parser)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "parse_args", grab)
+        launch.parse_args()
+    return parsers[0]._option_string_actions
+
+
+def test_flags(flags, tmp_path):
+    """Each has a row; `hvdx run` takes it, or refuses it as the row says."""
+    from hvdx.launch.arguments import parse
+
+    (rows,) = (section.rows for section in SECTIONS if section.theirs == "horovodrun")
+    assert set(rows) == set(flags)
+    file = tmp_path / "file"
+    file.write_text("params: {}")  # --config-file reads it
+    for flag, action in flags.items():
+        if action.dest == "check_build":
+            continue  # would load the frameworks
+        values = {int: "2", float: "0.5"}.get(action.type, str(file))
+        values = action.choices[0] if action.choices else values
+        words = [flag] + [values] * {None: 1, 0: 0}.get(action.nargs, action.nargs)
+        line = [*words, *(() if action.dest == "num_proc" else ("-np", "2")), "--", "train"]
+        if rows[flag].verdict == "refused":
+            told = compatibility.refusal_faults(functools.partial(parse, line), rows[flag].note)
+            assert told == [], flag
+        elif action.dest in ("help", "version"):
+            with pytest.raises(SystemExit):
+                parse(line)
+        else:
+            assert parse(line).command == ["train"]
 
 
 # -- the checker can fail ------------------------------------------------------------------------
@@ -64,6 +108,7 @@ def test_every_section_is_of_a_module(found):
 def theirs_module(**names: object) -> types.ModuleType:
     """A module that might be Horovod's."""
     module = types.ModuleType("horovod.invented")
+    module.__file__ = None
     for name, value in names.items():
         if hasattr(value, "__module__"):
             value.__module__ = module.__name__
