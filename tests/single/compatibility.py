@@ -60,6 +60,7 @@ NOT_NAMES = {
     "TYPE_CHECKING": "typing's",
     "check_extension": "looks for the C++ library while Horovod is imported",
     "check_installed_version": "likewise",
+    "find_duplicates": "a part of the optimizer's constructor",
     "get_average_backwards_compatibility_fun": "makes handle_average_backwards_compatibility",
     "get_version_mismatch_message": "a text of HorovodVersionMismatchError",
     "get_ext_suffix": "a part of the C++ library's file name",
@@ -144,6 +145,8 @@ def public(module: types.ModuleType) -> dict[str, Any]:
     for name in getattr(module, "__all__", vars(module)):
         value = getattr(module, name)
         own = home(value).partition(".")[0] == "horovod" or isinstance(value, (bool, int, str))
+        if isinstance(value, types.ModuleType):
+            own = own and hasattr(module, "__path__")
         if own and not name.startswith("_") and name not in NOT_NAMES and name not in borrowed:
             found[name] = value
     return found
@@ -174,7 +177,7 @@ def own_members(kind: type) -> list[str]:
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] == "horovod":
             found.update(dict.fromkeys(vars(base)))
-    return [name for name in found if not name.startswith("_")]
+    return [name for name in found if not name.startswith("_") and name not in NOT_NAMES]
 
 
 # -- comparing -----------------------------------------------------------------------------------
@@ -475,6 +478,8 @@ def check_all(sections: list[Section]) -> dict[str, dict[str, list[str]]]:
 
     A module without a section has no names but those of its face.
     """
+    for face in FACES:
+        importlib.import_module(face)
     by_module = {section.theirs: section for section in sections}
     found: dict[str, dict[str, list[str]]] = {}
     for face in FACES:
