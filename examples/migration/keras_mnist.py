@@ -6,7 +6,6 @@ Broadcast, averaged metrics, warm-up, and checkpoints from one process.
 """
 
 import argparse
-import os
 
 import hvdx.keras as hvd
 import keras
@@ -22,9 +21,8 @@ args = parser.parse_args()
 hvd.init()
 
 (images, labels), _ = load_data()
-mine = slice(hvd.rank(), len(images) // hvd.size() * hvd.size(), hvd.size())
-images = (images[mine, ..., None] / 255.0).astype("float32")
-labels = labels[mine]
+images = (images[..., None] / 255.0).astype("float32")
+data = hvd.DistributedDataset(images, labels, batch_size=args.batch_size)
 
 model = keras.Sequential(
     [
@@ -57,17 +55,11 @@ callbacks = [
     hvd.callbacks.MetricAverageCallback(),
     # Warm up from lr to lr * size.
     hvd.callbacks.LearningRateWarmupCallback(initial_lr=scaled_lr, warmup_epochs=2, verbose=0),
+    hvd.callbacks.CheckpointCallback(args.checkpoints),
 ]
 
-# Only one process may write the checkpoints.
-if hvd.rank() == 0:
-    path = os.path.join(args.checkpoints, "checkpoint-{epoch}.keras")
-    callbacks.append(keras.callbacks.ModelCheckpoint(path))
-
 history = model.fit(
-    images,
-    labels,
-    batch_size=args.batch_size,
+    data,
     epochs=args.epochs,
     callbacks=callbacks,
     verbose=2 if hvd.rank() == 0 else 0,

@@ -27,12 +27,10 @@ if gpus:
     tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
 
 (images, labels), _ = load_data()
-dataset = tf.data.Dataset.from_tensor_slices(
-    ((images[..., None] / 255.0).astype("float32"), labels)
-)
-dataset = (
-    dataset.shard(hvd.size(), hvd.rank()).shuffle(1500, seed=1).repeat().batch(args.batch_size)
-)
+images = (images[..., None] / 255.0).astype("float32")
+dataset = tf.data.Dataset.from_tensor_slices((images, labels))
+dataset = dataset.shard(hvd.size(), hvd.rank())
+dataset = dataset.shuffle(1500).repeat().batch(args.batch_size)
 
 model = keras.Sequential(
     [

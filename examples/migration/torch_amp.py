@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from digits28 import load_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=5)
@@ -28,7 +27,7 @@ if torch.cuda.is_available():
 
 (images, labels), _ = load_data()
 dataset = TensorDataset(torch.tensor(images).flatten(1) / 255, torch.tensor(labels))
-sampler = DistributedSampler(dataset, num_replicas=hvd.size(), rank=hvd.rank())
+sampler = hvd.DistributedSampler(dataset)
 loader = DataLoader(dataset, batch_size=args.batch_size, sampler=sampler)
 
 model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)

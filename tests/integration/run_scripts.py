@@ -1,6 +1,6 @@
 """Run training scripts, one after the other, on this rank; report on each (test_migration.py).
 
-    hvdx run -np 2 -- python run_scripts.py script.py [script.py ...] -- [arguments of each]
+    hvdx run -np 2 -- python run_scripts.py folder script.py [script.py ...] -- [arguments]
 
 Ranks draw different weights, so that they end alike only if the script broadcasts and averages.
 Rank 0 prints a line of JSON per script: its losses, and the ranks' parameter hashes.
@@ -19,20 +19,24 @@ import hvdx
 
 def main() -> None:
     cut = sys.argv.index("--")
-    scripts, arguments = sys.argv[1:cut], sys.argv[cut + 1 :]
+    folder, *scripts = sys.argv[1:cut]
+    arguments = sys.argv[cut + 1 :]
     for script in scripts:
-        seed(Path(script).name, int(os.environ["HOROVOD_RANK"]))
+        name = Path(script).stem
+        seed(name, int(os.environ["HOROVOD_RANK"]))
+        Path(folder, name).mkdir(exist_ok=True)
+        os.chdir(Path(folder, name))  # for what it writes
         sys.argv = [script, *arguments]
         done = runpy.run_path(script, run_name="__main__")
         hashes = hvdx.allgather_object(hvdx.parameter_hash(done["model"]))
-        told = {"script": Path(script).name, "losses": done["losses"], "hashes": hashes}
+        told = {"script": name, "losses": done["losses"], "hashes": hashes}
         if hvdx.rank() == 0:
             print(f"report {json.dumps(told)}", flush=True)
 
 
-def seed(script: str, rank: int) -> None:
+def seed(name: str, rank: int) -> None:
     """Seed the framework that a script uses, to be told by its name."""
-    if script.startswith("torch"):
+    if name.startswith("torch"):
         import torch
 
         torch.manual_seed(rank)

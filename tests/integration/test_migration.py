@@ -53,16 +53,15 @@ def launch(
     needed = {"torch": ["torch"], "keras": ["tensorflow", "keras"], "tensorflow": ["tensorflow"]}
     for module in ("horovod", "sklearn", *needed[pattern.partition("_")[0]]):
         pytest.importorskip(module)
-    arguments = list(PATTERNS[pattern])
-    if pattern == "keras_mnist":
-        arguments += ["--checkpoints", str(folder / "checkpoints")]
     driver = Path(__file__).with_name("run_scripts.py")
-    command = [sys.executable, str(driver), *map(str, scripts), "--", *arguments]
-    job = run(*launcher, *command, env=environment(PYTHONPATH=str(SCRIPTS)), timeout=2 * SECONDS)
+    command = [sys.executable, driver, folder, *scripts, "--", *PATTERNS[pattern]]
+    job = run(
+        *launcher, *map(str, command), env=environment(PYTHONPATH=str(SCRIPTS)), timeout=2 * SECONDS
+    )
     assert job.returncode == 0, job.stdout + job.stderr
     lines = re.findall(r"^\[0\]<stdout>: ?report (.*)$", job.stdout, re.MULTILINE)
     reports = {report["script"]: report for report in map(json.loads, lines)}
-    assert list(reports) == [script.name for script in scripts], job.stdout + job.stderr
+    assert list(reports) == [script.stem for script in scripts], job.stdout + job.stderr
     return reports
 
 
@@ -96,7 +95,7 @@ def test_torch_mnist_and_that_the_check_can_fail(tmp_path):
     alone.write_text(text)
     launcher = (*HVDX_RUN, "-np", "2", "--")
     reports = launch("torch_mnist", [*scripts, alone], *launcher, folder=tmp_path)
-    unaveraged = reports.pop(alone.name)
+    unaveraged = reports.pop(alone.stem)
     assert len(reports) == 2
     for report in reports.values():
         check(report)
