@@ -2,7 +2,8 @@
 
     horovodrun -np 2 --host-discovery-script ./discover.sh python torch_elastic.py
 
-Processes may come and go; discover.sh prints the hosts that there are, as in ``localhost:2``.
+Processes may come and go; discover.sh prints the hosts that there are, as in ``localhost:2``. On
+one machine add ``--network-interfaces lo``: horovodrun else waits for a second one.
 """
 
 import argparse

@@ -18,6 +18,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from launching import HOROVODRUN, HVDX_RUN, SECONDS, environment, run
 
+from hvdx.launch import network
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "migration"
 GUIDE = (ROOT / "docs" / "migration.md").read_text()
@@ -56,7 +58,7 @@ def launch(
     driver = Path(__file__).with_name("run_scripts.py")
     command = [sys.executable, driver, folder, *scripts, "--", *PATTERNS[pattern]]
     job = run(
-        *launcher, *map(str, command), env=environment(PYTHONPATH=str(SCRIPTS)), timeout=2 * SECONDS
+        *launcher, *map(str, command), env=environment(PYTHONPATH=str(SCRIPTS)), timeout=3 * SECONDS
     )
     assert job.returncode == 0, job.stdout + job.stderr
     lines = re.findall(r"^\[0\]<stdout>: ?report (.*)$", job.stdout, re.MULTILINE)
@@ -107,7 +109,8 @@ def test_torch_elastic(tmp_path):
     discover = tmp_path / "discover.sh"
     discover.write_text("#!/bin/sh\necho localhost:2\n")
     discover.chmod(0o755)
-    launcher = (*HOROVODRUN, "-np", "2", "--min-np", "2")
+    # Without an interface horovodrun waits for a second host.
+    launcher = (*HOROVODRUN, "-np", "2", "--network-interfaces", network.loopback())
     launcher += ("--host-discovery-script", str(discover))
     scripts = variants("torch_elastic", tmp_path)
     for report in launch("torch_elastic", scripts, *launcher, folder=tmp_path).values():
