@@ -147,4 +147,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("hvdx.world").global_process_set()
     if name == "callbacks":
         return importlib.import_module("hvdx.integrations.keras_callbacks")
+    if name == "run":
+        raise AttributeError(
+            "hvdx has no run(function): Horovod's sends pickles through a port that anyone may "
+            "write to (CVE-2026-31234). Put the function in a script and start it with "
+            "`hvdx run`, or call horovod.run() on a network that you trust"
+        )
     raise AttributeError(f"module 'hvdx' has no attribute {name!r}")
