@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-FACES = {"torch": "torch", "keras": "keras", "both": "tensorflow"}
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plain", action="store_true", help="test Horovod itself: all must fail")
@@ -82,8 +80,8 @@ def face(library: str) -> Callable[..., ModuleType]:
 
 @pytest.fixture(scope="session")
 def hvd(face: Callable[..., ModuleType], request: pytest.FixtureRequest) -> ModuleType:
-    """The face that the tests of this folder are about."""
-    return face(FACES[request.session.items[0].path.parent.name])
+    """The face that this folder is named after."""
+    return face(request.session.items[0].path.parent.name)
 
 
 @pytest.fixture(scope="session")

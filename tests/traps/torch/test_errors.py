@@ -13,7 +13,7 @@ import torch
 trap = pytest.mark.trap
 
 
-@trap(5, AssertionError, "odd.* in .*Mismatched")
+@trap(5, AssertionError, "Mismatched .*(shape|type)")
 @pytest.mark.parametrize("waits", [True, False], ids=["waits", "async"])
 @pytest.mark.parametrize(
     ("submit", "own"),
@@ -32,10 +32,10 @@ def test_different_tensors(hvd, waits, submit, own):
             hvd.synchronize(hvd.allreduce_async(submit(hvd.rank()), name="odd"))
     told = str(error.value)
     for part in ("'odd'", "rank 0", "rank 1", *own):
-        assert part in told
+        assert part in told, told
 
 
-@trap(5, AssertionError, "twice.* in .*same name as another tensor")
+@trap(5, AssertionError, "same name as another tensor")
 def test_a_name_that_is_in_use(hvd, everyone):
     told = None
     if hvd.rank() == 0:
@@ -47,8 +47,8 @@ def test_a_name_that_is_in_use(hvd, everyone):
     if hvd.rank() == 1:
         handle = hvd.allreduce_async(torch.ones(1), name="twice")
     assert hvd.synchronize(handle).item() == 1.0
-    assert "'twice'" in told
-    assert "rank 0" in told
+    for part in ("'twice'", "rank 0"):
+        assert part in told, told
 
 
 START = """
@@ -74,6 +74,5 @@ def test_an_extension_that_was_not_built(hvd, everyone, tmp_path, monkeypatch):
             [sys.executable, "-c", START.format(face=hvd.__name__)], capture_output=True, text=True
         ).stdout
     told, _ = everyone(told)
-    assert "HorovodMissingError" in told, told
-    assert "torch" in told
-    assert "hvdx install" in told
+    for part in ("HorovodMissingError", "torch", "hvdx install"):
+        assert part in told, told

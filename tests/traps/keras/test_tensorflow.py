@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import keras
 import pytest
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("these variables are TensorFlow's", allow_module_level=True)
+
 import tensorflow as tf
 
 trap = pytest.mark.trap
+
+
+@pytest.fixture(scope="module")
+def hvd(face):
+    return face("tensorflow")
 
 
 def model(seed=3):
@@ -72,9 +81,9 @@ def test_the_mean_of_large_halves(hvd, compressed):
     assert [float(each) for each in mean] == pytest.approx([60000.0] * 2, rel=1e-3)
 
 
-@trap(5, AssertionError, "in .*One rank sent a tensor of shape .2., but another")
+@trap(5, AssertionError, "Mismatched ALLREDUCE tensor shapes: One rank sent a tensor of shape")
 def test_different_tensors(hvd):
     with pytest.raises(Exception) as error:
         hvd.allreduce(tf.ones(2 + hvd.rank()), name="odd")
     for part in ("'odd'", "rank 0", "rank 1", "(2,)", "(3,)"):
-        assert part in str(error.value)
+        assert part in str(error.value), str(error.value)
