@@ -20,10 +20,10 @@ class AsOnGpu(keras.Sequential):
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    def make(seed: int = 3, kind: Any = keras.Sequential) -> Any:
+    def make(seed: int = 3, layers: int = 1, kind: Any = keras.Sequential) -> Any:
         keras.utils.set_random_seed(seed)
         keras.backend.clear_session()
-        return kind([keras.Input((2,)), keras.layers.Dense(1)])
+        return kind([keras.Input((2,)), *(keras.layers.Dense(1) for _ in range(layers))])
 
     return make
 

@@ -44,3 +44,25 @@ def test_variables_of_a_wrapped_optimizer(hvd, make_model):
     optimizer.build(make_model().trainable_variables)
     names = [variable.name for variable in optimizer.variables]
     assert "iteration" in names and len(names) == 6
+
+
+@trap(1, AttributeError, "has no attribute 'ref'")
+def test_all_but_local_layers_are_averaged(hvd, make_model, fit, everyone, assert_replicas):
+    model = make_model(layers=2)
+    first, last = model.layers
+    optimizer = hvd.PartialDistributedOptimizer(keras.optimizers.SGD(0.1), local_layers=[last])
+    model.compile(optimizer, "mse")
+    fit(model)
+    assert_replicas(*first.get_weights())
+    one, other = everyone(last.get_weights())
+    assert (one[0] != other[0]).all()
+
+
+@trap(12, TypeError, "'list' object is not callable")
+def test_elastic_state_of_a_wrapped_model(hvd, make_model, assert_replicas):
+    model = make_model(seed=hvd.rank())
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.1)), "mse")
+    state = hvd.elastic.KerasState(model, epoch=hvd.rank())
+    state.sync()
+    assert_replicas(*model.get_weights())
+    assert state.epoch == 0
