@@ -11,26 +11,15 @@ import numpy as np
 import pytest
 
 
-class AsOnGpu(keras.Sequential):
-    """A model for which Keras' ``jit_compile="auto"`` means XLA, as it does beside a GPU."""
-
-    def _resolve_auto_jit_compile(self) -> bool:
-        return True
-
-
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    def make(seed: int = 3, layers: int = 1, kind: Any = keras.Sequential) -> Any:
+    def make(seed: int = 3, layers: int = 1) -> Any:
         keras.utils.set_random_seed(seed)
         keras.backend.clear_session()
-        return kind([keras.Input((2,)), *(keras.layers.Dense(1) for _ in range(layers))])
+        dense = [keras.layers.Dense(1) for _ in range(layers)]
+        return keras.Sequential([keras.Input((2,)), *dense])
 
     return make
-
-
-@pytest.fixture
-def as_on_gpu() -> type:
-    return AsOnGpu
 
 
 @pytest.fixture

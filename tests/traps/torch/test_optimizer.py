@@ -161,24 +161,6 @@ def test_broadcasting_state_leaves_the_weights_alone(hvd, assert_replicas, kind,
     assert_replicas(parameter.detach())
 
 
-@trap(12, ValueError, "cannot broadcast torch.optim.LBFGS state")
-def test_state_of_lbfgs_is_broadcast(hvd, everyone):
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.LBFGS([parameter])
-
-    def closure():
-        optimizer.zero_grad()
-        value = (parameter * parameter).sum()
-        value.backward()
-        return value
-
-    if hvd.rank() == 0:
-        optimizer.step(closure)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    one, other = everyone([state["n_iter"] for state in optimizer.state.values()])
-    assert one == other and one[0] > 0
-
-
 @trap(17, AssertionError, "takes 3072 bytes")
 def test_sparse_gradients_stay_smaller_than_the_table(wrap):
     # Horovod gathers all ranks' rows, repeated ones too: with many ranks they outgrow the memory.
