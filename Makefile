@@ -13,6 +13,9 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/hvdx run
+# Cores start one after the other there, and again, so that the rendezvous must stay open.
+TRAPS := HOROVOD_DYNAMIC_PROCESS_SETS=1 $(BIN)/python tests/parallel/run.py 2 \
+	--tests tests/traps --limit 180 --test-limit 60
 
 demo: .venv
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_torch.py
@@ -21,6 +24,9 @@ demo: .venv
 test: .venv hosts
 	$(BIN)/python -m pytest --timeout 300 tests/single
 	$(BIN)/python tests/parallel/run.py 2 4
+	$(TRAPS)
+	echo "--- The same traps on plain Horovod, which must fail each of them:"
+	$(TRAPS) -- --plain
 	$(BIN)/python -m pytest --timeout 600 tests/integration
 
 lint: .venv/packages types
