@@ -274,7 +274,8 @@ def test_sparse_allreduce():
         # Row 0 is everyone's, another one is the rank's own; rank 0 has no entry at all.
         entries = [[0, rank], [1, 1]] if rank else [[], []]
         values = torch.full((len(entries[0]), 2), float(rank), dtype=torch.bfloat16)
-        return torch.sparse_coo_tensor(entries, values, (hvd.size(), 3, 2))
+        shape = (hvd.size(), 3, 2)
+        return torch.sparse_coo_tensor(entries, values, shape, check_invariants=True)
 
     dense = sum(sparse(rank).to_dense().float() for rank in ranks())
     for op, expected in ((hvd.Sum, dense), (hvd.Average, dense / hvd.size())):
@@ -324,7 +325,7 @@ def test_process_sets_of_part_of_the_job(process_set):
     assert (rows.tolist(), counts.tolist()) == (members, [1] * len(members))
     parts = hvd.grouped_reducescatter([torch.ones(len(members))], op=hvd.Sum, **options)
     assert parts[0].tolist() == [len(members)]
-    entry = torch.sparse_coo_tensor([[0]], [float(hvd.rank())], (2,))
+    entry = torch.sparse_coo_tensor([[0]], [float(hvd.rank())], (2,), check_invariants=True)
     result = hvd.sparse_allreduce_async(entry, "sparse.part", hvd.Sum, process_set)()
     assert result.to_dense().tolist() == [sum(members), 0]
     hvd.barrier(process_set)

@@ -269,7 +269,7 @@ def test_things_that_are_no_dense_tensor():
     with pytest.raises(TypeError, match=r"torch\.Tensor is needed here, not ndarray"):
         face().allreduce_async(np.ones(2))
     with pytest.raises(ValueError, match="sparse_allreduce_async"):
-        hvd.allreduce(torch.sparse_coo_tensor([[0]], [1.0], (2,)))
+        hvd.allreduce(torch.ones(2).to_sparse())
 
 
 def test_process_sets_that_are_none():
