@@ -62,7 +62,9 @@ def DistributedOptimizer(
             Sparse gradients travel as they are.
         backward_passes_per_step: gradients of so many ``backward()`` calls are summed on this
             rank before they are averaged; calls that give only some parameters a gradient
-            count too (Horovod counts for each parameter).
+            count too (Horovod counts for each parameter). After fewer, as at the end of an
+            epoch, ``step()`` averages; a ``GradScaler`` must see means before, so call
+            ``synchronize()`` first.
         op: ``hvd.Average``, ``hvd.Sum`` or ``hvd.Adasum``.
         gradient_predivide_factor: accepted for Horovod's sake, with Average: gradients are
             always divided before they are summed.
