@@ -21,6 +21,7 @@ from hvdx.errors import HvdxError
 from hvdx.integrations.pytorch_engine import wait
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.reduce_op import ReduceOp
+from hvdx.watchdog import waiting
 
 Tensors = Sequence[torch.Tensor]
 Back = Callable[[list[int], Tensors, dict[str, Any]], Tensors]
@@ -272,7 +273,8 @@ class Collectives:
         known = self._everyone if process_set is None else self._own(process_set)
         called = name or next_name(operation, process_set)
         try:
-            handle = Handle(start(entered, name=called, process_set=known, **options))
+            with waiting(operation, called, tensors, process_set):  # the job may be stopped
+                handle = Handle(start(entered, name=called, process_set=known, **options))
         except (ValueError, RuntimeError, NotImplementedError) as error:
             if isinstance(error, HvdxError):
                 raise

@@ -6,8 +6,9 @@ from typing import Any
 
 from horovod.common import process_sets as _horovod
 
-from hvdx import ProcessSet
-from hvdx.world import add_process_set, remove_process_set
+from hvdx.world import add_process_set, process_set_class, remove_process_set
+
+ProcessSet = process_set_class()
 
 __all__ = ["ProcessSet", "add_process_set", "remove_process_set"]
 
