@@ -19,7 +19,6 @@ import atexit
 import contextlib
 import faulthandler
 import functools
-import inspect
 import os
 import signal
 import sys
@@ -110,7 +109,8 @@ class waiting:  # a context manager, named like one
 
 def watched(call: Call) -> Call:
     """Surround a method with :class:`waiting`, by its name and its arguments ``name`` and so on."""
-    places = {name: place for place, name in enumerate(inspect.signature(call).parameters)}
+    code = call.__code__  # type: ignore[attr-defined]
+    places = {name: place for place, name in enumerate(code.co_varnames[: code.co_argcount])}
 
     @functools.wraps(call)
     def inside(*args: Any, **options: Any) -> Any:
