@@ -109,7 +109,7 @@ class waiting:  # a context manager, named like one
 
 def watched(call: Call) -> Call:
     """Surround a method with :class:`waiting`, by its name and its arguments ``name`` and so on."""
-    code = call.__code__  # type: ignore[attr-defined]
+    code = call.__code__
     places = {name: place for place, name in enumerate(code.co_varnames[: code.co_argcount])}
 
     @functools.wraps(call)

@@ -64,10 +64,12 @@ def blocked() -> dict[tuple[str, int], Pending]:
             continue
         known: dict[str, Any] = {}
         operation, handle = "synchronize", frame.f_locals["handle"]
-        while (frame := frame.f_back) and frame.f_globals["__name__"].startswith(_INNER):
-            if frame.f_globals["__name__"].startswith("horovod."):
-                known = {**frame.f_locals, **known}
-                operation = frame.f_code.co_name
+        caller = frame.f_back
+        while caller and caller.f_globals.get("__name__", "").startswith(_INNER):
+            if caller.f_globals["__name__"].startswith("horovod."):
+                known = {**caller.f_locals, **known}
+                operation = caller.f_code.co_name
+            caller = caller.f_back
         name, tensor = known.get("name"), known.get("tensor")
         own = known.get("process_set")
         found["torch", handle] = Pending(
