@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launching import HVDX_RUN, environment, run
 
 pytest.importorskip("horovod")
-TIMEOUT = 4  # seconds; and TensorFlow's first step takes some of them
+TIMEOUT = 5  # seconds; and TensorFlow's first step takes some of them
 SLACK = 15  # after the timeout, on a busy machine
 
 #: What a rank does comes from the table below; it notes what it got, and when.
@@ -29,8 +30,9 @@ import hvdx as hvd
 hvd.init(framework={framework!r})
 rank = hvd.rank()
 note = open(os.path.join({folder!r}, f"rank{{rank}}"), "w")
+with hvd.patience(120):  # frameworks load more on first use
 {setup}
-hvd.barrier()
+    hvd.barrier()
 start = time.monotonic()
 try:
 {act}
@@ -76,7 +78,7 @@ CASES = {
         TORCH, "x = torch.ones(3)",
         "if rank == 0: hvd.allreduce(x, name='loss')\n"
         "hvd.allreduce(x, name='metric')",
-        [("StallError: rank 0 waited 4 s for allreduce 'loss' (float32 (3,)), but rank 1 is "
+        [("StallError: rank 0 waited 5 s for allreduce 'loss' (float32 (3,)), but rank 1 is "
           "waiting for another collective", "rank 1: waiting for allreduce 'metric'",
           "called at", "train.py:", "hvd.allreduce(x, name='loss')")] * 2,
     ),
@@ -89,7 +91,7 @@ CASES = {
         TORCH, NET,
         "if rank == 1: time.sleep(1000)\n"
         "step()",
-        [("StallError: rank 0 waited 4 s for allreduce 'hvdx.gradients.1", "but rank 1 has not "
+        [("StallError: rank 0 waited 5 s for allreduce 'hvdx.gradients.1", "but rank 1 has not "
           "called it", "time.sleep(1000)", "hvd.patience(seconds)"), ()],
     ),
     "an endless loop, and nobody to end it": Case(
@@ -104,7 +106,7 @@ CASES = {
         TORCH, NET,
         "for _ in range(3 + rank): step()\n"
         "hvd.barrier()",
-        [("StallError: rank 0 waited 4 s for barrier, but rank 1 is waiting for another "
+        [("StallError: rank 0 waited 5 s for barrier, but rank 1 is waiting for another "
           "collective",), ("StallError", "rank 1: waiting for allreduce 'hvdx.gradients.1")],
     ),
     "an exception on one rank": Case(
@@ -171,10 +173,15 @@ def framework(case: Case) -> str:
 def done(folder: Path, case: Case) -> Done:
     """Run a case on two ranks; its launch is stopped where it takes too long."""
     folder.mkdir()
-    act = "".join(f"    {line}\n" for line in case.act.splitlines())
     script = folder / "train.py"
     script.write_text(
-        RANK.format(folder=str(folder), framework=framework(case), **{**case._asdict(), "act": act})
+        RANK.format(
+            folder=str(folder),
+            framework=framework(case),
+            imports=case.imports,
+            setup=textwrap.indent(case.setup, "    "),
+            act=textwrap.indent(case.act, "    "),
+        )
     )
     environ = environment(HVDX_TIMEOUT=str(TIMEOUT), KERAS_BACKEND=framework(case))
     job = run(*HVDX_RUN, "-np", "2", "--", sys.executable, str(script), env=environ)
