@@ -83,7 +83,7 @@ def test_ranks_on_two_hosts_watch_each_other(net, tmp_path, monkeypatch):
     after = "if hvd.rank() == 1:\n    import time\n    time.sleep(1000)"
     job = net.run("h1", *HVDX_RUN, *TWO, "--", *train(tmp_path, after=after))
     assert job.returncode == 1
-    assert "rank 0 waited 4 s for allreduce 'total'" in job.stderr, job.stderr
+    assert "rank 0: waiting for allreduce 'total'" in job.stderr, job.stderr
     assert "but rank 1 has not called it" in job.stderr and "time.sleep(1000)" in job.stderr
 
 

@@ -78,20 +78,21 @@ CASES = {
         TORCH, "x = torch.ones(3)",
         "if rank == 0: hvd.allreduce(x, name='loss')\n"
         "hvd.allreduce(x, name='metric')",
-        [("StallError: rank 0 waited 5 s for allreduce 'loss' (float32 (3,)), but rank 1 is "
-          "waiting for another collective", "rank 1: waiting for allreduce 'metric'",
+        [("StallError: rank ", "is waiting for another collective", "rank 0: waiting for "
+          "allreduce 'loss' (float32 (3,))", "rank 1: waiting for allreduce 'metric'",
           "called at", "train.py:", "hvd.allreduce(x, name='loss')")] * 2,
     ),
     "different names": Case(
         TORCH, "x = torch.ones(3)",
         "hvd.allreduce(x, name=f'of rank {rank}')",
-        [("StallError: rank 0 waited", "rank 1: waiting for allreduce 'of rank 1'")] * 2,
+        [("StallError: rank ", "rank 0: waiting for allreduce 'of rank 0'", "rank 1: waiting "
+          "for allreduce 'of rank 1'")] * 2,
     ),
     "a rank sleeps for ever": Case(
         TORCH, NET,
         "if rank == 1: time.sleep(1000)\n"
         "step()",
-        [("StallError: rank 0 waited 5 s for allreduce 'hvdx.gradients.1", "but rank 1 has not "
+        [("StallError: rank 0 waited ", "for allreduce 'hvdx.gradients.1", "but rank 1 has not "
           "called it", "time.sleep(1000)", "hvd.patience(seconds)"), ()],
     ),
     "an endless loop, and nobody to end it": Case(
@@ -106,8 +107,8 @@ CASES = {
         TORCH, NET,
         "for _ in range(3 + rank): step()\n"
         "hvd.barrier()",
-        [("StallError: rank 0 waited 5 s for barrier, but rank 1 is waiting for another "
-          "collective",), ("StallError", "rank 1: waiting for allreduce 'hvdx.gradients.1")],
+        [("StallError: rank ", "is waiting for another collective", "rank 0: waiting for barrier",
+          "rank 1: waiting for allreduce 'hvdx.gradients.1")] * 2,
     ),
     "an exception on one rank": Case(
         TORCH, "x = torch.ones(3)",
@@ -120,8 +121,8 @@ CASES = {
         TENSORFLOW, "x = tf.ones(3)",
         "if rank == 0: hvd.broadcast(x, 0, name='weights')\n"
         "hvd.allreduce(x, name='loss')",
-        [("StallError: rank 0 waited", "for broadcast 'weights' (float32 (3,)), but rank 1 is",
-          "rank 1: waiting for allreduce 'loss'")] * 2,
+        [("StallError: rank ", "is waiting for another collective", "rank 0: waiting for "
+          "broadcast 'weights' (float32 (3,))", "rank 1: waiting for allreduce 'loss'")] * 2,
     ),
     "Keras on TensorFlow, a batch less": Case(
         KERAS, FIT,
