@@ -92,9 +92,9 @@ class Picture:
         self._reports[rank] = report
         self._heard[rank] = now
 
-    def lose(self, rank: int, reason: str, now: float) -> None:
-        """Take note that ``rank`` has left the job."""
-        self._left.setdefault(rank, (reason, now))
+    def lose(self, rank: int, reason: str, now: float, *, certain: bool = True) -> None:
+        """Take note that ``rank`` has left the job; as far as one can tell, if not ``certain``."""
+        self._left.setdefault(rank, (reason, now if certain else float("inf")))
         self._reports.pop(rank, None)
 
     def patience(self) -> float:
@@ -108,8 +108,8 @@ class Picture:
                 break
             missing = self._missing(wait, now)
             limit = self._timeout if missing else SLOW * self._timeout
-            since = max((self._left[r][1] for r in missing if r in self._left), default=None)
-            if since is not None and now - since > LEFT_SECONDS:
+            since = min((self._left[r][1] for r in missing if r in self._left), default=now)
+            if now - since > LEFT_SECONDS:
                 limit = min(limit, LEFT_SECONDS)
             if seconds > limit:
                 return self._told(wait, seconds, missing, now)

@@ -19,7 +19,6 @@ import atexit
 import contextlib
 import faulthandler
 import functools
-import inspect
 import os
 import signal
 import sys
@@ -110,7 +109,8 @@ class waiting:  # a context manager, named like one
 
 def watched(call: Call) -> Call:
     """Surround a method with :class:`waiting`, by its name and its arguments ``name`` and so on."""
-    places = {name: place for place, name in enumerate(inspect.signature(call).parameters)}
+    code = call.__code__
+    places = {name: place for place, name in enumerate(code.co_varnames[: code.co_argcount])}
 
     @functools.wraps(call)
     def inside(*args: Any, **options: Any) -> Any:
@@ -323,6 +323,8 @@ class Watch:
         self._heard = now  # of rank 0
         self._patience = 0.0  # of others, as rank 0 has told
         self._left: dict[int, str] = {}
+        self._cut_off = False  # rank 0 has left without a word
+        self._over = False  # the watch, by a fault of its own
         self._news = threading.Event()  # a rank has left, or the job has failed
         self._leaving: str | None = None
         self._gone = threading.Event()  # set with it
@@ -408,8 +410,10 @@ class Watch:
         try:
             self._watch()
         except Exception as error:  # a fault here must not look like one of the job
+            self._send({"over": True})
+            self._flush()
             if self._leaving is None:
-                _print(f"rank {self._rank} is watched no more (HVDX_TIMEOUT): {error!r}")
+                _print(f"the job is watched no more (HVDX_TIMEOUT): {error!r}")
         finally:
             self._news.set()
             for wire in self._wires.values():
@@ -417,7 +421,7 @@ class Watch:
 
     def _watch(self) -> None:
         due = time.monotonic()
-        while self._leaving is None and self.failure is None:
+        while self._leaving is None and self.failure is None and not self._over:
             now = time.monotonic()
             if now >= due:
                 self._report(now)
@@ -454,10 +458,10 @@ class Watch:
                 self._take(rank, message, now)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             if self.failure is None and rank not in self._left:
-                reason = "has left the job without a word: killed, or crashed"
+                reason = "has left the job without a word: killed, crashed or cut off"
                 if not isinstance(error, OSError):
                     reason = f"has left the watch: it sent nonsense ({error})"
-                self._lose(rank, reason, now)
+                self._lose(rank, reason, now, certain=False)
         if rank in self._left and rank in self._wires:
             wire = self._wires.pop(rank)
             self._selector.unregister(wire)
@@ -471,19 +475,26 @@ class Watch:
             self._picture.hear(rank, from_plain(message["report"]), now)
         elif "left" in message:
             who, reason = message["left"]
-            self._lose(rank if self._picture else int(who), str(reason)[:500], now)
+            certain = self._picture is not None or bool(message.get("certain", True))
+            self._lose(rank if self._picture else int(who), str(reason)[:500], now, certain)
+        elif "over" in message:
+            self._over = True
+            if self._picture is not None:
+                self._send(message)
+                self._flush()
         elif self._picture is None and "failure" in message:
             self._fail(str(message["failure"]))
         elif self._picture is None:
             self._patience = float(message["patience"])
             self._heard = now
 
-    def _lose(self, rank: int, reason: str, now: float) -> None:
+    def _lose(self, rank: int, reason: str, now: float, certain: bool = True) -> None:
         self._left[rank] = reason
+        self._cut_off |= rank == 0 and not certain
         self._news.set()
         if self._picture is not None:
-            self._picture.lose(rank, reason, now)
-            self._send({"left": [rank, reason]})
+            self._picture.lose(rank, reason, now, certain=certain)
+            self._send({"left": [rank, reason], "certain": certain})
 
     def _judge(self, now: float) -> None:
         if self._picture is None:
@@ -504,7 +515,8 @@ class Watch:
         why = f"has not been heard of for {silent:.0f} s: its process is stopped, out of reach, or "
         why += "busy in code that keeps Python's lock"
         if 0 in self._left:
-            why, limit = self._left[0], LEFT_SECONDS
+            why = self._left[0]
+            limit = self._seconds if self._cut_off else LEFT_SECONDS
         elif silent < limit + self._patience:
             return
         for wait in self._look(now).waits:

@@ -66,7 +66,7 @@ def blocked() -> dict[tuple[str, int], Pending]:
         known: dict[str, Any] = {}
         operation, handle = "synchronize", frame.f_locals["handle"]
         caller = frame.f_back
-        while caller is not None and caller.f_globals["__name__"].startswith(_INNER):
+        while caller is not None and caller.f_globals.get("__name__", "").startswith(_INNER):
             if caller.f_globals["__name__"].startswith("horovod."):
                 known = {**caller.f_locals, **known}
                 operation = caller.f_code.co_name

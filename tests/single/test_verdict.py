@@ -128,6 +128,14 @@ def test_a_rank_that_has_left():
     assert "rank 1 has left the job." in told and "rank 1: has left the job: its script" in told
 
 
+def test_a_rank_that_is_cut_off_may_be_alive():
+    known = picture(busy(wait(seconds=29)), idle(), now=100)
+    known.lose(1, "has left the job without a word", 1, certain=False)
+    assert known.stalled(100) is None
+    known.hear(0, busy(wait(seconds=31)), 102)
+    assert "rank 1 has left the job." in known.stalled(102)
+
+
 def test_half_of_the_time_is_told_once():
     known = picture(busy(wait("a", 16)), busy(wait("b", 16)))
     told = known.slow(100)
