@@ -6,6 +6,10 @@ from __future__ import annotations
 class HvdxError(Exception):
     """Base of every error that hvdx itself raises."""
 
+    # TensorFlow's AutoGraph raises errors of a traced function anew: those with this very
+    # constructor as what they are, others as its own StagingError.
+    __init__ = Exception.__init__
+
 
 class NotInitializedError(HvdxError, ValueError):
     """A call that needs a running Horovod came before ``hvd.init()``.

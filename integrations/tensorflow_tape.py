@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -220,15 +220,14 @@ def _alone(options: TapeOptions, grad: Any) -> Any:
 
 
 _plans: dict[Any, _Plan] = {}
-_numbers: Iterator[int] = itertools.count()
+_numbers: collections.Counter[int] = collections.Counter()  # of plans, by process set
 
 
 @world.on_change
 def _start_anew() -> None:
     """Forget all plans with the job in which they were agreed upon."""
-    global _numbers
     _plans.clear()
-    _numbers = itertools.count()
+    _numbers.clear()
 
 
 def _plan(
@@ -273,7 +272,9 @@ class _Plan:
         if getattr(options.compressor, "stateful", False):
             raise CompressionError(f"{options.compressor} keeps state, which a tape cannot")
         self.adapter, self.options = adapter, options
-        self.name = f"hvdx.tape.{next(_numbers)}"
+        known = options.process_set.process_set_id if options.process_set is not None else 0
+        _numbers[known] += 1  # ranks outside a set make no plans for it
+        self.name = f"hvdx.tape.{known}.{_numbers[known]}"
         # In the sources' place, which the buckets would keep alive.
         self.specs = [
             tf.TensorSpec(source.shape, source.dtype, getattr(source, "name", None) or "tensor")
