@@ -14,9 +14,10 @@ import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvdx import collectives, world
-from hvdx.compression import CompressionError, Compressor, as_compressor, none
+from hvdx.compression import CompressionError, Compressor, Spec, as_compressor, none
 from hvdx.frameworks import kind_of
 from hvdx.integrations.tensorflow2 import TensorFlowAdapter, elastic
+from hvdx.ops import TensorFlowOps
 from hvdx.reduce_op import ReduceOp
 
 
@@ -44,6 +45,11 @@ class TapeOptions(NamedTuple):
             raise ValueError("gradient_predivide_factor needs op=hvd.Average")
         if compressor is not none and op not in (ReduceOp.Average, ReduceOp.Sum):
             raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum")
+        if compressor.init(TensorFlowOps(), Spec("", (1,), "float32")) is not None:
+            raise CompressionError(
+                f"compression={compressor} keeps state from step to step, and a tape has one step: "
+                "use hvd.DistributedOptimizer for it"
+            )
         return cls(compressor, ReduceOp(op), float(predivide), sparse_as_dense, process_set)
 
 
@@ -269,8 +275,6 @@ class _Plan:
         sources: Sequence[Any],
         grads: Sequence[Any],
     ) -> None:
-        if getattr(options.compressor, "stateful", False):
-            raise CompressionError(f"{options.compressor} keeps state, which a tape cannot")
         self.adapter, self.options = adapter, options
         known = options.process_set.process_set_id if options.process_set is not None else 0
         _numbers[known] += 1  # ranks outside a set make no plans for it
