@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 
 class HvdxError(Exception):
     """Base of every error that hvdx itself raises."""
+
+    # TensorFlow's AutoGraph raises errors of a traced function anew: those with this very
+    # constructor as what they are, others as its own StagingError.
+    if not TYPE_CHECKING:
+        __init__ = Exception.__init__
 
 
 class NotInitializedError(HvdxError, ValueError):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,9 +14,10 @@ import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvdx import collectives, world
-from hvdx.compression import CompressionError, Compressor, as_compressor, none
+from hvdx.compression import CompressionError, Compressor, Spec, as_compressor, none
 from hvdx.frameworks import kind_of
 from hvdx.integrations.tensorflow2 import TensorFlowAdapter, elastic
+from hvdx.ops import TensorFlowOps
 from hvdx.reduce_op import ReduceOp
 
 
@@ -44,6 +45,11 @@ class TapeOptions(NamedTuple):
             raise ValueError("gradient_predivide_factor needs op=hvd.Average")
         if compressor is not none and op not in (ReduceOp.Average, ReduceOp.Sum):
             raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum")
+        if compressor.init(TensorFlowOps(), Spec("", (1,), "float32")) is not None:
+            raise CompressionError(
+                f"compression={compressor} keeps state from step to step, and a tape has one step: "
+                "use hvd.DistributedOptimizer for it"
+            )
         return cls(compressor, ReduceOp(op), float(predivide), sparse_as_dense, process_set)
 
 
@@ -220,15 +226,14 @@ def _alone(options: TapeOptions, grad: Any) -> Any:
 
 
 _plans: dict[Any, _Plan] = {}
-_numbers: Iterator[int] = itertools.count()
+_numbers: collections.Counter[int] = collections.Counter()  # of plans, by process set
 
 
 @world.on_change
 def _start_anew() -> None:
     """Forget all plans with the job in which they were agreed upon."""
-    global _numbers
     _plans.clear()
-    _numbers = itertools.count()
+    _numbers.clear()
 
 
 def _plan(
@@ -270,10 +275,10 @@ class _Plan:
         sources: Sequence[Any],
         grads: Sequence[Any],
     ) -> None:
-        if getattr(options.compressor, "stateful", False):
-            raise CompressionError(f"{options.compressor} keeps state, which a tape cannot")
         self.adapter, self.options = adapter, options
-        self.name = f"hvdx.tape.{next(_numbers)}"
+        known = options.process_set.process_set_id if options.process_set is not None else 0
+        _numbers[known] += 1  # ranks outside a set make no plans for it
+        self.name = f"hvdx.tape.{known}.{_numbers[known]}"
         # In the sources' place, which the buckets would keep alive.
         self.specs = [
             tf.TensorSpec(source.shape, source.dtype, getattr(source, "name", None) or "tensor")
