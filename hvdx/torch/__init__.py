@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hvdx import frameworks
-from hvdx.errors import MismatchError
+from hvdx.errors import MismatchError, StallError
 from hvdx.integrations.pytorch_data import (
     DistributedBatchSampler,
     DistributedSampler,
@@ -27,6 +27,7 @@ from hvdx.torch.functions import (
 from hvdx.torch.mpi_ops import *  # noqa: F403  (all of them, as Horovod's face has)
 from hvdx.torch.optimizer import DistributedOptimizer
 from hvdx.torch.sync_batch_norm import SyncBatchNorm
+from hvdx.watchdog import patience
 
 _horovod = frameworks.adapter("torch").horovod
 
@@ -59,6 +60,7 @@ __all__ = [
     "DistributedOptimizer",
     "DistributedSampler",
     "MismatchError",
+    "StallError",
     "SyncBatchNorm",
     "TrainingReport",
     "allgather_object",
@@ -67,6 +69,7 @@ __all__ = [
     "broadcast_parameters",
     "elastic",
     "parameter_hash",
+    "patience",
     "uneven",
 ]
 __all__ += mpi_ops.__all__
