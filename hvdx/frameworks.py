@@ -86,6 +86,18 @@ class Adapter(Protocol):
     ) -> Any:
         """Reduce ``tensor`` and keep this rank's slice of the first dimension."""
 
+    def grouped_reducescatter(
+        self,
+        tensors: Sequence[Any],
+        *,
+        op: int,
+        name: str | None,
+        prescale_factor: float,
+        postscale_factor: float,
+        process_set: Any,
+    ) -> list[Any]:
+        """Reduce ``tensors`` as one operation and keep slices."""
+
     def barrier(self, process_set: Any) -> None:
         """Return once every rank has called it."""
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hvdx.comm import Allreduce, Ranks, Work
 from hvdx.errors import HvdxError
-from hvdx.ops import Ops
+from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
 _HALF_LIMIT = 60000.0  # float16 ends at 65504, and sums of halves round up on their way there
@@ -52,6 +52,24 @@ class Compressor(NamedTuple):
         return f"Compression.{self.name}"
 
 
+class HorovodCompressor(Compressor):
+    """A compressor with the two methods of Horovod's, which scripts may call themselves."""
+
+    def compress(self, tensor: Any) -> tuple[Any, str]:
+        """Return ``tensor`` as it travels, and its dtype, which :meth:`decompress` restores.
+
+        A plain cast, as Horovod's: only a reduction can divide before it sums.
+        """
+        ops = ops_for(type(tensor))
+        dtype = ops.dtype(tensor)
+        halved = self.name == "fp16" and "float" in dtype
+        return (ops.cast(tensor, "float16") if halved else tensor), dtype
+
+    def decompress(self, tensor: Any, ctx: str) -> Any:
+        """Return what :meth:`compress` was given, but for what the cast has lost."""
+        return ops_for(type(tensor)).cast(tensor, ctx)
+
+
 def _stateless(ops: Ops, spec: Spec) -> None:
     return None
 
@@ -75,8 +93,8 @@ def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
     return Reduced(ops.cast(total, ops.dtype(grad)), own, state)
 
 
-none = Compressor("none", _stateless, _identity, elementwise=True)
-fp16 = Compressor("fp16", _stateless, _half, elementwise=True)
+none = HorovodCompressor("none", _stateless, _identity, elementwise=True)
+fp16 = HorovodCompressor("fp16", _stateless, _half, elementwise=True)
 
 
 def from_horovod(kind: Any) -> Compressor:
