@@ -15,6 +15,7 @@ import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 from tensorflow.python.ops import control_flow_util, resource_variable_ops
 
+from hvdx import world
 from hvdx.errors import MismatchError
 from hvdx.integrations.tensorflow_watch import in_graph
 from hvdx.mismatch import explain, is_mismatch
@@ -588,7 +589,7 @@ def broadcast_in_place(
     variables: Sequence[Any], root_rank: int, name: str | None, process_set: Any
 ) -> list[Any]:
     """Overwrite ``tf.Variable``s with the root's as one operation; see ``hvd.broadcast_``."""
-    everyone = process_set or mpi_ops.global_process_set
+    everyone = world.own_set("tensorflow", process_set) or mpi_ops.global_process_set
     if not tf.executing_eagerly():
         refuse_xla()
     if not all(resource_variable_ops.is_resource_variable(variable) for variable in variables):

@@ -50,7 +50,8 @@ class TapeOptions(NamedTuple):
                 f"compression={compressor} keeps state from step to step, and a tape has one step: "
                 "use hvd.DistributedOptimizer for it"
             )
-        return cls(compressor, ReduceOp(op), float(predivide), sparse_as_dense, process_set)
+        own = world.own_set("tensorflow", process_set)
+        return cls(compressor, ReduceOp(op), float(predivide), sparse_as_dense, own)
 
 
 def distributed(tape: tf.GradientTape, options: TapeOptions, scale_local: bool) -> tf.GradientTape:

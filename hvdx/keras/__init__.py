@@ -22,7 +22,7 @@ from hvdx.collectives import (
     join,
 )
 from hvdx.compression import Compression
-from hvdx.errors import MismatchError
+from hvdx.errors import MismatchError, StallError
 from hvdx.frameworks import kind_of
 from hvdx.integrations import keras3_files
 from hvdx.integrations.keras3 import (
@@ -42,6 +42,7 @@ from hvdx.replicas import (
     parameter_hash,
 )
 from hvdx.reporting import TrainingReport
+from hvdx.watchdog import patience
 from hvdx.world import (
     add_process_set,
     ccl_built,
@@ -79,6 +80,7 @@ __all__ = [
     "MismatchError",
     "PartialDistributedOptimizer",
     "Product",
+    "StallError",
     "Sum",
     "SyncBatchNormalization",
     "TrainingReport",
@@ -115,6 +117,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "parameter_hash",
+    "patience",
     "rank",
     "reducescatter",
     "remove_process_set",

@@ -18,17 +18,19 @@ import tensorflow as tf
 from hvdx import collectives, frameworks, world
 from hvdx.collectives import barrier
 from hvdx.compression import as_compressor, none
-from hvdx.errors import MismatchError
+from hvdx.errors import MismatchError, StallError
 from hvdx.frameworks import kind_of
 from hvdx.reduce_op import ReduceOp
 from hvdx.replicas import allgather_object as _allgather_object
 from hvdx.replicas import broadcast_object as _broadcast_object
 from hvdx.replicas import broadcast_parameters, parameter_hash
 from hvdx.reporting import TrainingReport
-from hvdx.world import add_process_set, remove_process_set, shutdown
+from hvdx.watchdog import patience
+from hvdx.world import shutdown
 
 _horovod = frameworks.adapter("tensorflow").horovod
 
+from hvdx.integrations.process_sets import ProcessSet, everyone  # noqa: E402
 from hvdx.integrations.tensorflow2 import broadcast_in_place, name_scopes  # noqa: E402
 from hvdx.integrations.tensorflow_tape import (  # noqa: E402
     TapeOptions,
@@ -39,6 +41,9 @@ from hvdx.tensorflow import data, elastic  # noqa: E402
 from hvdx.tensorflow.compression import Compression  # noqa: E402
 
 init = functools.partial(world.init, framework="tensorflow")
+add_process_set = functools.partial(world.add_process_set, framework="tensorflow")
+remove_process_set = functools.partial(world.remove_process_set, framework="tensorflow")
+global_process_set = everyone("tensorflow")
 
 __all__ = [
     "Compression",
@@ -46,6 +51,8 @@ __all__ = [
     "DistributedOptimizer",
     "MismatchError",
     "PartialDistributedGradientTape",
+    "ProcessSet",
+    "StallError",
     "TrainingReport",
     "add_process_set",
     "allgather",
@@ -61,11 +68,13 @@ __all__ = [
     "broadcast_variables",
     "data",
     "elastic",
+    "global_process_set",
     "grouped_allgather",
     "grouped_allreduce",
     "grouped_reducescatter",
     "init",
     "parameter_hash",
+    "patience",
     "reducescatter",
     "remove_process_set",
     "shutdown",
@@ -75,8 +84,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "SyncBatchNormalization":  # loads Keras
         return importlib.import_module("hvdx.tensorflow.sync_batch_norm").SyncBatchNormalization
-    if name == "ProcessSet":
-        return world.process_set_class()
     return getattr(_horovod, name)
 
 
@@ -237,21 +244,10 @@ def grouped_reducescatter(
     """Reduce several tensors as one operation and keep this rank's slices of them."""
     if not tensors:
         return list(tensors)
-    if as_compressor(compression) is not none:
-        raise ValueError(f"grouped_reducescatter takes no compression={compression!r} yet")
-    if op not in (ReduceOp.Average, ReduceOp.Sum):
-        raise ValueError(f"grouped_reducescatter needs op=hvd.Average or hvd.Sum, not {op!r}")
-    core: Any = world.core("tensorflow")
     with name_scopes(kept=True):
-        results: list[Any] = core.grouped_reducescatter(
-            _tensors(tensors),
-            op=op,
-            name=None,
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            process_set=process_set,
+        return collectives.grouped_reducescatter(
+            _tensors(tensors), None, compression, op, process_set, prescale_factor, postscale_factor
         )
-    return results
 
 
 def _in_tensorflow_1() -> bool:
@@ -277,8 +273,8 @@ def broadcast_variables(
     """
     values = [variable_of(variable) for variable in variables]
     if _in_tensorflow_1():
-        everyone = process_set or _horovod.global_process_set
-        return _horovod.broadcast_variables(values, root_rank, everyone, inplace)
+        chosen = process_set or _horovod.global_process_set
+        return _horovod.broadcast_variables(values, root_rank, chosen, inplace)
     if values:
         # By place: names of variables need not be unique.
         named = [(f"{place} {v.name}", v) for place, v in enumerate(values)]
@@ -295,8 +291,8 @@ def broadcast_object(
 ) -> Any:
     """Return the root's picklable ``obj`` on every rank; ``session`` is TensorFlow 1's."""
     if _in_tensorflow_1():
-        everyone = process_set or _horovod.global_process_set
-        return _horovod.broadcast_object(obj, root_rank, session, name, everyone)
+        chosen = process_set or _horovod.global_process_set
+        return _horovod.broadcast_object(obj, root_rank, session, name, chosen)
     return _broadcast_object(obj, root_rank, name, process_set)
 
 
@@ -314,8 +310,8 @@ def allgather_object(
 ) -> list[Any]:
     """Return every rank's picklable ``obj``, in rank order; ``session`` is TensorFlow 1's."""
     if _in_tensorflow_1():
-        everyone = process_set or _horovod.global_process_set
-        objects: list[Any] = _horovod.allgather_object(obj, session, name, everyone)
+        chosen = process_set or _horovod.global_process_set
+        objects: list[Any] = _horovod.allgather_object(obj, session, name, chosen)
         return objects
     return _allgather_object(obj, name, process_set)
 

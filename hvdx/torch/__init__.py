@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from hvdx import frameworks
-from hvdx.errors import MismatchError
+from hvdx.errors import MismatchError, StallError
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
+from hvdx.watchdog import patience
 
 _horovod = frameworks.adapter("torch").horovod  # first: it says where Horovod is missing
 
@@ -60,6 +61,7 @@ __all__ = [
     "DistributedOptimizer",
     "DistributedSampler",
     "MismatchError",
+    "StallError",
     "SyncBatchNorm",
     "TrainingReport",
     "allgather_object",
@@ -68,6 +70,7 @@ __all__ = [
     "broadcast_parameters",
     "elastic",
     "parameter_hash",
+    "patience",
     "uneven",
 ]
 __all__ += mpi_ops.__all__

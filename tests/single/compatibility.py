@@ -174,10 +174,13 @@ def home(value: Any) -> str:
 def own_members(kind: type) -> list[str]:
     """Return what Horovod, not a base class of a framework's, gives a class in public."""
     found: dict[str, None] = {}
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] == "horovod":
-            found.update(dict.fromkeys(vars(base)))
+    for base in filter(_horovods, kind.__mro__):
+        found.update(dict.fromkeys(vars(base)))
     return [name for name in found if not name.startswith("_") and name not in NOT_NAMES]
+
+
+def _horovods(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "horovod"
 
 
 # -- comparing -----------------------------------------------------------------------------------
@@ -209,13 +212,9 @@ def _class_faults(ours: Any, theirs: type, alike: Callable[[Any, Any], bool]) ->
     found = []
     if issubclass(theirs, BaseException) and not issubclass(theirs, ours):
         found.append("catches less: Horovod's exception is no instance of it")
-    if "__init__" in {name for base in theirs.__mro__ if _horovods(base) for name in vars(base)}:
+    if any("__init__" in vars(base) for base in filter(_horovods, theirs.__mro__)):
         found += [f"__init__ {fault}" for fault in _call_faults(ours, theirs, alike)]
     return found + member_faults(ours, theirs, alike)
-
-
-def _horovods(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "horovod"
 
 
 def member_faults(ours: Any, theirs: type, alike: Callable[[Any, Any], bool]) -> list[str]:
@@ -225,7 +224,6 @@ def member_faults(ours: Any, theirs: type, alike: Callable[[Any, Any], bool]) ->
         try:
             own = getattr(ours, name)
         except Exception as error:
-            # An annotated property of a class; or set by __init__ in ours.
             found.append(f"lacks {name}: {type(error).__name__}: {error}")
             continue
         wanted = inspect.getattr_static(theirs, name)

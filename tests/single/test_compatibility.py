@@ -249,6 +249,33 @@ def test_members_of_classes():
     assert faults(lambda: 0, theirs)[0].startswith("is no class")
 
 
+def test_what_a_function_returns(monkeypatch):
+    def wrap(optimizer): ...
+
+    def step(self, closure=None): ...
+
+    theirs = theirs_module(wrap=wrap)
+    monkeypatch.setitem(sys.modules, "horovod.invented", theirs)
+    ours = types.ModuleType("hvdx.invented")
+    ours.wrap = wrap
+    monkeypatch.setitem(sys.modules, "hvdx.invented", ours)
+    kind = horovods(step=step, skip=step)
+    rows = {"wrap": Row("same", ""), "wrap().skip": Row("refused", "`AttributeError`: none")}
+
+    class Made:
+        def step(self): ...
+
+        def __getattr__(self, name):
+            raise AttributeError(f"none {name}")
+
+    section = Section("horovod.invented", "hvdx.invented", rows)
+    told = compatibility.check(section, {}, lambda section, name: (Made(), kind))
+    assert told == {"wrap()": ["step lacks the parameter closure"]}
+    del rows["wrap().skip"]
+    told = compatibility.check(section, {}, lambda section, name: (Made(), kind))
+    assert told["wrap()"][1].startswith("lacks skip")
+
+
 def test_constructors():
     def make(self, size, eps=1e-5): ...
 
