@@ -104,6 +104,9 @@ class Adapter(Protocol):
     def ranks(self, process_set: Any) -> int:
         """Count the ranks of ``process_set``."""
 
+    def take_device(self, local_rank: int) -> None:
+        """Compute on this host's GPU number ``local_rank``, if nobody has chosen before."""
+
     def join(self) -> int:
         """Send zeros for this rank until all have joined; the last rank to join."""
 

@@ -29,6 +29,10 @@ def init(
     under ``torchrun``, ``srun``, ``mpirun`` or an indexed Kubernetes job hvdx derives it from
     theirs (see docs/launching.md); otherwise the job is this one process.
 
+    Where a host has several GPUs, each process takes that of its ``local_rank()``, unless the
+    script has chosen before (``torch.cuda.set_device``, ``tf.config.set_visible_devices``).
+    Horovod leaves this to scripts; those that forget it all meet on the first GPU.
+
     Args:
         comm: ranks, or an mpi4py communicator, as Horovod takes them.
         process_sets: list of :class:`ProcessSet`, or ``"dynamic"`` to add them later.
@@ -53,6 +57,8 @@ def init(
     for adapter in adapters:
         if adapter in fresh or process_sets:
             _start(adapter, comm, process_sets, first=adapter is adapters[0])
+        if adapter in fresh:
+            adapter.take_device(int(adapter.horovod.local_rank()))
         _started.setdefault(adapter.framework, adapter)
     _changed()
     if fresh:

@@ -22,6 +22,11 @@ _BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
 class TorchAdapter(Collectives):
     """See :class:`hvdx.frameworks.Adapter` for what each method does."""
 
+    def take_device(self, local_rank: int) -> None:
+        """Make the GPU the current one; the first is so already."""
+        if not torch.cuda.is_initialized() and 0 < local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank)
+
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
         """Send a picklable object from the root: its length, then its bytes."""
         mine = self.horovod.rank() == root_rank

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -412,6 +413,21 @@ class TensorFlowAdapter:
             postscale_factor=1.0,
             process_set=process_set,
         )
+
+    def take_device(self, local_rank: int) -> None:
+        """Let TensorFlow see this GPU only: it takes memory on all that it sees."""
+        gpus = tf.config.list_physical_devices("GPU")
+        alone = self.horovod.local_size() == 1
+        if alone or local_rank >= len(gpus) or tf.config.get_visible_devices("GPU") != gpus:
+            return
+        try:
+            tf.config.set_visible_devices(gpus[local_rank], "GPU")
+        except RuntimeError:
+            warnings.warn(
+                f"TensorFlow has taken all {len(gpus)} GPUs of this host before hvd.init() could "
+                f"give rank {self.horovod.rank()} its own; call hvd.init() first",
+                stacklevel=4,
+            )
 
     def ranks(self, process_set: Any) -> int:
         """Count the ranks of the set; asked of the set itself, which no core can confuse."""

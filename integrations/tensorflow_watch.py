@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvdx.watchdog import Pending, add_source, describe
 
@@ -31,8 +32,9 @@ def in_graph(
     ranks = tuple(process_set.ranks) if own else None
     key = Pending(operation, name, describe(tensors), ranks)
     if key not in _began:
+        # Not by tf.Variable, which a function that is traced again may not make.
         with tf.init_scope(), tf.device("CPU:0"):
-            _began[key] = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            _began[key] = ResourceVariable(0.0, trainable=False, dtype=tf.float64)
     began = _began[key]
     with tf.control_dependencies(tf.nest.flatten(tensors, expand_composites=True)):
         start = began.assign(tf.timestamp(), read_value=False)

@@ -10,26 +10,27 @@ from typing import Any
 
 from hvdx import frameworks
 from hvdx.errors import MismatchError, StallError
-from hvdx.integrations.pytorch_data import (
+from hvdx.replicas import parameter_hash
+from hvdx.reporting import TrainingReport
+from hvdx.watchdog import patience
+
+_horovod = frameworks.adapter("torch").horovod  # first: it says where Horovod is missing
+
+from hvdx.integrations.pytorch_data import (  # noqa: E402
     DistributedBatchSampler,
     DistributedSampler,
     uneven,
 )
-from hvdx.replicas import parameter_hash
-from hvdx.reporting import TrainingReport
-from hvdx.torch import elastic, mpi_ops
-from hvdx.torch.functions import (
+from hvdx.torch import elastic, mpi_ops  # noqa: E402
+from hvdx.torch.functions import (  # noqa: E402
     allgather_object,
     broadcast_object,
     broadcast_optimizer_state,
     broadcast_parameters,
 )
-from hvdx.torch.mpi_ops import *  # noqa: F403  (all of them, as Horovod's face has)
-from hvdx.torch.optimizer import DistributedOptimizer
-from hvdx.torch.sync_batch_norm import SyncBatchNorm
-from hvdx.watchdog import patience
-
-_horovod = frameworks.adapter("torch").horovod
+from hvdx.torch.mpi_ops import *  # noqa: E402, F403  (all of them, as Horovod's face has)
+from hvdx.torch.optimizer import DistributedOptimizer  # noqa: E402
+from hvdx.torch.sync_batch_norm import SyncBatchNorm  # noqa: E402
 
 #: Horovod's own, reached through __getattr__.
 _UNCHANGED = [

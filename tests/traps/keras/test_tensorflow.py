@@ -87,3 +87,17 @@ def test_different_tensors(hvd):
         hvd.allreduce(tf.ones(2 + hvd.rank()), name="odd")
     for part in ("'odd'", "rank 0", "rank 1", "(2,)", "(3,)"):
         assert part in str(error.value), str(error.value)
+
+
+@trap(17, AssertionError, r"\[0, 1\], \[0, 1\]")
+def test_each_rank_sees_a_gpu_of_its_own(hvd, everyone, monkeypatch):
+    # TensorFlow takes memory on every GPU that it sees. Shown is what init() asks it to show.
+    gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(2)]
+    seen = [gpus]
+    hvd.shutdown()
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.config, "list_physical_devices", lambda kind=None: gpus)
+        patch.setattr(tf.config, "get_visible_devices", lambda kind=None: seen[-1])
+        patch.setattr(tf.config, "set_visible_devices", lambda gpu, kind: seen.append([gpu]))
+        hvd.init()
+    assert everyone([gpus.index(gpu) for gpu in seen[-1]]) == [[0], [1]]
