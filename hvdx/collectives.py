@@ -322,7 +322,7 @@ def reducescatter(
     tensor: Any,
     name: str | None = None,
     compression: Any = none,
-    op: int | None = None,
+    op: int = ReduceOp.Average,
     process_set: Any = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -343,7 +343,7 @@ def grouped_reducescatter(
     tensors: Sequence[Any],
     name: str | None = None,
     compression: Any = none,
-    op: int | None = None,
+    op: int = ReduceOp.Average,
     process_set: Any = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -356,7 +356,7 @@ def grouped_reducescatter(
     return result
 
 
-def scatterable(op: int | None, compression: Any = none) -> ReduceOp:
+def scatterable(op: int, compression: Any = none) -> ReduceOp:
     """Return the operator of a reducescatter; refuse what does not work on slices."""
     reduction = ReduceOp.of(op)
     if reduction not in (ReduceOp.Average, ReduceOp.Sum):

@@ -117,10 +117,14 @@ class CommitStateCallback(keras.callbacks.Callback):
         # After the last batch the state is committed with the epoch: between, the data would
         # stand at the next epoch already, and state.epoch not.
         if not any(batch + 1 >= len(dataset) for dataset in datasets):
-            self.state.commit()
+            self.commit()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Commit."""
+        self.commit()
+
+    def commit(self) -> None:
+        """Commit the state; for subclasses to change."""
         self.state.commit()
 
 

@@ -84,6 +84,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "SyncBatchNormalization":  # loads Keras
         return importlib.import_module("hvdx.tensorflow.sync_batch_norm").SyncBatchNormalization
+    if name == "BroadcastGlobalVariablesHook":
+        raise AttributeError(
+            "TensorFlow 2 has no hooks for sessions any more, and hence hvdx.tensorflow no "
+            "BroadcastGlobalVariablesHook: call broadcast_variables(variables, root_rank)"
+        )
     return getattr(_horovod, name)
 
 

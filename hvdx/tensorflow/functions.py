@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from horovod.tensorflow import functions as _horovod
-
 from hvdx.tensorflow import (
+    ProcessSet,
     allgather_object,
     broadcast_object,
     broadcast_object_fn,
     broadcast_variables,
+    global_process_set,
 )
 
-__all__ = ["allgather_object", "broadcast_object", "broadcast_object_fn", "broadcast_variables"]
-
-
-def __getattr__(name: str) -> Any:
-    return getattr(_horovod, name)
+__all__ = [
+    "ProcessSet",
+    "allgather_object",
+    "broadcast_object",
+    "broadcast_object_fn",
+    "broadcast_variables",
+    "global_process_set",
+]

@@ -7,6 +7,7 @@ from typing import Any
 from horovod.tensorflow import mpi_ops as _horovod
 
 from hvdx.tensorflow import (
+    ProcessSet,
     add_process_set,
     allgather,
     alltoall,
@@ -19,6 +20,7 @@ from hvdx.tensorflow import (
 )
 
 __all__ = [
+    "ProcessSet",
     "add_process_set",
     "allgather",
     "alltoall",

@@ -51,29 +51,33 @@ class TorchState(ObjectState):
         return super()._handler(value)
 
 
-class _TorchHandler(StatefulHandler):
-    def __init__(self, value: Any) -> None:
-        super().__init__(value, lambda obj: broadcast_object(obj))
-
-
-class ModelStateHandler(_TorchHandler):
+class ModelStateHandler(StatefulHandler):
     """Saves and shares a module's parameters and buffers."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model, broadcast_object)
 
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
         broadcast_parameters(self.value.state_dict(), root_rank=0)
 
 
-class OptimizerStateHandler(_TorchHandler):
+class OptimizerStateHandler(StatefulHandler):
     """Saves and shares an optimizer's state and options."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer, broadcast_object)
 
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
         broadcast_optimizer_state(self.value, root_rank=0)
 
 
-class SamplerStateHandler(_TorchHandler):
+class SamplerStateHandler(StatefulHandler):
     """Saves and shares where a sampler stands, and shares the rest out anew."""
+
+    def __init__(self, sampler: Any) -> None:
+        super().__init__(sampler, broadcast_object)
 
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
