@@ -17,9 +17,11 @@ from hvdx.torch.elastic.state import (  # noqa: E402
 )
 
 
-@pytest.fixture(autouse=True)
-def running(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def running():
     hvd.init()
+    yield
+    hvd.shutdown()  # other files test what comes before init()
 
 
 def linear(value):
