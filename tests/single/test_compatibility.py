@@ -77,6 +77,7 @@ def flags(monkeypatch) -> dict[str, argparse.Action]:
     return parsers[0]._option_string_actions
 
 
+@pytest.mark.filterwarnings("ignore:Argument")  # old spellings
 def test_flags(flags, tmp_path):
     """Each has a row; `hvdx run` takes it, or refuses it as the row says."""
     from hvdx.launch.arguments import parse
