@@ -13,15 +13,21 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/hvdx run
+# Cores start one after the other there, and again, so that the rendezvous must stay open.
+TRAPS := HOROVOD_DYNAMIC_PROCESS_SETS=1 $(BIN)/python tests/parallel/run.py 2 \
+	--tests tests/traps --limit 180 --test-limit 60
 
 demo: .venv
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_torch.py
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_keras.py
 
 test: .venv hosts
-	$(BIN)/python -m pytest --timeout 300 tests/single
+	$(BIN)/python -m pytest --timeout 300 --durations 10 tests/single
 	$(BIN)/python tests/parallel/run.py 2 4
-	$(BIN)/python -m pytest --timeout 600 tests/integration
+	$(TRAPS)
+	echo "--- The same traps on plain Horovod, which must fail each of them:"
+	$(TRAPS) -- --plain
+	$(BIN)/python -m pytest --timeout 600 --durations 15 tests/integration
 
 lint: .venv/packages types
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
-"""Step time of PyTorch training: hvdx, Horovod's own optimizer and DistributedDataParallel.
+"""Step time of training with PyTorch and with Keras.
+
+PyTorch: hvdx, Horovod's own optimizer and DistributedDataParallel. Keras: ``fit`` with and
+without hvdx; see ``keras_fit.py``, which also runs by itself.
 
     python benchmarks/optimizer.py --json optimizer.json
 
-All variants run in one job of two ranks over Gloo, one thread each, a few steps at a time in
+PyTorch's variants run in one job of two ranks over Gloo, one thread each, a few steps at a time in
 changing order. A step is forward, backward, averaging and an SGD update.
 """
 
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import keras_fit
 import torch
 from torch import nn
 
@@ -165,12 +169,13 @@ def work(file: str, short: bool) -> None:
 
 
 def main() -> None:
-    """Launch two ranks and print their table."""
+    """Launch the jobs and print their table."""
     told = harness.options(__doc__).parse_args()
     if told.worker:
         work(told.worker, told.short)
         return
     rows = harness.launch(__file__, RANKS, ["--short"] * told.short)
+    rows += keras_fit.measure(told.short)
     harness.report(rows, told.json)
 
 

@@ -55,6 +55,45 @@ def calls(short: bool) -> list[harness.Row]:
     ]  # fmt: skip
 
 
+def watch(short: bool) -> list[harness.Row]:
+    """Time what the watchdog costs: per collective, and per second on rank 0 of 8."""
+    from hvdx import verdict, watchdog
+
+    def marked(calls: int = 1000) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            with watchdog.waiting("allreduce", "name"):
+                pass
+        return (time.perf_counter() - start) / calls * 1e6
+
+    own = watchdog.Watch(0, 8, 30.0, {}, lambda: None)
+    wait = verdict.Wait("allreduce", "name", "float32 (3,)", 0.1, None, "train.py:7 in main")
+    theirs = verdict.to_plain(verdict.Report([wait], "train.py:7 in main", "", 0.0, ""))
+
+    def second() -> float:
+        start = time.thread_time()
+        now = time.monotonic()
+        own._report(now)
+        for rank in range(1, 8):
+            own._take(rank, {"report": theirs}, now)
+        own._judge(now)
+        return (time.thread_time() - start) * 100
+
+    runs = 30 if short else 300
+    rows = []
+    for metric, call, bar in (
+        ("us added per collective (bar: 1)", marked, 1.0),
+        ("% of a core (bar: 1)", second, 1.0),
+    ):
+        samples = [call() for _ in range(runs)]
+        value = statistics.median(samples)
+        rows.append(
+            harness.Row("watchdog, 8 ranks", metric, value, "bar", bar, bar / max(value, 1e-9),
+                        runs, harness.spread(samples))
+        )  # fmt: skip
+    return rows
+
+
 def imports(short: bool) -> list[harness.Row]:
     """Time ``import hvdx`` in fresh interpreters."""
     probe = (
@@ -75,7 +114,7 @@ def imports(short: bool) -> list[harness.Row]:
 def main() -> None:
     """Print the table."""
     told = harness.options(__doc__).parse_args()
-    harness.report([*imports(told.short), *calls(told.short)], told.json)
+    harness.report([*imports(told.short), *calls(told.short), *watch(told.short)], told.json)
 
 
 if __name__ == "__main__":

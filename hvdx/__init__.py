@@ -16,6 +16,7 @@ from hvdx.collectives import (
     broadcast,
     grouped_allgather,
     grouped_allreduce,
+    grouped_reducescatter,
     join,
     reducescatter,
 )
@@ -27,6 +28,7 @@ from hvdx.errors import (
     LaunchError,
     MismatchError,
     NotInitializedError,
+    StallError,
 )
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
@@ -38,6 +40,7 @@ from hvdx.replicas import (
     parameter_hash,
 )
 from hvdx.reporting import TrainingReport
+from hvdx.watchdog import patience
 from hvdx.world import (
     add_process_set,
     ccl_built,
@@ -90,6 +93,7 @@ __all__ = [
     "NotInitializedError",
     "Product",
     "ReduceOp",
+    "StallError",
     "Sum",
     "TrainingReport",
     "add_process_set",
@@ -111,6 +115,7 @@ __all__ = [
     "gloo_enabled",
     "grouped_allgather",
     "grouped_allreduce",
+    "grouped_reducescatter",
     "init",
     "is_homogeneous",
     "is_initialized",
@@ -122,6 +127,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "parameter_hash",
+    "patience",
     "rank",
     "reducescatter",
     "remove_process_set",
@@ -141,4 +147,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("hvdx.world").global_process_set()
     if name == "callbacks":
         return importlib.import_module("hvdx.integrations.keras_callbacks")
+    if name == "run":
+        raise AttributeError(
+            "hvdx has no run(function): Horovod's sends pickles through a port that anyone may "
+            "write to (CVE-2026-31234). Put the function in a script and start it with "
+            "`hvdx run`, or call horovod.run() on a network that you trust"
+        )
     raise AttributeError(f"module 'hvdx' has no attribute {name!r}")

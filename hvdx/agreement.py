@@ -5,12 +5,23 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from hvdx import world
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 
 _named: collections.Counter[tuple[str, int]] = collections.Counter()
+
+
+def _forget() -> None:
+    """Count from the start when the job does: ranks that joined late have counted nothing."""
+    if not world.running():
+        _named.clear()
+
+
+world.on_change(_forget)
 
 
 def next_name(subject: str, process_set: Any = None) -> str:
@@ -21,6 +32,18 @@ def next_name(subject: str, process_set: Any = None) -> str:
     key = (subject, process_set.process_set_id if process_set is not None else 0)
     _named[key] += 1
     return f"hvdx.{subject}.{_named[key]}"
+
+
+def counts() -> dict[tuple[str, int], int]:
+    """Return how many names of each subject and process set have been given."""
+    return dict(_named)
+
+
+def count_from(everyone: Iterable[dict[tuple[str, int], int]]) -> None:
+    """Go on from the highest of all ranks' :func:`counts`, so that they name alike again."""
+    for own in everyone:
+        for key, count in own.items():
+            _named[key] = max(_named[key], count)
 
 
 def digest(entries: dict[str, str]) -> str:

@@ -47,21 +47,28 @@ def limit_bytes() -> int:
     return int(megabytes * 2**20)
 
 
-def plan(entries: Sequence[Entry], limit: int) -> list[list[int]]:
+def plan(
+    entries: Sequence[Entry], limit: int, groups: Sequence[Sequence[int]] = ()
+) -> list[list[int]]:
     """Group ``entries`` into buckets of one dtype and device each.
 
     Args:
         entries: in the order in which gradients are expected to become ready.
         limit: bytes; a bucket that would pass it is closed, so that only a single larger
-            gradient exceeds it.
+            gradient, or a group, exceeds it.
+        groups: indices into ``entries`` that travel together, however large they are; no index
+            appears twice.
 
     Returns:
         Indices into ``entries``, by bucket: full ones in the order in which they fill up, then
-        the rest.
+        the rest, then the groups.
     """
     buckets: list[list[int]] = []
     open_: dict[tuple[str, str], tuple[list[int], int]] = {}
+    grouped = {index for group in groups for index in group}
     for index, entry in enumerate(entries):
+        if index in grouped:
+            continue
         key = (entry.dtype, entry.device)
         weight = entry.elements * width(entry.dtype)
         members, held = open_.get(key, ([], 0))
@@ -70,4 +77,16 @@ def plan(entries: Sequence[Entry], limit: int) -> list[list[int]]:
             members, held = [], 0
         members.append(index)
         open_[key] = (members, held + weight)
-    return buckets + [members for members, _ in open_.values()]
+    buckets += [members for members, _ in open_.values()]
+    for group in groups:
+        by_kind: dict[tuple[str, str], list[int]] = {}
+        for index in group:
+            by_kind.setdefault((entries[index].dtype, entries[index].device), []).append(index)
+        buckets += by_kind.values()
+    return buckets
+
+
+def evenly(count: int, parts: int) -> list[range]:
+    """Cut ``range(count)`` into at most ``parts`` runs whose lengths differ by one at most."""
+    parts = max(1, min(parts, count))
+    return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]

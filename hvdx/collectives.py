@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from hvdx import world
-from hvdx.comm import Allgather, Allreduce, Ranks, Request, Together, drive
-from hvdx.compression import Spec, as_compressor, none
+from hvdx.comm import Allgather, Allreduce, Rank, Ranks, Request, Together, Work, drive, together
+from hvdx.compression import CompressionError, Spec, as_compressor, none
 from hvdx.frameworks import Adapter, framework_of_kind, kind_of
 from hvdx.ops import ops_for
 from hvdx.reduce_op import ReduceOp
@@ -67,27 +67,158 @@ def _keras_value(variable: Any) -> Any:
 
 
 def _group_route(tensors: Sequence[Any]) -> _Route:
+    """Return the way of a list of tensors, all of one library."""
     if not tensors:
         raise ValueError("a grouped operation needs at least one tensor")
     kinds = {kind_of(type(tensor)) for tensor in tensors}
     if len(kinds) > 1:
         names = " and ".join(sorted(str(kind) for kind in kinds))
         raise TypeError(f"tensors of {names} in one call; convert them to one framework first")
-    return _route(tensors[0])
+    route = _route(tensors[0])
+    enter, leave = (list if change is None else _mapping(change) for change in route[1:])
+    return _Route(route.adapter, enter, leave)
 
 
-def _through(route: _Route, tensor: Any, call: Callable[..., Any], **options: Any) -> Any:
-    entered = route.enter(tensor) if route.enter else tensor
-    result = call(entered, **options)
-    return route.leave(result) if route.leave else result
+def _mapping(change: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    return lambda group: [change(each) for each in group]
 
 
-def _group_through(
-    route: _Route, tensors: Sequence[Any], call: Callable[..., Any], **options: Any
+def _through(route: _Route, operation: str, given: Any, process_set: Any, **options: Any) -> Any:
+    """Send a tensor, or a group, through an operation of the route's core."""
+    if process_set is not None:
+        process_set = world.own_set(route.adapter.framework, process_set)
+    entered = given if route.enter is None else route.enter(given)
+    result = getattr(route.adapter, operation)(entered, process_set=process_set, **options)
+    return result if route.leave is None else route.leave(result)
+
+
+def _reduced(
+    route: _Route,
+    operation: str,
+    given: Any,
+    op: ReduceOp,
+    name: str | None,
+    compression: Any,
+    prescale_factor: float,
+    postscale_factor: float,
+    process_set: Any,
+) -> Any:
+    """Send a tensor, or a group, through a reduction, compressed or not."""
+    if compression is not none and as_compressor(compression) is not none:
+        return _compressed(
+            route, operation, given, op, name, compression, prescale_factor, postscale_factor,
+            process_set,
+        )  # fmt: skip
+    return _through(
+        route,
+        operation,
+        given,
+        process_set,
+        op=op,
+        name=name,
+        prescale_factor=prescale_factor,
+        postscale_factor=postscale_factor,
+    )
+
+
+def _compressed(
+    route: _Route,
+    operation: str,
+    given: Any,
+    op: ReduceOp,
+    name: str | None,
+    compression: Any,
+    prescale_factor: float,
+    postscale_factor: float,
+    process_set: Any,
+) -> Any:
+    """Reduce through a stateless compressor, whose reductions ``operation`` performs."""
+    compressor = as_compressor(compression)
+    if op not in (ReduceOp.Average, ReduceOp.Sum):
+        raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum, not {op.name}")
+    if compressor.stateful:
+        raise CompressionError(
+            f"compression={compressor} keeps state from step to step, which a single operation "
+            "has not: use hvd.DistributedOptimizer for it"
+        )
+    adapter, process_set = route.adapter, world.own_set(route.adapter.framework, process_set)
+    entered = given if route.enter is None else route.enter(given)
+    grouped = operation.startswith("grouped")
+    group = entered if grouped else [entered]
+    ops = ops_for(type(group[0]))
+    factor = postscale_factor * (adapter.ranks(process_set) if op is ReduceOp.Sum else 1)
+
+    def mean_of(tensor: Any) -> Work[Any]:
+        if prescale_factor != 1.0:
+            tensor = ops.scale(tensor, prescale_factor)
+        spec = Spec(name or "", tuple(tensor.shape), ops.dtype(tensor), adapter.ranks(process_set))
+        reduced = yield from compressor.reduce(ops, tensor, compressor.init(ops, spec))
+        return ops.scale(reduced.mean, factor) if factor != 1.0 else reduced.mean
+
+    answer = functools.partial(
+        perform, adapter, name=name, process_set=process_set, reduction=operation
+    )
+    result = drive(together([*map(mean_of, group)]) if grouped else mean_of(entered), answer)
+    return result if route.leave is None else route.leave(result)
+
+
+def perform(
+    adapter: Adapter,
+    request: Request,
+    *,
+    name: str | None,
+    process_set: Any,
+    reduction: str = "allreduce",
+) -> Any:
+    """Carry out one request of a compressor through a Horovod core and wait for the answer.
+
+    ``reduction`` is the operation that answers :class:`Allreduce`; a grouped one answers all
+    of a round that share an operator at once.
+    """
+    if isinstance(request, Ranks):
+        return adapter.ranks(process_set)
+    if isinstance(request, Rank):
+        return adapter.place(process_set)
+    if isinstance(request, Together):
+        if reduction.startswith("grouped"):
+            return _perform_group(adapter, request, name, process_set, reduction)
+        return [
+            perform(adapter, each, name=name and f"{name}/{i}", process_set=process_set)
+            for i, each in enumerate(request.requests)
+        ]
+    full = f"{name}/{request.phase}" if name else None
+    if isinstance(request, Allreduce):
+        return getattr(adapter, reduction)(
+            request.tensor, op=request.op, name=full, process_set=process_set, **_UNSCALED
+        )
+    if isinstance(request, Allgather):
+        return adapter.allgather(request.tensor, name=full, process_set=process_set)
+    return adapter.alltoall(request.tensor, splits=None, name=full, process_set=process_set)
+
+
+_UNSCALED = {"prescale_factor": 1.0, "postscale_factor": 1.0}
+
+
+def _perform_group(
+    adapter: Adapter, round_: Together, name: str | None, process_set: Any, reduction: str
 ) -> list[Any]:
-    entered = [route.enter(t) for t in tensors] if route.enter else list(tensors)
-    results = call(entered, **options)
-    return [route.leave(r) for r in results] if route.leave else list(results)
+    answers: list[Any] = [None] * len(round_.requests)
+    alike: dict[tuple[ReduceOp, str], list[int]] = {}
+    for place, request in enumerate(round_.requests):
+        if isinstance(request, Allreduce):
+            alike.setdefault((request.op, request.phase), []).append(place)
+        else:
+            own = name and f"{name}/{place}"
+            answers[place] = perform(adapter, request, name=own, process_set=process_set)
+    for (op, phase), places in alike.items():
+        tensors = [round_.requests[place].tensor for place in places]
+        full = f"{name}/{phase}.{op.name}" if name else None
+        results = getattr(adapter, reduction)(
+            tensors, op=op, name=full, process_set=process_set, **_UNSCALED
+        )
+        for place, result in zip(places, results, strict=True):
+            answers[place] = result
+    return answers
 
 
 def allreduce(
@@ -119,83 +250,10 @@ def allreduce(
     Example:
         >>> hvd.allreduce(loss, op=hvd.Average)
     """
-    route = _route(tensor)
-    reduction = ReduceOp.of(op, average)
-    if compression is not none:
-        return _compressed(
-            route, tensor, compression, reduction, name, prescale_factor, postscale_factor,
-            process_set,
-        )  # fmt: skip
-    if route.enter is None:  # the common case, kept short
-        return route.adapter.allreduce(
-            tensor,
-            op=reduction,
-            name=name,
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            process_set=process_set,
-        )
-    return _through(
-        route,
-        tensor,
-        route.adapter.allreduce,
-        op=reduction,
-        name=name,
-        prescale_factor=prescale_factor,
-        postscale_factor=postscale_factor,
-        process_set=process_set,
-    )
-
-
-def _compressed(
-    route: _Route,
-    tensor: Any,
-    compression: Any,
-    op: ReduceOp,
-    name: str | None,
-    prescale_factor: float,
-    postscale_factor: float,
-    process_set: Any,
-) -> Any:
-    """Answer one stateless compressor's requests, one after the other."""
-    compressor = as_compressor(compression)
-    if op not in (ReduceOp.Average, ReduceOp.Sum):
-        raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum, not {op.name}")
-    entered = route.enter(tensor) if route.enter else tensor
-    ops = ops_for(type(entered))
-    ranks = route.adapter.ranks(process_set)
-    factor = postscale_factor * (ranks if op is ReduceOp.Sum else 1)
-    if prescale_factor != 1.0:
-        entered = ops.scale(entered, prescale_factor)
-    state = compressor.init(ops, Spec(name or "", tuple(entered.shape), ops.dtype(entered)))
-    answer = functools.partial(perform, route.adapter, name=name, process_set=process_set)
-    mean = drive(compressor.reduce(ops, entered, state), answer).mean
-    result = ops.scale(mean, factor) if factor != 1.0 else mean
-    return route.leave(result) if route.leave else result
-
-
-def perform(adapter: Adapter, request: Request, *, name: str | None, process_set: Any) -> Any:
-    """Carry out one request of a compressor through a Horovod core and wait for the answer."""
-    if isinstance(request, Ranks):
-        return adapter.ranks(process_set)
-    if isinstance(request, Together):
-        return [
-            perform(adapter, each, name=name and f"{name}/{i}", process_set=process_set)
-            for i, each in enumerate(request.requests)
-        ]
-    full = f"{name}/{request.phase}" if name else None
-    if isinstance(request, Allreduce):
-        return adapter.allreduce(
-            request.tensor,
-            op=request.op,
-            name=full,
-            prescale_factor=1.0,
-            postscale_factor=1.0,
-            process_set=process_set,
-        )
-    if isinstance(request, Allgather):
-        return adapter.allgather(request.tensor, name=full, process_set=process_set)
-    return adapter.alltoall(request.tensor, splits=None, name=full, process_set=process_set)
+    return _reduced(
+        _route(tensor), "allreduce", tensor, ReduceOp.of(op, average), name, compression,
+        prescale_factor, postscale_factor, process_set,
+    )  # fmt: skip
 
 
 def grouped_allreduce(
@@ -212,26 +270,11 @@ def grouped_allreduce(
 
     Arguments as in :func:`allreduce`; the result is a list in the order of ``tensors``.
     """
-    route = _group_route(tensors)
-    reduction = ReduceOp.of(op, average)
-    if compression is not none:
-        return [
-            _compressed(
-                route, tensor, compression, reduction, name and f"{name}.{i}", prescale_factor,
-                postscale_factor, process_set,
-            )
-            for i, tensor in enumerate(tensors)
-        ]  # fmt: skip
-    return _group_through(
-        route,
-        tensors,
-        route.adapter.grouped_allreduce,
-        op=reduction,
-        name=name,
-        prescale_factor=prescale_factor,
-        postscale_factor=postscale_factor,
-        process_set=process_set,
-    )
+    result: list[Any] = _reduced(
+        _group_route(tensors), "grouped_allreduce", tensors, ReduceOp.of(op, average), name,
+        compression, prescale_factor, postscale_factor, process_set,
+    )  # fmt: skip
+    return result
 
 
 def allgather(tensor: Any, name: str | None = None, process_set: Any = None) -> Any:
@@ -239,8 +282,7 @@ def allgather(tensor: Any, name: str | None = None, process_set: Any = None) -> 
 
     First dimensions may differ between ranks; dtype and the other dimensions may not.
     """
-    route = _route(tensor)
-    return _through(route, tensor, route.adapter.allgather, name=name, process_set=process_set)
+    return _through(_route(tensor), "allgather", tensor, process_set, name=name)
 
 
 def grouped_allgather(
@@ -248,8 +290,8 @@ def grouped_allgather(
 ) -> list[Any]:
     """Gather several tensors as one operation; see :func:`allgather`."""
     route = _group_route(tensors)
-    call = route.adapter.grouped_allgather
-    return _group_through(route, tensors, call, name=name, process_set=process_set)
+    result: list[Any] = _through(route, "grouped_allgather", tensors, process_set, name=name)
+    return result
 
 
 def broadcast(tensor: Any, root_rank: int, name: str | None = None, process_set: Any = None) -> Any:
@@ -258,8 +300,7 @@ def broadcast(tensor: Any, root_rank: int, name: str | None = None, process_set:
     Every rank gives a tensor of the same shape and dtype; only the root's values matter.
     """
     route = _route(tensor)
-    call = route.adapter.broadcast
-    return _through(route, tensor, call, root_rank=root_rank, name=name, process_set=process_set)
+    return _through(route, "broadcast", tensor, process_set, root_rank=root_rank, name=name)
 
 
 def alltoall(
@@ -278,18 +319,17 @@ def alltoall(
         that tells how many came from each rank, as Horovod does.
     """
     route = _route(tensor)
-    entered = route.enter(tensor) if route.enter else tensor
-    result = route.adapter.alltoall(entered, splits=splits, name=name, process_set=process_set)
-    if route.leave is None:
-        return result
-    return tuple(map(route.leave, result)) if splits is not None else route.leave(result)
+    if splits is not None and route.leave is not None:
+        route = route._replace(leave=_mapping(route.leave))
+    result = _through(route, "alltoall", tensor, process_set, splits=splits, name=name)
+    return result if splits is None else tuple(result)
 
 
 def reducescatter(
     tensor: Any,
     name: str | None = None,
     compression: Any = none,
-    op: int | None = None,
+    op: int = ReduceOp.Average,
     process_set: Any = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -297,32 +337,50 @@ def reducescatter(
     """Reduce over the ranks and return this rank's slice of the first dimension.
 
     Where the first dimension does not divide evenly, the first ranks get one row more.
-    ``compression`` must be elementwise and is applied to what travels (Horovod's classes, or
-    ``Compression.fp16``); ``op`` is ``Average`` (default) or ``Sum``.
+    ``compression`` must be elementwise and is applied to what travels (``Compression.fp16``, or
+    a Horovod ``Compressor`` class); ``op`` is ``Average`` (default) or ``Sum``.
     """
-    route = _route(tensor)
+    return _reduced(
+        _route(tensor), "reducescatter", tensor, scatterable(op, compression), name, compression,
+        prescale_factor, postscale_factor, process_set,
+    )  # fmt: skip
+
+
+def grouped_reducescatter(
+    tensors: Sequence[Any],
+    name: str | None = None,
+    compression: Any = none,
+    op: int = ReduceOp.Average,
+    process_set: Any = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> list[Any]:
+    """Reduce several tensors as one operation and keep slices; see :func:`reducescatter`."""
+    result: list[Any] = _reduced(
+        _group_route(tensors), "grouped_reducescatter", tensors, scatterable(op, compression),
+        name, compression, prescale_factor, postscale_factor, process_set,
+    )  # fmt: skip
+    return result
+
+
+def scatterable(op: int, compression: Any = none) -> ReduceOp:
+    """Return the operator of a reducescatter; refuse what does not work on slices."""
     reduction = ReduceOp.of(op)
     if reduction not in (ReduceOp.Average, ReduceOp.Sum):
         raise ValueError(f"reducescatter needs op=hvd.Average or hvd.Sum, not {reduction.name}")
-    if as_compressor(compression) is not none:
+    compressor = as_compressor(compression)
+    if not compressor.elementwise and not hasattr(compression, "compress"):
         raise ValueError(
-            f"reducescatter takes no compression={compression!r} yet; use allreduce for it"
+            f"reducescatter(compression={compressor}): this treats a tensor as a whole, of which "
+            "reducescatter makes slices; use allreduce for it"
         )
-    return _through(
-        route,
-        tensor,
-        route.adapter.reducescatter,
-        op=reduction,
-        name=name,
-        prescale_factor=prescale_factor,
-        postscale_factor=postscale_factor,
-        process_set=process_set,
-    )
+    return reduction
 
 
 def barrier(process_set: Any = None) -> None:
     """Return once every rank (of the set) has called it."""
-    world.core().barrier(process_set)
+    adapter = world.core()
+    adapter.barrier(world.own_set(adapter.framework, process_set))
 
 
 def join() -> int:

@@ -71,17 +71,16 @@ def drive(work: Work[Result], answer: Callable[[Any], Any]) -> Result:
         return done.value  # type: ignore[no-any-return]
 
 
-def together(works: Sequence[Work[Result]], ops: Any) -> Work[list[Result]]:
-    """Run generators side by side, and let what they ask for in each round travel as one.
+def together(works: Sequence[Work[Result]], ops: Any = None) -> Work[list[Result]]:
+    """Run generators side by side: the requests of each round travel as one group.
 
-    Horovod fuses small allreduces, but not alltoalls; and each operation costs a round of
-    negotiation. So requests of one kind, operator and dtype become one request for one flat
-    tensor, and the answer is cut up again. All generators must take part in every round until
-    they end; those that end early drop out.
+    All must take part in every round until they end; those that end early drop out.
 
     Args:
         works: the generators. Their requests must be equal on all ranks.
-        ops: the verbs (:class:`hvdx.ops.Ops`) of the tensors.
+        ops: the verbs (:class:`hvdx.ops.Ops`) of the tensors. With them requests of one kind,
+            operator and dtype become one request for one flat tensor, and the answer is cut up
+            again: Horovod does not fuse alltoalls, and each operation costs a negotiation.
     """
     results: list[Any] = [None] * len(works)
     replies: dict[int, Any] = dict.fromkeys(range(len(works)))
@@ -100,9 +99,12 @@ def together(works: Sequence[Work[Result]], ops: Any) -> Work[list[Result]]:
                 results[index] = done.value
         if not requests:
             return results
-        if Ranks not in facts:
-            facts[Ranks] = yield Ranks()
-        answers = yield from _merged(list(requests.values()), ops, facts[Ranks])
+        if ops is None:
+            answers = yield Together(tuple(requests.values()))
+        else:
+            if Ranks not in facts:
+                facts[Ranks] = yield Ranks()
+            answers = yield from _merged(list(requests.values()), ops, facts[Ranks])
         replies = dict(zip(requests, answers, strict=True))
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 
 class HvdxError(Exception):
     """Base of every error that hvdx itself raises."""
+
+    # TensorFlow's AutoGraph raises errors of a traced function anew: those with this very
+    # constructor as what they are, others as its own StagingError.
+    if not TYPE_CHECKING:
+        __init__ = Exception.__init__
 
 
 class NotInitializedError(HvdxError, ValueError):
@@ -23,6 +30,15 @@ class MismatchError(HvdxError, RuntimeError):
 
     Raised on every rank. Not Horovod's ``HorovodInternalError``, which elastic training
     answers by trying again: trying again mends no disagreement.
+    """
+
+
+class StallError(HvdxError, RuntimeError):
+    """A collective can never finish: some ranks have not called it, or have left the job.
+
+    Raised on every rank that waits, after ``HVDX_TIMEOUT`` seconds, and on the others at their
+    next collective; the message says what each rank waits for. Horovod has been stopped by then.
+    Not Horovod's ``HorovodInternalError``, which elastic training answers by trying again.
     """
 
 

@@ -86,11 +86,29 @@ class Adapter(Protocol):
     ) -> Any:
         """Reduce ``tensor`` and keep this rank's slice of the first dimension."""
 
+    def grouped_reducescatter(
+        self,
+        tensors: Sequence[Any],
+        *,
+        op: int,
+        name: str | None,
+        prescale_factor: float,
+        postscale_factor: float,
+        process_set: Any,
+    ) -> list[Any]:
+        """Reduce ``tensors`` as one operation and keep slices."""
+
     def barrier(self, process_set: Any) -> None:
         """Return once every rank has called it."""
 
     def ranks(self, process_set: Any) -> int:
         """Count the ranks of ``process_set``."""
+
+    def place(self, process_set: Any) -> int:
+        """Return this rank's place among those of ``process_set``."""
+
+    def take_device(self, local_rank: int) -> None:
+        """Compute on this host's GPU number ``local_rank``, if nobody has chosen before."""
 
     def join(self) -> int:
         """Send zeros for this rank until all have joined; the last rank to join."""

@@ -15,15 +15,21 @@ def is_mismatch(error: BaseException) -> bool:
 
 
 def explain(
-    adapter: Adapter, operation: str, name: str | None, tensors: list[Any], process_set: Any
+    adapter: Adapter,
+    operation: str,
+    name: str | None,
+    tensors: list[Any],
+    process_set: Any,
+    reason: str = "",
 ) -> MismatchError:
     """Gather what each rank submitted; every rank of the set is here for the same reason.
 
     Horovod answers a mismatch on all ranks of the set, so that this exchange always has
-    company; it is counted by set, since ranks outside have not met this one.
+    company; it is counted by set, since ranks outside have not met this one. ``reason`` is what
+    Horovod said: it knows the options, but no rank.
     """
     told = f"{operation} of " + ", ".join(
-        f"{adapter.dtype_name(tensor)} {tuple(tensor.shape)}" for tensor in tensors
+        f"{adapter.dtype_name(tensor)} {tuple(tensor.shape)}{_device(tensor)}" for tensor in tensors
     )
     everyone = adapter.allgather_object(told, next_name("mismatch", process_set), process_set)
     ranks = process_set.ranks if process_set is not None else range(len(everyone))
@@ -32,4 +38,10 @@ def explain(
     return MismatchError(
         f"ranks submitted different operations for {called}: {each}. Give the same operation, "
         "shape, dtype and options on every rank; without names, calls pair up by their order"
+        + (f" (Horovod: {reason})" if reason else "")
     )
+
+
+def _device(tensor: Any) -> str:
+    device = str(getattr(tensor, "device", "cpu"))
+    return "" if "cpu" in device.lower() else f" on {device}"

@@ -28,6 +28,7 @@ def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = Non
         ValueError: a Keras model has no variables yet; build it first.
     """
     adapter, tensors = named_tensors(params)
+    process_set = world.own_set(adapter.framework, process_set)
     name = next_name("parameters", process_set)
     check_same(adapter, "parameters to broadcast", _described(adapter, tensors), name, process_set)
     adapter.broadcast_tensors(tensors, root_rank, name, process_set)
@@ -43,29 +44,54 @@ def broadcast_optimizer_state(
         root_rank: global rank to copy from.
         model: accepted for Horovod's sake and not needed.
         process_set: the ranks that take part; all by default.
+
+    Raises:
+        MismatchError: the ranks' optimizers hold other parameters (raised on every rank).
+        ValueError: the optimizer is LBFGS, as with Horovod.
     """
     library = kind_of(type(optimizer))
     if library == "keras":
         broadcast_parameters(optimizer, root_rank, process_set)
     elif library == "torch":
-        world.core("torch").broadcast_optimizer(optimizer, root_rank, process_set)
+        own = world.own_set("torch", process_set)
+        world.core("torch").broadcast_optimizer(optimizer, root_rank, own)
     else:
         raise TypeError(f"{type(optimizer).__name__} is no torch or Keras optimizer")
 
 
 def broadcast_object(
-    obj: Any, root_rank: int = 0, name: str | None = None, process_set: Any = None
+    obj: Any,
+    root_rank: int = 0,
+    name: str | None = None,
+    process_set: Any = None,
+    *,
+    framework: str | None = None,
 ) -> Any:
-    """Return the root's picklable ``obj`` on every rank."""
-    adapter = world.core()
+    """Return the root's picklable ``obj`` on every rank.
+
+    Args:
+        obj: only the root's matters.
+        root_rank: global rank whose object it is.
+        name: of the operation; equal on all ranks.
+        process_set: the ranks that take part; all by default.
+        framework: whose core carries it; the first that runs by default.
+    """
+    adapter = world.core(framework)
+    process_set = world.own_set(adapter.framework, process_set)
     name = name or next_name("object", process_set)
     return adapter.broadcast_object(obj, root_rank, name, process_set)
 
 
-def allgather_object(obj: Any, name: str | None = None, process_set: Any = None) -> list[Any]:
-    """Return a list of every rank's picklable ``obj``, in rank order."""
-    name = name or next_name("objects", process_set)
-    return world.core().allgather_object(obj, name, process_set)
+def allgather_object(
+    obj: Any, name: str | None = None, process_set: Any = None, *, framework: str | None = None
+) -> list[Any]:
+    """Return a list of every rank's picklable ``obj``, in rank order.
+
+    Arguments as of :func:`broadcast_object`.
+    """
+    adapter = world.core(framework)
+    process_set = world.own_set(adapter.framework, process_set)
+    return adapter.allgather_object(obj, name or next_name("objects", process_set), process_set)
 
 
 def parameter_hash(params: Any) -> str:
@@ -76,7 +102,7 @@ def parameter_hash(params: Any) -> str:
     """
     adapter, tensors = named_tensors(params)
     whole = hashlib.sha256()
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         array = adapter.to_numpy(tensor)
         whole.update(f"{name} {adapter.dtype_name(tensor)} {array.shape}".encode())
         whole.update(array.tobytes())
@@ -91,7 +117,9 @@ def named_tensors(params: Any) -> tuple[Adapter, dict[str, Any]]:
     if library in ("torch", "tensorflow"):
         adapter = world.core(library)
         return adapter, adapter.named_tensors(params)
-    pairs = params.items() if isinstance(params, Mapping) else params
+    pairs = params
+    if isinstance(params, Mapping):  # ranks may have filled it in another order
+        pairs = sorted(params.items(), key=lambda item: str(item[0]))
     tensors = _unique(_named(pairs))
     libraries = {kind_of(type(tensor)) for tensor in tensors.values()}
     if libraries == {"keras"}:

@@ -25,7 +25,7 @@ class TrainingReport:
     Example:
         >>> report = hvd.TrainingReport(optimizer, epochs=10)
         >>> report.batch(samples=64, loss=loss)  # after every step
-        >>> report.epoch()  # after every epoch
+        >>> report.epoch()  # after every epoch; pause() before and resume() after validation
         >>> report.final(accuracy, model)
     """
 
@@ -41,6 +41,20 @@ class TrainingReport:
         self._batches = 0
         self._waited = float(self._optimizer.communication_seconds)
         self._start = time.perf_counter()
+        self._elapsed = 0.0
+        self._running = True
+
+    def pause(self) -> None:
+        """Stop the clock, for what is no training: validation, or writing a checkpoint."""
+        if self._running:
+            self._elapsed += time.perf_counter() - self._start
+            self._running = False
+
+    def resume(self) -> None:
+        """Let the clock go on, if it was stopped."""
+        if not self._running:
+            self._start = time.perf_counter()
+            self._running = True
 
     def batch(self, samples: int, loss: Any = None) -> None:
         """Count one step of ``samples`` on this rank; ``loss`` is a number or a tensor."""
@@ -51,7 +65,8 @@ class TrainingReport:
 
     def epoch(self, **metrics: float) -> None:
         """Print the epoch's line on rank 0: mean loss, ``metrics``, speed of all ranks."""
-        elapsed = time.perf_counter() - self._start
+        self.pause()
+        elapsed = self._elapsed
         waited = float(self._optimizer.communication_seconds) - self._waited
         self._done += 1
         if world.rank() == 0:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hvdx import frameworks
+from hvdx import frameworks, watchdog
 from hvdx.errors import MismatchError, NotInitializedError
 from hvdx.frameworks import Adapter
 
@@ -29,6 +29,10 @@ def init(
     under ``torchrun``, ``srun``, ``mpirun`` or an indexed Kubernetes job hvdx derives it from
     theirs (see docs/launching.md); otherwise the job is this one process.
 
+    Where a host has several GPUs, each process takes that of its ``local_rank()``, unless the
+    script has chosen before (``torch.cuda.set_device``, ``tf.config.set_visible_devices``).
+    Horovod leaves this to scripts; those that forget it all meet on the first GPU.
+
     Args:
         comm: ranks, or an mpi4py communicator, as Horovod takes them.
         process_sets: list of :class:`ProcessSet`, or ``"dynamic"`` to add them later.
@@ -39,30 +43,52 @@ def init(
         ValueError: the framework cannot be told; the message says how to say it.
         HorovodMissingError: Horovod is not installed for the framework.
         LaunchError: the launcher's environment contradicts itself.
+        HvdxError: ``HVDX_TIMEOUT`` is no number of seconds.
         MismatchError: ranks start different frameworks (raised on every rank).
     """
     from hvdx import launch
 
+    watchdog.timeout_seconds()  # a wrong one shall not be found half-way
     chosen = frameworks.choose(framework)
     adapters = [frameworks.adapter(name) for name in chosen]
     fresh = [a for a in adapters if not a.horovod.is_initialized()]
     if fresh:
         launch.prepare(mpi_built=bool(fresh[0].horovod.mpi_built()))
     for adapter in adapters:
+        if adapter in fresh or process_sets:
+            _start(adapter, comm, process_sets, first=adapter is adapters[0])
         if adapter in fresh:
-            adapter.horovod.init(comm, _sets_for(adapter, adapters[0], process_sets))
+            adapter.take_device(int(adapter.horovod.local_rank()))
         _started.setdefault(adapter.framework, adapter)
     _changed()
     if fresh:
         _check_frameworks(adapters)
+        if len(fresh) == len(_started):  # the job's first cores; one watch serves all
+            watchdog.start(adapters[0], _stop_cores)
         launch.report_up()
 
 
-def _sets_for(adapter: Adapter, first: Adapter, process_sets: Any) -> Any:
-    """Give each core process-set objects of its own: their numbers belong to one core."""
-    if adapter is first or process_sets is None or isinstance(process_sets, str):
-        return process_sets
-    return [type(each)(each.ranks) for each in process_sets]
+def _start(adapter: Adapter, comm: Any, process_sets: Any, first: bool) -> None:
+    """Start one core; it numbers process sets for itself, so it gets objects of its own.
+
+    One that runs already only tells the numbers of sets that it knows.
+    """
+    from hvdx.integrations.process_sets import ProcessSet, number, point_at
+
+    dynamic = isinstance(process_sets, str)
+    given = [] if dynamic else list(process_sets or [])
+    known = [
+        each if first and not isinstance(each, ProcessSet) else ProcessSet.unnumbered(each)
+        for each in given
+    ]
+    point_at(adapter)  # else Horovod asks the core that was imported last for the numbers
+    if adapter.horovod.is_initialized():
+        number(known)
+    else:
+        adapter.horovod.init(comm, process_sets if dynamic else known)
+    for each, numbered in zip(given, known, strict=True):
+        if isinstance(each, ProcessSet):
+            each.register(adapter.framework, numbered)
 
 
 def _check_frameworks(adapters: list[Adapter]) -> None:
@@ -83,10 +109,20 @@ def _spell(code: int) -> str:
 
 def shutdown() -> None:
     """Leave the job: stop every core that :func:`init` started."""
+    watchdog.stop("has left the job: it has called hvd.shutdown()")
     for adapter in _started.values():
         adapter.horovod.shutdown()
     _started.clear()
     _changed()
+
+
+def _stop_cores() -> None:
+    """Stop Horovod under running calls, which then fail.
+
+    Torch's own ``shutdown`` would also forget the handles that they wait for.
+    """
+    for name in list(_started):
+        importlib.import_module(f"horovod.{name}.mpi_ops")._basics.shutdown()
 
 
 def _changed() -> None:
@@ -97,6 +133,11 @@ def _changed() -> None:
 def on_change(callback: Any) -> None:
     """Have ``callback()`` called when cores start or stop."""
     _on_change.append(callback)
+
+
+def running() -> tuple[str, ...]:
+    """Name the frameworks whose cores run, as far as hvdx has seen; asks nobody."""
+    return tuple(_started)
 
 
 def is_initialized(framework: str | None = None) -> bool:
@@ -111,8 +152,12 @@ def core(framework: str | None = None) -> Adapter:
 
     Raises:
         NotInitializedError: it does not run.
+        StallError: it ran, and the job was stopped.
     """
     if not is_initialized(framework):
+        stalled = watchdog.failure()  # AutoGraph, which may read this, knows no :=
+        if stalled is not None:
+            raise stalled
         if framework and _started:
             running = ", ".join(_started)
             raise NotInitializedError(
@@ -243,31 +288,74 @@ def rocm_built() -> bool:
 
 
 def process_set_class() -> Any:
-    """Return Horovod's ``ProcessSet``; loads Horovod, but no framework."""
-    from horovod.common.process_sets import ProcessSet
+    """Return the class ``hvd.ProcessSet``; loads Horovod, but no framework."""
+    from hvdx.integrations.process_sets import ProcessSet
 
     return ProcessSet
 
 
 def global_process_set() -> Any:
     """Return the set of all ranks."""
-    return core().horovod.global_process_set
+    from hvdx.integrations.process_sets import everyone
+
+    return everyone(core().framework)
 
 
-def add_process_set(process_set: Any) -> Any:
+def own_set(framework: str, process_set: Any) -> Any:
+    """Return ``process_set`` as the core of ``framework`` numbers it; None stays None.
+
+    Raises:
+        ValueError: that core does not know the set.
+        TypeError: it is none.
+    """
+    if process_set is None:
+        return None
+    if not hasattr(process_set, "process_set_id"):
+        raise TypeError(f"process_set={process_set!r} is no hvd.ProcessSet")
+    if process_set.process_set_id == 0:
+        return None
+    return process_set.of(framework) if hasattr(process_set, "of") else process_set
+
+
+def add_process_set(process_set: Any, *, framework: str | None = None) -> Any:
     """Add a set of ranks while the job runs; every rank must call it in the same order.
 
     Needs ``init(process_sets="dynamic")``.
 
     Args:
         process_set: a :class:`ProcessSet` or a list of ranks.
+        framework: the core that learns of it; every running one by default.
 
     Raises:
         ValueError: the same ranks form a set already (the set of all ranks included).
     """
-    return core().horovod.add_process_set(process_set)
+    from hvdx.integrations.process_sets import ProcessSet, asking
+
+    first = core(framework)
+    if hasattr(process_set, "process_set_id") and not isinstance(process_set, ProcessSet):
+        with asking(first):
+            return first.horovod.add_process_set(process_set)  # Horovod's own: one core, one number
+    added = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
+    for adapter in [first] if framework else list(_started.values()):
+        known = added.unnumbered()
+        with asking(adapter):
+            adapter.horovod.add_process_set(known)
+        added.register(adapter.framework, known)
+    return added
 
 
-def remove_process_set(process_set: Any) -> bool:
+def remove_process_set(process_set: Any, *, framework: str | None = None) -> bool:
     """Remove a set that :func:`add_process_set` made; False where it could not be."""
-    return bool(core().horovod.remove_process_set(process_set))
+    from hvdx.integrations.process_sets import ProcessSet, asking
+
+    adapters = [core(framework)]
+    ours = isinstance(process_set, ProcessSet)
+    if ours and framework is None:
+        adapters = list(_started.values())
+    removed = False
+    for adapter in adapters:
+        known = process_set.forget(adapter.framework) if ours else process_set
+        if known is not None:
+            with asking(adapter):
+                removed |= bool(adapter.horovod.remove_process_set(known))
+    return removed

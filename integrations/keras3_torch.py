@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hvdx.frameworks import Adapter
-from hvdx.integrations.keras3 import Averager, Bucket, Layout, Options
+from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import TorchOps
 
@@ -27,6 +27,11 @@ class TorchAverager(Averager):
         """See :meth:`Averager.average`."""
         return super().average(optimizer, grads, variables)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def everywhere(self, condition: Any) -> Any:
+        """See :meth:`Averager.everywhere`."""
+        return super().everywhere(condition)
+
     def reduce(self, layout: Layout, grads: list[Any]) -> list[Any]:
         """See :meth:`Averager.reduce`."""
         flights = []
@@ -40,9 +45,6 @@ class TorchAverager(Averager):
             for place, mean in zip(bucket.members, flight.finish(), strict=True):
                 means[place] = mean
         self.seconds += time.perf_counter() - start
-        for place in layout.idle:
-            if grads[place] is None and not means[place].any():
-                means[place] = None
         return means
 
     def pack(self, bucket: Bucket, grads: list[Any]) -> tuple[Any, bool]:
@@ -62,6 +64,21 @@ class TorchAverager(Averager):
     def device(self, variable: Any) -> str:
         """See :meth:`Averager.device`."""
         return str(variable.value.device)
+
+    def dense(self, layout: Layout, grads: list[Any]) -> list[Any]:
+        """See :meth:`Averager.dense`."""
+        return [
+            _dense(grad, variable.value)
+            for grad, variable in zip(grads, layout.variables, strict=True)
+        ]
+
+    def is_tracing(self) -> bool:
+        """See :meth:`Averager.is_tracing`; torch.compile leaves this code out."""
+        return False
+
+    def is_zero(self, mean: Any) -> bool:
+        """See :meth:`Averager.is_zero`."""
+        return not mean.any()
 
 
 def _dense(grad: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:

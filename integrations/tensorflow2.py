@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
+from horovod.tensorflow import mpi_ops
+from tensorflow.python.ops import control_flow_util, resource_variable_ops
 
+from hvdx import world
+from hvdx.errors import MismatchError
+from hvdx.integrations.tensorflow_watch import in_graph
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.objects import pickled, unpickled
 from hvdx.reduce_op import ReduceOp
+from hvdx.watchdog import waiting, watched
 
 #: What Horovod reduces; all else is summed in float32 or refused.
 _REDUCIBLE = frozenset({tf.float32, tf.float64, tf.float16, tf.int32, tf.int64, tf.uint8, tf.int8})
+_SCATTERABLE = _REDUCIBLE - {tf.uint8, tf.int8}  # what its reducescatter takes
 _MOVABLE = _REDUCIBLE | {tf.uint16, tf.int16, tf.bool}
 _SAME_WIDTH = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 _BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
 
 Call = TypeVar("Call", bound=Callable[..., Any])
+
+#: Whether TensorFlow's name scopes are part of an operation's name, as the caller decided.
+_scopes_kept: contextvars.ContextVar[bool | None] = contextvars.ContextVar("scopes", default=None)
+
+
+class TensorFlowMismatchError(MismatchError, tf.errors.FailedPreconditionError):
+    """Also what Horovod raises here, for scripts that catch TensorFlow's class."""
+
+    def __init__(self, message: str) -> None:
+        tf.errors.FailedPreconditionError.__init__(self, None, None, message)
+
+
+@contextlib.contextmanager
+def name_scopes(kept: bool) -> Iterator[None]:
+    """Decide for the operations within whether name scopes are part of their names.
+
+    Otherwise they are of unnamed operations only: an explicit name is the same in all graphs.
+    """
+    token = _scopes_kept.set(kept)
+    try:
+        yield
+    finally:
+        _scopes_kept.reset(token)
+
+
+def refuse_xla() -> None:
+    """Say at once what XLA would say late and in its own terms."""
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        raise ValueError(
+            "XLA cannot compile Horovod's operations, and this function is being compiled by it: "
+            "use tf.function(jit_compile=False), with Keras model.compile(..., jit_compile=False)"
+        )
 
 
 def _explained(call: Call) -> Call:
@@ -29,17 +72,21 @@ def _explained(call: Call) -> Call:
     name of the graph's node.
     """
 
+    @tf.autograph.experimental.do_not_convert
     @functools.wraps(call)
     def checked(self: TensorFlowAdapter, tensors: Any, **options: Any) -> Any:
+        if not tf.executing_eagerly():
+            refuse_xla()
+        about = call.__name__, options["name"], tensors, options["process_set"]
         try:
-            return call(self, tensors, **options)
+            with waiting(*about):
+                return in_graph(functools.partial(call, self, tensors, **options), *about)
         except tf.errors.OpError as error:
-            if not is_mismatch(error):
+            if not is_mismatch(error) or isinstance(error, MismatchError):
                 raise
             given = list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
-            raise explain(
-                self, call.__name__, options["name"], given, options["process_set"]
-            ) from None
+            told = explain(self, call.__name__, options["name"], given, options["process_set"])
+            raise TensorFlowMismatchError(str(told)) from None
 
     return checked  # type: ignore[return-value]
 
@@ -47,7 +94,9 @@ def _explained(call: Call) -> Call:
 class TensorFlowAdapter:
     """See :class:`hvdx.frameworks.Adapter` for what each method does.
 
-    Every method but those for objects also works while a ``tf.function`` is traced.
+    Every method but those for objects also works while a ``tf.function`` is traced. All
+    collectives differentiate, as Horovod's do. Sizes and places within a process set are those
+    that the set itself holds: Horovod's Python asks the core that was initialised last.
     """
 
     framework = "tensorflow"
@@ -70,17 +119,86 @@ class TensorFlowAdapter:
         postscale_factor: float,
         process_set: Any,
     ) -> Any:
-        """Reduce; bfloat16 is summed in float32, since Horovod has no such type."""
-        result = self.horovod.allreduce(
-            tensor if isinstance(tensor, tf.IndexedSlices) else _reducible(tensor),
-            name=_node(name),
-            op=int(op),
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            process_set=process_set or self._everyone,
-            ignore_name_scope=True,
+        """Reduce; ``tf.IndexedSlices`` by gathering them.
+
+        bfloat16 is summed in float32, since Horovod has no such type. The average of float16
+        is divided before it is summed, so that no sum overflows where the mean would not.
+        """
+        if op == ReduceOp.Adasum:
+            self.check_adasum(process_set)
+        if isinstance(tensor, tf.IndexedSlices):
+            return self._allreduce_slices(
+                tensor, ReduceOp(op), name, prescale_factor * postscale_factor, process_set
+            )
+        sent = _reducible(tensor)
+        before, after, options = self._reduction(
+            sent.dtype, op, prescale_factor, postscale_factor, process_set
         )
-        return result if result.dtype == tensor.dtype else tf.cast(result, tensor.dtype)
+        with _operation("Allreduce", name, [_scaled(sent, before)]) as ([sent], named):
+            result = mpi_ops._allreduce(sent, **named, **options)
+        return tf.cast(_scaled(result, after), tensor.dtype)
+
+    def _allreduce_slices(
+        self, slices: Any, op: ReduceOp, name: str | None, factor: float, process_set: Any
+    ) -> Any:
+        """Concatenate all ranks' slices: rows that several ranks have are there several times."""
+        if op not in (ReduceOp.Average, ReduceOp.Sum):
+            raise NotImplementedError(
+                f"tf.IndexedSlices cannot be reduced with op=hvd.{op.name}: use hvd.Average or "
+                "hvd.Sum, or make them dense (sparse_as_dense=True, or tf.convert_to_tensor)"
+            )
+        values, indices = (
+            self.allgather(part, name=name and f"{name}.{kind}", process_set=process_set)
+            for part, kind in ((slices.values, "values"), (slices.indices, "indices"))
+        )
+        if op is ReduceOp.Average:
+            values = values / tf.cast(self.size_in_graph(process_set), values.dtype)
+        return tf.IndexedSlices(_scaled(values, factor), indices, slices.dense_shape)
+
+    def _reduction(
+        self, dtype: Any, op: int, before: float, after: float, process_set: Any
+    ) -> tuple[float, float, dict[str, Any]]:
+        """Choose how Horovod is to reduce tensors of ``dtype``.
+
+        Returns:
+            Factors to be applied before and after it, since its own are float32 in TensorFlow,
+            and Horovod's arguments.
+        """
+        first = last = 1.0
+        if dtype == tf.float16 and op == ReduceOp.Average and not elastic():
+            # By a power of two, which is exact; what is missing to the mean comes afterwards.
+            ranks = self.ranks(process_set)
+            power = 1 << (ranks - 1).bit_length()
+            op, before, after = ReduceOp.Sum, before / power, after * power / ranks
+        if dtype == tf.float64:
+            first, last, before, after = before, after, 1.0, 1.0
+        return (
+            first,
+            last,
+            {
+                "op": int(op),
+                "prescale_factor": before,
+                "postscale_factor": after,
+                "process_set": process_set or self._everyone,
+            },
+        )
+
+    def check_adasum(self, process_set: Any) -> None:
+        """Refuse what Horovod's Adasum cannot do, where its core would end the process.
+
+        Raises:
+            NotImplementedError: on every rank alike; the message says what is missing.
+        """
+        ranks = self.ranks(process_set)
+        if ranks != int(self.horovod.size()):
+            raise NotImplementedError("Adasum does not support process sets; leave process_set out")
+        if ranks & (ranks - 1):
+            raise NotImplementedError(f"Adasum needs 2, 4, 8, ... ranks; this job has {ranks}")
+        if ranks > 1 and not self.horovod.mpi_enabled():
+            raise NotImplementedError(
+                "Adasum needs MPI, and Gloo is the controller of this job: build Horovod with MPI "
+                "(see `hvdx doctor`) and launch with --mpi, or use op=hvd.Average"
+            )
 
     @_explained
     def grouped_allreduce(
@@ -93,69 +211,132 @@ class TensorFlowAdapter:
         postscale_factor: float,
         process_set: Any,
     ) -> list[Any]:
-        """Reduce several tensors as one operation."""
-        results = self.horovod.grouped_allreduce(
-            [_reducible(tensor) for tensor in tensors],
-            name=_node(name),
-            op=int(op),
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            process_set=process_set or self._everyone,
-            ignore_name_scope=True,
-        )
-        return [tf.cast(result, given.dtype) for result, given in zip(results, tensors)]  # noqa: B905
+        """Reduce several tensors as one operation per dtype; slices one by one."""
+        if op == ReduceOp.Adasum:
+            self.check_adasum(process_set)
+
+        def reduce(sent: list[Any], name: str | None) -> list[Any]:
+            if isinstance(sent[0], tf.IndexedSlices):
+                factor = prescale_factor * postscale_factor
+                return [
+                    self._allreduce_slices(
+                        each, ReduceOp(op), name and f"{name}.{i}", factor, process_set
+                    )
+                    for i, each in enumerate(sent)
+                ]
+            before, after, options = self._reduction(
+                sent[0].dtype, op, prescale_factor, postscale_factor, process_set
+            )
+            scaled = [_scaled(each, before) for each in sent]
+            with _operation("GroupedAllreduce", name, scaled) as (given, named):
+                results = mpi_ops._grouped_allreduce(given, **named, **options)
+            return [_scaled(result, after) for result in results]
+
+        return _by_dtype(tensors, _reducible, reduce, tf.cast, name)
 
     @_explained
     def allgather(self, tensor: Any, *, name: str | None, process_set: Any) -> Any:
         """Gather along the first dimension."""
-        result = self.horovod.allgather(
-            _movable(tensor),
-            name=_node(name),
-            process_set=process_set or self._everyone,
-            ignore_name_scope=True,
-        )
-        return _restored(result, tensor.dtype)
+
+        def gather(x: Any) -> Any:
+            with _operation("Allgather", name, [_movable(x)]) as ([sent], named):
+                result = mpi_ops.allgather(sent, process_set=process_set or self._everyone, **named)
+            return _restored(result, x.dtype)
+
+        def back(grads: Any, xs: Any, results: Any) -> list[Any]:
+            return self._own_rows(grads, xs, process_set)
+
+        return _differentiable(gather, back, tensor)
 
     @_explained
     def grouped_allgather(
         self, tensors: Sequence[Any], *, name: str | None, process_set: Any
     ) -> list[Any]:
-        """Gather several tensors as one operation."""
-        results = self.horovod.grouped_allgather(
-            [_movable(tensor) for tensor in tensors],
-            name=_node(name),
-            process_set=process_set or self._everyone,
-            ignore_name_scope=True,
+        """Gather several tensors as one operation per dtype."""
+
+        def send(sent: list[Any], name: str | None) -> list[Any]:
+            with _operation("GroupedAllgather", name, sent) as (given, named):
+                results: list[Any] = mpi_ops.grouped_allgather(
+                    given, process_set=process_set or self._everyone, **named
+                )
+            return results
+
+        def gather(*xs: Any) -> list[Any]:
+            return _by_dtype(xs, _movable, send, _restored, name)
+
+        def back(grads: Any, xs: Any, results: Any) -> list[Any]:
+            return self._own_rows(grads, xs, process_set)
+
+        return list(_differentiable(gather, back, *tensors))
+
+    def _own_rows(self, grads: Sequence[Any], xs: Sequence[Any], process_set: Any) -> list[Any]:
+        """Return the mean over the ranks of those rows of each gradient that came from here."""
+        place = self.place(process_set)
+        counts = tf.stack([tf.shape(x)[0] for x in xs])
+        everyone = self.allgather(counts[tf.newaxis], name=None, process_set=process_set)
+        starts = tf.reduce_sum(everyone[:place], axis=0)
+        rows: list[Any] = []
+        for i, (grad, x) in enumerate(zip(grads, xs, strict=True)):
+            if not x.dtype.is_floating:
+                rows.append(None)
+                continue
+            mean = self._mean(tf.cast(grad, x.dtype), process_set)
+            rows.append(tf.ensure_shape(mean[starts[i] : starts[i] + counts[i]], x.shape))
+        return rows
+
+    def _mean(self, grad: Any, process_set: Any) -> Any:
+        return self.allreduce(
+            grad,
+            op=ReduceOp.Average,
+            name=None,
+            prescale_factor=1.0,
+            postscale_factor=1.0,
+            process_set=process_set,
         )
-        return [_restored(result, given.dtype) for result, given in zip(results, tensors)]  # noqa: B905
 
     @_explained
     def broadcast(self, tensor: Any, *, root_rank: int, name: str | None, process_set: Any) -> Any:
         """Return the root's tensor."""
-        result = self.horovod.broadcast(
-            _movable(tensor),
-            root_rank,
-            name=_node(name),
-            process_set=process_set or self._everyone,
-            ignore_name_scope=True,
-        )
-        return _restored(result, tensor.dtype)
+
+        def send(x: Any) -> Any:
+            with _operation("Broadcast", name, [_movable(x)]) as ([sent], named):
+                result = mpi_ops.broadcast(
+                    sent, root_rank, process_set=process_set or self._everyone, **named
+                )
+            return _restored(result, x.dtype)
+
+        def back(grads: Any, xs: Any, results: Any) -> list[Any]:
+            mean = self._mean(grads[0], process_set)
+            if int(self.horovod.rank()) == root_rank:
+                return [mean]
+            # Not a constant: a graph would drop the allreduce, and the root would wait for it.
+            return [tf.math.multiply_no_nan(mean, tf.zeros([], mean.dtype))]
+
+        return _differentiable(send, back, tensor)
 
     @_explained
     def alltoall(self, tensor: Any, *, splits: Any, name: str | None, process_set: Any) -> Any:
         """Exchange slices of the first dimension."""
-        if splits is not None:
-            splits = tf.cast(tf.convert_to_tensor(splits), tf.int32)
-        result = self.horovod.alltoall(
-            _movable(tensor),
-            splits=splits,
-            name=_node(name),
-            process_set=process_set or self._everyone,
-            ignore_name_scope=True,
-        )
-        if splits is None:
-            return _restored(result, tensor.dtype)
-        return _restored(result[0], tensor.dtype), result[1]
+        given = splits is not None
+        splits = _splits(splits) if given else tf.constant([], tf.int32)
+
+        def exchange(x: Any) -> tuple[Any, Any]:
+            # Splits are always given, so that received ones come back.
+            with _operation("Alltoall", name, [_movable(x)]) as ([sent], named):
+                result, received = mpi_ops.alltoall(
+                    sent, splits, process_set=process_set or self._everyone, **named
+                )
+            return _restored(result, x.dtype), received
+
+        def back(grads: Any, xs: Any, results: Any) -> list[Any]:
+            (x,), received = xs, results[1]
+            own, _ = self.alltoall(grads[0], splits=received, name=None, process_set=process_set)
+            unsent = tf.shape(x)[0] - tf.shape(own)[0]  # rows beyond the sum of the splits
+            padding = [[0, unsent], *[[0, 0]] * (len(x.shape) - 1)]
+            return [tf.ensure_shape(tf.pad(own, padding), x.shape)]
+
+        result, received = _differentiable(exchange, back, tensor)
+        return (result, received) if given else result
 
     @_explained
     def reducescatter(
@@ -169,17 +350,59 @@ class TensorFlowAdapter:
         process_set: Any,
     ) -> Any:
         """Reduce and keep this rank's slice."""
-        result = self.horovod.reducescatter(
-            _reducible(tensor),
-            name=_node(name),
-            op=int(op),
-            prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-            process_set=process_set or self._everyone,
-            ignore_name_scope=True,
-        )
-        return tf.cast(result, tensor.dtype)
+        return self._scatter([tensor], op, name, prescale_factor, postscale_factor, process_set)[0]
 
+    @_explained
+    def grouped_reducescatter(
+        self,
+        tensors: Sequence[Any],
+        *,
+        op: int,
+        name: str | None,
+        prescale_factor: float,
+        postscale_factor: float,
+        process_set: Any,
+    ) -> list[Any]:
+        """Reduce several tensors as one operation per dtype and keep this rank's slices."""
+        return self._scatter(tensors, op, name, prescale_factor, postscale_factor, process_set)
+
+    def _scatter(
+        self,
+        tensors: Sequence[Any],
+        op: int,
+        name: str | None,
+        before: float,
+        after: float,
+        process_set: Any,
+    ) -> list[Any]:
+        def send(sent: list[Any], name: str | None) -> list[Any]:
+            first, last, options = self._reduction(sent[0].dtype, op, before, after, process_set)
+            sent = [_scaled(each, first) for each in sent]
+            if len(sent) == 1:
+                with _operation("Reducescatter", name, sent) as ([own], named):
+                    results = [mpi_ops._reducescatter(own, **named, **options)]
+            else:
+                with _operation("GroupedReducescatter", name, sent) as (given, named):
+                    results = mpi_ops._grouped_reducescatter(given, **named, **options)
+            return [_scaled(result, last) for result in results]
+
+        def scatter(*xs: Any) -> list[Any]:
+            return _by_dtype(xs, _scatterable, send, tf.cast, name)
+
+        def back(grads: Any, xs: Any, results: Any) -> list[Any]:
+            factor = before * after * (self.ranks(process_set) if op == ReduceOp.Sum else 1)
+            grads = [
+                tf.cast(grad, result.dtype) for grad, result in zip(grads, results, strict=True)
+            ]
+            gathered = self.grouped_allgather(grads, name=None, process_set=process_set)
+            return [
+                tf.ensure_shape(_scaled(each, factor), x.shape) if x.dtype.is_floating else None
+                for each, x in zip(gathered, xs, strict=True)
+            ]
+
+        return list(_differentiable(scatter, back, *tensors))
+
+    @watched
     def barrier(self, process_set: Any) -> None:
         """Wait for all ranks; Horovod's TensorFlow face has no barrier, so a sum serves."""
         self.allreduce(
@@ -191,20 +414,73 @@ class TensorFlowAdapter:
             process_set=process_set,
         )
 
+    def take_device(self, local_rank: int) -> None:
+        """Let TensorFlow see this GPU only: it takes memory on all that it sees."""
+        gpus = tf.config.list_physical_devices("GPU")
+        alone = self.horovod.local_size() == 1
+        if alone or local_rank >= len(gpus) or tf.config.get_visible_devices("GPU") != gpus:
+            return
+        try:
+            tf.config.set_visible_devices(gpus[local_rank], "GPU")
+        except RuntimeError:
+            warnings.warn(
+                f"TensorFlow has taken all {len(gpus)} GPUs of this host before hvd.init() could "
+                f"give rank {self.horovod.rank()} its own; call hvd.init() first",
+                stacklevel=4,
+            )
+
     def ranks(self, process_set: Any) -> int:
         """Count the ranks of the set; asked of the set itself, which no core can confuse."""
-        return len(process_set.ranks) if process_set is not None else int(self.horovod.size())
+        if process_set is None or process_set.process_set_id == 0:
+            return int(self.horovod.size())
+        return len(process_set.ranks)
 
+    def place(self, process_set: Any) -> int:
+        """Return this rank's place among those of the set."""
+        rank = int(self.horovod.rank())
+        if process_set is None or process_set.process_set_id == 0:
+            return rank
+        return int(process_set.ranks.index(rank))
+
+    def included(self, process_set: Any) -> bool:
+        """Tell whether this rank is one of the set."""
+        return (
+            process_set is None
+            or process_set.process_set_id == 0
+            or int(self.horovod.rank()) in process_set.ranks
+        )
+
+    def size_in_graph(self, process_set: Any) -> Any:
+        """Count the ranks; under elastic training by a tensor, since graphs outlive changes."""
+        if elastic():
+            return mpi_ops.size_op(process_set.process_set_id if process_set is not None else 0)
+        return self.ranks(process_set)
+
+    @watched
     def join(self) -> int:
         """Say that this rank has no more data."""
         return int(self.horovod.join())
 
+    @watched
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
-        """Send a picklable object from the root."""
-        return self.horovod.broadcast_object(
-            value, root_rank, name=_node(name), process_set=process_set or self._everyone
-        )
+        """Send a picklable object from the root; at once, also where a graph is being traced."""
+        is_root = int(self.horovod.rank()) == root_rank
+        payload = np.frombuffer(pickled(value) if is_root else b"", np.uint8)
 
+        def send(array: Any, part: str) -> Any:
+            return self.broadcast(
+                tf.constant(array),
+                root_rank=root_rank,
+                name=f"{name}.{part}",
+                process_set=process_set,
+            ).numpy()
+
+        with tf.init_scope():
+            (size,) = send(np.array([payload.size], np.int64), "size")
+            data = send(payload if is_root else np.zeros(size, np.uint8), "data")
+        return value if is_root else unpickled(data.tobytes())
+
+    @watched
     def allgather_object(self, value: Any, name: str, process_set: Any) -> list[Any]:
         """Gather picklable objects."""
         payload = np.frombuffer(pickled(value), np.uint8)
@@ -226,6 +502,7 @@ class TensorFlowAdapter:
             return dict(owner)
         raise TypeError(f"{type(owner).__name__} holds no variables that hvdx knows")
 
+    @watched
     def broadcast_tensors(
         self, tensors: dict[str, Any], root_rank: int, name: str, process_set: Any
     ) -> None:
@@ -233,25 +510,57 @@ class TensorFlowAdapter:
         fixed = [name for name, v in tensors.items() if not hasattr(v, "assign")]
         if fixed:
             raise TypeError(f"cannot write to {fixed[0]!r}: give tf.Variable, not tf.Tensor")
-        with tf.init_scope():
-            for index, piece in enumerate(_pieces(tensors.values())):
-                arrays = [np.asarray(variable.numpy(), order="C") for variable in piece]
-                flat = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
-                result = self.broadcast(
-                    tf.constant(flat),
+        texts = [v for v in tensors.values() if v.dtype == tf.string]
+        others = [v for v in tensors.values() if v.dtype != tf.string]
+        if tf.executing_eagerly():
+            self._broadcast_bytes(others, root_rank, name, process_set)
+        else:
+            self._broadcast_in_graph(others, root_rank, name, process_set)
+        for index, variable in enumerate(texts):
+            with tf.init_scope():
+                value = variable.numpy()
+                value = self.broadcast_object(value, root_rank, f"{name}.text.{index}", process_set)
+            variable.assign(value)
+
+    def _broadcast_bytes(
+        self, variables: Sequence[Any], root_rank: int, name: str, process_set: Any
+    ) -> None:
+        for index, piece in enumerate(_pieces(variables)):
+            arrays = [np.asarray(variable.numpy(), order="C") for variable in piece]
+            flat = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
+            result = self.broadcast(
+                tf.constant(flat),
+                root_rank=root_rank,
+                name=f"{name}.{index}",
+                process_set=process_set,
+            ).numpy()
+            ends = np.cumsum([array.nbytes for array in arrays])
+            for variable, array, end in zip(piece, arrays, ends, strict=True):
+                part = result[end - array.nbytes : end].copy().view(array.dtype)
+                variable.assign(part.reshape(array.shape))
+
+    def _broadcast_in_graph(
+        self, variables: Sequence[Any], root_rank: int, name: str, process_set: Any
+    ) -> None:
+        """Have the graph that is being traced do it, each time that it runs."""
+        for dtype in dict.fromkeys(variable.dtype for variable in variables):
+            alike = [variable for variable in variables if variable.dtype == dtype]
+            for index, piece in enumerate(_pieces(alike)):
+                flat = self.broadcast(
+                    tf.concat([tf.reshape(variable, [-1]) for variable in piece], 0),
                     root_rank=root_rank,
-                    name=f"{name}.{index}",
+                    name=f"{name}.{dtype.name}.{index}",
                     process_set=process_set,
-                ).numpy()
-                ends = np.cumsum([array.nbytes for array in arrays])
-                for variable, array, end in zip(piece, arrays, ends, strict=True):
-                    part = result[end - array.nbytes : end].copy().view(array.dtype)
-                    variable.assign(part.reshape(array.shape))
+                )
+                parts = tf.split(flat, [int(np.prod(variable.shape)) for variable in piece])
+                for variable, part in zip(piece, parts, strict=True):
+                    variable.assign(tf.reshape(part, variable.shape))
 
     def broadcast_optimizer(self, optimizer: Any, root_rank: int, process_set: Any) -> None:
         """Refuse: TensorFlow's optimizers are Keras's, which broadcast as variables."""
         raise TypeError(f"{type(optimizer).__name__} is no Keras 3 optimizer")
 
+    @watched
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one integer per rank under the name that the torch core gives it."""
 
@@ -276,21 +585,158 @@ class TensorFlowAdapter:
         return str(tensor.dtype.name)
 
 
-def _node(name: str | None) -> str | None:
-    """Return ``name`` without slashes: of a node's name Horovod takes what follows the last.
+def broadcast_in_place(
+    variables: Sequence[Any], root_rank: int, name: str | None, process_set: Any
+) -> list[Any]:
+    """Overwrite ``tf.Variable``s with the root's as one operation; see ``hvd.broadcast_``."""
+    everyone = world.own_set("tensorflow", process_set) or mpi_ops.global_process_set
+    if not tf.executing_eagerly():
+        refuse_xla()
+    if not all(resource_variable_ops.is_resource_variable(variable) for variable in variables):
+        return mpi_ops.broadcast_(variables, root_rank, name, everyone)
+    easy = [variable for variable in variables if variable.dtype in _MOVABLE]
+    done = []
+    if easy:
+        operation = mpi_ops.MPI_LIB.horovod_broadcast_inplace_resource(
+            [variable.handle for variable in easy],
+            # By place: names of variables need not be unique.
+            variable_names=[f"{place}.{variable.name}" for place, variable in enumerate(easy)],
+            name=name and name.replace("/", "."),
+            root_rank=root_rank,
+            process_set_id=everyone.process_set_id,
+        )
+        done = [] if operation is None else [operation]
+    for place, variable in enumerate(variables):
+        if variable.dtype not in _MOVABLE:
+            value = mpi_ops.broadcast(
+                _movable(tf.convert_to_tensor(variable)),
+                root_rank,
+                name=name and f"{name}.{place}",
+                process_set=everyone,
+            )
+            variable.assign(_restored(value, variable.dtype))
+    with tf.control_dependencies(done):
+        return [variable.read_value() for variable in variables]
 
-    The rest is the graph's name scopes, which differ between graphs and ranks.
+
+def elastic() -> bool:
+    """Tell whether ranks may come and go."""
+    return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def _operation(
+    kind: str, name: str | None, tensors: Sequence[Any]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Prepare one of Horovod's operations: its tensors, and its arguments for the name.
+
+    TensorFlow's optimisers of graphs know of no side effect of Horovod's operations. On a rank
+    whose tensors happen to be constants they would carry them out once and for all, and merge
+    those that look alike, while the other ranks wait for them in every step. See :func:`_fresh`.
+
+    A name goes without slashes: where scopes are left out, Horovod takes what follows the last.
     """
-    return name and name.replace("/", ".")
+    kept = _scopes_kept.get()
+    named = {"name": name, "ignore_name_scope": name is not None if kept is None else not kept}
+    if tf.executing_eagerly():
+        yield list(tensors), named
+        return
+    if name is None:  # as Horovod does
+        name = "_".join(dict.fromkeys([tensors[0].name, tensors[-1].name]))
+        name = mpi_ops._normalize_name(f"Horovod{kind}_{name}")
+    named["name"] = name.replace("/", ".")
+    yield [_fresh(tensor) for tensor in tensors], named
 
 
-def _reducible(tensor: Any) -> Any:
+def _fresh(tensor: Any) -> Any:
+    """Return ``tensor``, uncopied, as something that a graph's optimisers cannot foresee."""
+    with tf.device("CPU:0"):  # of a shape that ends in as many ones as a die with one side shows
+        zero = tf.raw_ops.RandomUniformInt(
+            shape=tf.constant([1]), minval=tf.constant(0), maxval=tf.constant(1), seed=1, seed2=1
+        )
+        shape = tf.concat([tf.shape(tensor), tf.fill(zero, 1)], 0)
+    fresh = tf.reshape(tensor, shape)
+    fresh.set_shape(tensor.shape)
+    return fresh
+
+
+def _differentiable(call: Callable[..., Any], back: Callable[..., list[Any]], *given: Any) -> Any:
+    """Return ``call(*tensors)``, whose gradients are those that ``back`` returns.
+
+    Args:
+        call: returns a tensor, or a list or tuple of them.
+        back: called with the lists of the results' gradients, the tensors and the results.
+        *given: tensors, or what can be converted to them.
+    """
+    tensors = [tf.convert_to_tensor(each) for each in given]
+    if not any(tensor.dtype.is_floating for tensor in tensors):
+        return call(*tensors)
+
+    @tf.custom_gradient
+    def run(*xs: Any) -> Any:
+        results = call(*xs)
+        return results, lambda *grads: back(grads, xs, tf.nest.flatten(results))
+
+    return run(*tensors)
+
+
+def _by_dtype(
+    tensors: Sequence[Any],
+    enter: Callable[[Any], Any],
+    call: Callable[[list[Any], str | None], list[Any]],
+    leave: Callable[[Any, Any], Any],
+    name: str | None,
+) -> list[Any]:
+    """Make one grouped ``call`` for each dtype among ``tensors``, since Horovod takes but one.
+
+    ``enter(tensor)`` and ``leave(result, dtype)`` convert. Slices make a group of their own.
+    """
+    sent = [enter(tensor) for tensor in tensors]
+    kinds = [
+        "sparse" if isinstance(each, tf.IndexedSlices) else str(each.dtype.name) for each in sent
+    ]
+    results: list[Any] = [None] * len(sent)
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        own = name and f"{name}.{kind}" if len(places) < len(kinds) else name
+        for place, result in zip(places, call([sent[p] for p in places], own), strict=True):
+            results[place] = leave(result, tensors[place].dtype)
+    return results
+
+
+def _scaled(tensor: Any, factor: float) -> Any:
+    if factor == 1.0:
+        return tensor
+    return tensor * tf.cast(tf.constant(factor, tf.float64), tensor.dtype)
+
+
+def _splits(splits: Any) -> Any:
+    """Return the ``splits`` of an alltoall as Horovod wants them.
+
+    Raises:
+        tf.errors.InvalidArgumentError: they are no numbers of rows.
+    """
+    splits = tf.convert_to_tensor(splits)
+    fault = None
+    if not splits.dtype.is_integer:
+        fault = f"{splits.dtype.name} numbers"
+    elif tf.executing_eagerly() and splits.shape.num_elements() and int(tf.reduce_min(splits)) < 0:
+        fault = "negative numbers"
+    if fault:
+        message = f"alltoall(splits={splits}) has {fault}; give the rows for each rank as integers"
+        raise tf.errors.InvalidArgumentError(None, None, message)
+    return tf.cast(splits, tf.int32)
+
+
+def _reducible(tensor: Any, among: frozenset[Any] = _REDUCIBLE) -> Any:
+    if isinstance(tensor, tf.IndexedSlices):
+        return tensor
     tensor = tf.convert_to_tensor(tensor)
-    if tensor.dtype in _REDUCIBLE:
+    if tensor.dtype in among:
         return tensor
     if tensor.dtype.is_floating:
         return tf.cast(tensor, tf.float32)
-    if tensor.dtype in (tf.int16, tf.uint16):
+    if tensor.dtype in (tf.uint8, tf.int8, tf.int16, tf.uint16):
         return tf.cast(tensor, tf.int32)
     raise ValueError(
         f"Horovod cannot reduce {tensor.dtype.name} tensors; convert this one of shape "
@@ -298,8 +744,11 @@ def _reducible(tensor: Any) -> Any:
     )
 
 
+def _scatterable(tensor: Any) -> Any:
+    return _reducible(tensor, _SCATTERABLE)
+
+
 def _movable(tensor: Any) -> Any:
-    tensor = tf.convert_to_tensor(tensor)
     if tensor.dtype in _MOVABLE:
         return tensor
     if tensor.dtype.size not in _SAME_WIDTH:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hvdx.comm import Allreduce, Ranks, Work
 from hvdx.errors import HvdxError
-from hvdx.ops import Ops
+from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
 _HALF_LIMIT = 60000.0  # float16 ends at 65504, and sums of halves round up on their way there
@@ -46,9 +46,12 @@ class Compressor(NamedTuple):
     name: str
     init: Callable[[Ops, Spec], Any]
     reduce: Callable[[Ops, Any, Any], Work[Reduced]]
-    flat: bool = False
-    """Shapes do not matter, so that an engine may hand over a whole bucket as one flat tensor
-    instead of parameter by parameter."""
+    elementwise: bool = False
+    """Each element is treated alone and no state is kept, so that an engine may hand over a
+    whole bucket as one flat tensor instead of parameter by parameter."""
+
+    stateful: bool = False
+    """It keeps something from step to step."""
 
     phases: tuple[tuple[int, Compressor], ...] = ()
     """(step, compressor) in rising order: what takes over from that step on. They share the
@@ -67,6 +70,24 @@ class Compressor(NamedTuple):
             if step >= start:
                 chosen = phase
         return chosen
+
+
+class HorovodCompressor(Compressor):
+    """A compressor with the two methods of Horovod's, which scripts may call themselves."""
+
+    def compress(self, tensor: Any) -> tuple[Any, str]:
+        """Return ``tensor`` as it travels, and its dtype, which :meth:`decompress` restores.
+
+        A plain cast, as Horovod's: only a reduction can divide before it sums.
+        """
+        ops = ops_for(type(tensor))
+        dtype = ops.dtype(tensor)
+        halved = self.name == "fp16" and "float" in dtype
+        return (ops.cast(tensor, "float16") if halved else tensor), dtype
+
+    def decompress(self, tensor: Any, ctx: str) -> Any:
+        """Return what :meth:`compress` was given, but for what the cast has lost."""
+        return ops_for(type(tensor)).cast(tensor, ctx)
 
 
 def name_hash(seed: int, name: str) -> int:
@@ -99,8 +120,8 @@ def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
     return Reduced(ops.cast(total, ops.dtype(grad)), own, state)
 
 
-none = Compressor("none", stateless, _identity, flat=True)
-fp16 = Compressor("fp16", stateless, _half, flat=True)
+none = HorovodCompressor("none", stateless, _identity, elementwise=True)
+fp16 = HorovodCompressor("fp16", stateless, _half, elementwise=True)
 
 
 def from_horovod(kind: Any) -> Compressor:

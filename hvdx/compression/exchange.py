@@ -45,7 +45,7 @@ def exchange(codec: Codec, *, owner_feedback: bool = False) -> Compressor:
             mean, own, state = yield from _two_phases(ops, codec, flat, size, ranks, state)
         return Reduced(_like(ops, mean, shape, dtype), _like(ops, own, shape, dtype), state)
 
-    return Compressor(codec.name, init, reduce, flat=True)
+    return Compressor(codec.name, init, reduce, stateful=owner_feedback)
 
 
 def _one_phase(ops: Ops, codec: Codec, flat: Any, size: int) -> Work[tuple[Any, Any]]:

@@ -47,7 +47,7 @@ def _with_feedback(inner: Compressor) -> Compressor:
         residual = ops.where(ops.finite(left), left, state.residual)
         return Reduced(ops.cast(mean, dtype), ops.cast(own, dtype), Feedback(residual, kept))
 
-    return inner._replace(init=init, reduce=reduce)
+    return inner._replace(init=init, reduce=reduce, elementwise=False, stateful=True)
 
 
 def after(steps: int, inner: Compressor, first: Compressor = none) -> Compressor:
@@ -92,4 +92,4 @@ def _unless_small(elements: int, inner: Compressor) -> Compressor:
             return (yield from none.reduce(ops, grad, state))
         return (yield from inner.reduce(ops, grad, state))
 
-    return inner._replace(init=init, reduce=reduce, flat=False)
+    return inner._replace(init=init, reduce=reduce, elementwise=False)

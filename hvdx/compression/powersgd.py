@@ -50,7 +50,7 @@ def power_sgd(rank: int, seed: int = 0) -> Compressor:
         # A NaN in the factor would stay there for ever.
         return Reduced(expand(q), expand(part), ops.where(ops.finite(q), q, state))
 
-    return Compressor(f"powersgd(rank={rank})", init, reduce)
+    return Compressor(f"powersgd(rank={rank})", init, reduce, stateful=True)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

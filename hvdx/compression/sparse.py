@@ -87,7 +87,7 @@ def deep_gradient_compression(density: float, momentum: float, warmup_steps: int
             )
 
         name = f"dgc(density={density:g}, momentum={momentum:g})"
-        return Compressor(name, init, reduce, owns_momentum=True)
+        return Compressor(name, init, reduce, stateful=True, owns_momentum=True)
 
     quarters = [0.25, 0.0625, 0.015625, 0.00390625] if warmup_steps else []
     phases = [(n * warmup_steps // 4, at(max(d, density))) for n, d in enumerate(quarters)]
@@ -143,7 +143,7 @@ def random_k(density: float, seed: int = 0) -> Compressor:
             Turn(state.draw * _MULTIPLIER % _MODULUS),
         )
 
-    return Compressor(f"randomk({density:g})", init, reduce)
+    return Compressor(f"randomk({density:g})", init, reduce, stateful=True)
 
 
 # The "minimal standard" generator of Park and Miller: products stay far below 2^63.

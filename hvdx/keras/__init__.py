@@ -22,10 +22,17 @@ from hvdx.collectives import (
     join,
 )
 from hvdx.compression import Compression
-from hvdx.errors import MismatchError
+from hvdx.errors import MismatchError, StallError
 from hvdx.frameworks import kind_of
-from hvdx.integrations import keras_callbacks as callbacks
-from hvdx.integrations.keras3 import DistributedOptimizer
+from hvdx.integrations import keras3_files
+from hvdx.integrations.keras3 import (
+    DistributedOptimizer,
+    PartialDistributedOptimizer,
+    averaging,
+)
+from hvdx.integrations.keras_data import DistributedDataset
+from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
+from hvdx.keras import callbacks
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -35,6 +42,7 @@ from hvdx.replicas import (
     parameter_hash,
 )
 from hvdx.reporting import TrainingReport
+from hvdx.watchdog import patience
 from hvdx.world import (
     add_process_set,
     ccl_built,
@@ -65,12 +73,16 @@ __all__ = [
     "Adasum",
     "Average",
     "Compression",
+    "DistributedDataset",
     "DistributedOptimizer",
     "Max",
     "Min",
     "MismatchError",
+    "PartialDistributedOptimizer",
     "Product",
+    "StallError",
     "Sum",
+    "SyncBatchNormalization",
     "TrainingReport",
     "add_process_set",
     "allgather",
@@ -105,6 +117,7 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "parameter_hash",
+    "patience",
     "rank",
     "reducescatter",
     "remove_process_set",
@@ -115,18 +128,12 @@ __all__ = [
     "stop_timeline",
 ]
 
-#: Horovod's own would train without averaging anything, or fail, on Keras 3.
-_UNFIT = {
-    "PartialDistributedOptimizer": "Horovod's averages nothing on Keras 3",
-    "elastic": "Horovod's KerasState fails on Keras 3",
-}
-
 
 def __getattr__(name: str) -> Any:
     if name in ("ProcessSet", "global_process_set"):
         return getattr(importlib.import_module("hvdx"), name)
-    if name in _UNFIT:
-        raise AttributeError(f"hvdx.keras has no {name} yet, and {_UNFIT[name]}")
+    if name == "elastic":  # and never Horovod's, which fails on Keras 3
+        return importlib.import_module("hvdx.keras.elastic")
     if keras.backend.backend() == "tensorflow":
         return getattr(importlib.import_module("horovod.keras"), name)
     raise AttributeError(f"module 'hvdx.keras' has no attribute {name!r}")
@@ -147,17 +154,31 @@ def _tensor(value: Any) -> Any:
 def allreduce(
     value: Any,
     name: str | None = None,
-    average: bool | None = None,
+    average: bool = True,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     op: int | None = None,
     compression: Any = Compression.none,
     process_set: Any = None,
 ) -> Any:
-    """Reduce a variable, tensor, array or number over the ranks; a tensor of the backend."""
+    """Reduce a variable, tensor, array, list or number over the ranks.
+
+    Args:
+        value: what to reduce; equal shapes on all ranks.
+        name: of the operation; equal on all ranks.
+        average: the mean, else the sum; where ``op`` is given it decides.
+        prescale_factor: multiplies each rank's value first.
+        postscale_factor: multiplies the result.
+        op: see :func:`hvdx.allreduce`, as for the arguments after it.
+        compression: likewise.
+        process_set: likewise.
+
+    Returns:
+        A tensor of the backend.
+    """
     return collectives.allreduce(
         _tensor(value),
-        average,
+        bool(average) if op is None else None,
         name,
         compression,
         op,
@@ -206,15 +227,24 @@ def load_model(
 ) -> keras.Model:
     """Load a model that Keras saved, and make its optimizer average gradients again.
 
+    From ``.h5`` files too it gets the optimizer's state, which Keras 3 itself loses.
+
     Args:
         filepath: of a ``.keras`` or ``.h5`` file, saved with or without hvdx.
         custom_optimizers: classes that the file names.
-        custom_objects: likewise, by name.
+        custom_objects: likewise, by name; for the optimizer also a function that makes one of
+            its configuration, wrapped or not.
         compression: see :func:`DistributedOptimizer`.
         legacy_opts: accepted for Horovod's sake.
     """
-    custom = {kind.__name__: kind for kind in custom_optimizers or ()}
-    model = keras.models.load_model(filepath, custom_objects={**custom, **(custom_objects or {})})
+    known = {kind.__name__: kind for kind in custom_optimizers or ()} | dict(custom_objects or {})
+    kind = keras3_files.optimizer_class(filepath)
+    if kind in known and not isinstance(known[kind], type):
+        known[kind] = keras3_files.class_of(known[kind])
+    model = keras.models.load_model(filepath, custom_objects=known)
     if model.optimizer is not None:
-        DistributedOptimizer(model.optimizer, compression=compression)
+        keras3_files.restore_optimizer(filepath, model)
+        if averaging(model.optimizer) is None:
+            DistributedOptimizer(model.optimizer, compression=compression)
+        keras3_files.leave_xla_out(model)
     return model

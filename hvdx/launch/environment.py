@@ -172,7 +172,7 @@ def _own_address(job: Job) -> tuple[str, str]:
     if job.one_machine:
         return network.loopback(), "127.0.0.1"
     assert job.server is not None
-    server = network.resolve(job.server)
+    server = network.resolve(job.server) or _resolve_own(job.server)
     if server is None:
         raise LaunchError(f"rank 0: its own host {job.server!r} is unknown to the resolver")
     if not server.startswith("127."):
@@ -186,6 +186,15 @@ def _own_address(job: Job) -> tuple[str, str]:
             "reaches it: give its address to all ranks with HVDX_RENDEZVOUS_ADDR"
         )
     return network.route_to(other)
+
+
+def _resolve_own(server: str) -> str | None:
+    """Return this machine's address if ``server`` is its own name, to which DNS adds a domain.
+
+    A pod starts before the cluster's DNS knows it; its /etc/hosts has the short name.
+    """
+    own = socket.gethostname()
+    return network.resolve(own) if server.split(".")[0] == own.split(".")[0] else None
 
 
 def _find(environ: MutableMapping[str, str], job: Job, stays: bool) -> dict[str, str]:

@@ -1,61 +1,80 @@
 """Drop-in face for PyTorch: ``import hvdx.torch as hvd`` in the place of ``horovod.torch``.
 
-What hvdx does better is replaced; all else is Horovod's own.
+What hvdx does better is replaced; all else is Horovod's own. Submodules are called as
+Horovod's are.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from hvdx import frameworks, world
-from hvdx.collectives import (
-    allgather,
-    allreduce,
-    alltoall,
-    barrier,
-    broadcast,
-    grouped_allgather,
-    grouped_allreduce,
-    reducescatter,
+from hvdx import frameworks
+from hvdx.errors import MismatchError, StallError
+from hvdx.replicas import parameter_hash
+from hvdx.reporting import TrainingReport
+from hvdx.watchdog import patience
+
+_horovod = frameworks.adapter("torch").horovod  # first: it says where Horovod is missing
+
+from hvdx.integrations.pytorch_data import (  # noqa: E402
+    DistributedBatchSampler,
+    DistributedSampler,
+    uneven,
 )
-from hvdx.compression import Compression
-from hvdx.replicas import (
+from hvdx.torch import elastic, mpi_ops  # noqa: E402
+from hvdx.torch.functions import (  # noqa: E402
     allgather_object,
     broadcast_object,
     broadcast_optimizer_state,
     broadcast_parameters,
-    parameter_hash,
 )
-from hvdx.reporting import TrainingReport
-from hvdx.world import shutdown
+from hvdx.torch.mpi_ops import *  # noqa: E402, F403  (all of them, as Horovod's face has)
+from hvdx.torch.optimizer import DistributedOptimizer  # noqa: E402
+from hvdx.torch.sync_batch_norm import SyncBatchNorm  # noqa: E402
 
-_horovod = frameworks.adapter("torch").horovod
-
-from hvdx.integrations.pytorch_optimizer import DistributedOptimizer  # noqa: E402
-
-init = functools.partial(world.init, framework="torch")
+#: Horovod's own, reached through __getattr__.
+_UNCHANGED = [
+    "HorovodInternalError",
+    "ccl_built",
+    "cross_rank",
+    "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "gloo_built",
+    "gloo_enabled",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
+    "rank",
+    "rocm_built",
+    "size",
+    "start_timeline",
+    "stop_timeline",
+]
 
 __all__ = [
-    "Compression",
+    "DistributedBatchSampler",
     "DistributedOptimizer",
+    "DistributedSampler",
+    "MismatchError",
+    "StallError",
+    "SyncBatchNorm",
     "TrainingReport",
-    "allgather",
     "allgather_object",
-    "allreduce",
-    "alltoall",
-    "barrier",
-    "broadcast",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
-    "grouped_allgather",
-    "grouped_allreduce",
-    "init",
+    "elastic",
     "parameter_hash",
-    "reducescatter",
-    "shutdown",
+    "patience",
+    "uneven",
 ]
+__all__ += mpi_ops.__all__
+__all__ += _UNCHANGED
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ def sums(size: int) -> list[str]:
     return [f"[{r}]<stdout>:rank {r} of {size} got {total}" for r in range(size)]
 
 
+def words(size: int) -> list[str]:
+    """What the ranks of a job print, without the prefix that only `hvdx run` gives."""
+    return [line.partition(":")[2] for line in sums(size)]
+
+
 def environment(**more: str) -> dict[str, str]:
     """Return this process' environment without what a launcher may have set."""
     foreign = ("HOROVOD_", "HVDX_", "SLURM_", "OMPI_", "PMI")
@@ -69,6 +76,31 @@ def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a launcher to its end."""
     settings: dict[str, Any] = {"env": environment(), "timeout": SECONDS}
     return subprocess.run(command, capture_output=True, text=True, **{**settings, **options})
+
+
+def told(output: str) -> list[str]:
+    """Return what ranks print, sorted, though some launchers' ranks write into each other's lines.
+
+    torchrun's do: its ranks' output is unbuffered, so that a line and its end are two writes.
+    """
+    return sorted(re.findall(r"rank \d+ of \d+ got \[.*?\]", output))
+
+
+def together(environs: Iterable[dict[str, str]], command: Sequence[str]) -> list[str]:
+    """Run one process per environment; return their lines, sorted."""
+    ranks = [start(*command, env=environment(**environ)) for environ in environs]
+    lines: list[str] = []
+    for rank in ranks:
+        out, said = rank.communicate(timeout=SECONDS)
+        assert rank.returncode == 0, said
+        lines += out.splitlines()
+    return sorted(lines)
+
+
+def free_port() -> int:
+    """Return a port that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 class Gate:

@@ -78,6 +78,15 @@ def test_two_ranks_per_host(net, tmp_path):
     )
 
 
+def test_ranks_on_two_hosts_watch_each_other(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("HVDX_TIMEOUT", "4")
+    after = "if hvd.rank() == 1:\n    import time\n    time.sleep(1000)"
+    job = net.run("h1", *HVDX_RUN, *TWO, "--", *train(tmp_path, after=after))
+    assert job.returncode == 1
+    assert "rank 0: waiting for allreduce 'total'" in job.stderr, job.stderr
+    assert "but rank 1 has not called it" in job.stderr and "time.sleep(1000)" in job.stderr
+
+
 def test_the_launcher_may_be_none_of_the_hosts(net, tmp_path):
     job = net.run("h1", *HVDX_RUN, "-np", "2", "-H", "h2:2", "--", *train(tmp_path))
     assert (job.returncode, sorted(job.stdout.splitlines())) == (0, sums(2)), job.stderr

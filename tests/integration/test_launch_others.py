@@ -1,17 +1,29 @@
-"""Jobs that torchrun, mpirun, Slurm or Kubernetes started: real processes, a real allreduce."""
+"""Jobs that torchrun, Slurm or Kubernetes started: real processes, a real allreduce.
+
+The commands that docs/launching.md shows are tried in test_examples_launch.py.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import SECONDS, Gate, Watch, environment, run, start, sums, train
+from launching import (
+    Gate,
+    Watch,
+    environment,
+    free_port,
+    run,
+    start,
+    together,
+    told,
+    train,
+    words,
+)
 
 from hvdx.launch import network
 
@@ -22,33 +34,6 @@ PLACE = (
     "print('place', hvd.rank(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), "
     "hvd.cross_size(), flush=True)"
 )
-
-
-def words(size: int) -> list[str]:
-    """What the ranks of a job print, without the prefix that only `hvdx run` gives."""
-    return [line.partition(":")[2] for line in sums(size)]
-
-
-def together(environs: list[dict[str, str]], command: list[str]) -> list[str]:
-    """Run one process per environment; return their lines, sorted."""
-    ranks = [start(*command, env=environment(**environ)) for environ in environs]
-    lines = []
-    for rank in ranks:
-        out, said = rank.communicate(timeout=SECONDS)
-        assert rank.returncode == 0, said
-        lines += out.splitlines()
-    return sorted(lines)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-def test_torchrun(tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    job = run(*torchrun, "--nproc-per-node", "3", *train(tmp_path)[1:])
-    assert (job.returncode, sorted(job.stdout.splitlines())) == (0, words(3)), job.stderr
 
 
 def test_ranks_of_torchrun_on_one_machine_listen_on_loopback_only(tmp_path):
@@ -65,17 +50,8 @@ else:
     seen = watch.wait(lambda seen: len(seen) >= 2)  # rendezvous, and Gloo waiting for rank 1
     gate.open()
     out, said = job.communicate(timeout=60)
-    assert (job.returncode, sorted(out.splitlines())) == (0, words(2)), said
+    assert (job.returncode, told(out)) == (0, words(2)), said
     assert {address for address, _ in seen | watch.seen} == {"127.0.0.1"}
-
-
-def test_mpirun(tmp_path):
-    if shutil.which("mpirun") is None:
-        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
-    mpirun = ("mpirun", "--oversubscribe", "-np", "3")
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    job = run(*mpirun, *train(tmp_path), env=environment(**root))
-    assert (job.returncode, sorted(job.stdout.splitlines())) == (0, words(3)), job.stderr
 
 
 def slurm(rank: int, node: int, local: int) -> dict[str, str]:

@@ -78,7 +78,13 @@ def launch(
     hvdx_run = [sys.executable, "-m", "hvdx", "run"]
     job = subprocess.Popen(
         [*hvdx_run, "-np", str(size), "--", sys.executable, *pytest, str(path)],
-        env={"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1", **os.environ, **environ},
+        env={
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "OMP_NUM_THREADS": "1",
+            "HVDX_TIMEOUT": "120",  # a rank may be slow on a busy machine
+            **os.environ,
+            **environ,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

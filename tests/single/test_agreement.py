@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvdx import agreement
+from hvdx import agreement, world
 from hvdx.agreement import digest, first_difference, next_name
 
 A, B, C = ("a", "float32 (2,)"), ("b", "float32 (3,)"), ("c", "int64 ()")
@@ -47,3 +47,16 @@ def test_names_are_counted_by_subject_and_process_set(monkeypatch):
     some = SimpleNamespace(process_set_id=1)
     given = [next_name("x"), next_name("x", some), next_name("y"), next_name("x")]
     assert given == ["hvdx.x.1", "hvdx.x.1", "hvdx.y.1", "hvdx.x.2"]
+
+
+def test_names_are_counted_anew_once_no_core_runs(monkeypatch):
+    # Ranks that join a job later have counted nothing.
+    monkeypatch.setattr(agreement, "_named", type(agreement._named)())
+    monkeypatch.setattr(world, "_started", {"torch": object(), "tensorflow": object()})
+    assert next_name("x") == "hvdx.x.1"
+    del world._started["tensorflow"]
+    world._changed()
+    assert next_name("x") == "hvdx.x.2"  # torch runs on
+    world._started.clear()
+    world._changed()
+    assert next_name("x") == "hvdx.x.1"

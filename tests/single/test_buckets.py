@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdx import buckets
-from hvdx.buckets import Entry, limit_bytes, plan, width
+from hvdx.buckets import Entry, evenly, limit_bytes, plan, width
 from hvdx.errors import HvdxError
 
 ENTRIES = st.lists(
@@ -64,6 +64,33 @@ def test_buckets_come_in_the_order_in_which_they_fill():
     large = Entry("large", 4, "float64", "cpu")
     # float64 fills at 3 and at 4; float32, first to begin, never does.
     assert plan([small, large, small, large, large], limit=40) == [[1], [3], [0, 2], [4]]
+
+
+@given(ENTRIES, st.integers(1, 400), st.data())
+def test_groups_travel_together(entries, limit, data):
+    """Whatever their size; all else is planned as if they were not there."""
+    chosen = data.draw(st.lists(st.sampled_from(range(len(entries))), unique=True)
+                       if entries else st.just([]))  # fmt: skip
+    cut = data.draw(st.integers(0, len(chosen)))
+    groups = [chosen[:cut], chosen[cut:]]
+    layout = plan(entries, limit, groups)
+    assert sorted(index for bucket in layout for index in bucket) == list(range(len(entries)))
+    for group in groups:
+        kinds = {(entries[i].dtype, entries[i].device) for i in group}
+        assert len([bucket for bucket in layout if set(bucket) & set(group)]) == len(kinds)
+    others = [index for index in range(len(entries)) if index not in chosen]
+    alone = plan([entries[index] for index in others], limit)
+    assert [bucket for bucket in layout if not set(bucket) & set(chosen)] == [
+        [others[index] for index in bucket] for bucket in alone
+    ]
+
+
+@given(st.integers(0, 50), st.integers(1, 60))
+def test_even_cuts(count, parts):
+    cuts = evenly(count, parts)
+    assert [index for cut in cuts for index in cut] == list(range(count))
+    assert len(cuts) == max(1, min(count, parts))
+    assert max(map(len, cuts)) - min(map(len, cuts)) <= 1
 
 
 def test_no_gradients_need_no_bucket():

@@ -197,12 +197,12 @@ def test_none_and_fp16_keep_no_state(ops):
     for compressor in (Compression.none, Compression.fp16):
         assert compressor.init(ops.ops, Spec("weight", (2,), "float32")) is None
         assert reduce(ops, compressor, gradients(2))[0].state is None
-        assert compressor.flat
+        assert compressor.elementwise
 
 
 def test_a_class_made_for_horovod(ops):
     compressor = as_compressor(Halves)
-    assert (repr(compressor), compressor.flat) == ("Compression.Halves", False)
+    assert (repr(compressor), compressor.elementwise) == ("Compression.Halves", False)
     grads = gradients(2)
     halves = [grad.astype("float16") for grad in grads]
     for rank, result in enumerate(reduce(ops, compressor, grads)):
@@ -241,3 +241,17 @@ def test_unknown(value):
     for told in (f"{value!r}", "hvd.Compression.none", "hvd.Compression.fp16", "decompress("):
         assert told in str(error.value)
     assert isinstance(error.value, HvdxError) and isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "uint8"])
+def test_horovods_two_methods(ops, dtype):
+    """Scripts call them themselves; only floats are halved."""
+    given = ops.tensor(np.array([1.5, 2.0]).astype(dtype))
+    halved, context = Compression.fp16.compress(given)
+    assert ops.ops.dtype(halved) == ("float16" if "float" in dtype else dtype)
+    restored = Compression.fp16.decompress(halved, context)
+    assert ops.ops.dtype(restored) == dtype
+    np.testing.assert_array_equal(np.asarray(restored), np.asarray(given))
+    same, context = Compression.none.compress(given)
+    assert same is given
+    assert Compression.none.decompress(same, context) is not None

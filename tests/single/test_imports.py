@@ -12,7 +12,7 @@ import pytest
 HEAVY = {"torch", "tensorflow", "keras", "horovod"}
 LIGHT = ["hvdx", "hvdx.compression", "hvdx.cli", "hvdx.launch", "hvdx.build", "hvdx.doctor"]
 ROOT = Path(__file__).resolve().parents[2]
-FACES = {"torch", "keras", "tensorflow"}  # folders
+FACES = {"common", "torch", "keras", "tensorflow"}  # folders
 
 
 def loaded_by(code: str) -> set[str]:
@@ -88,7 +88,7 @@ def test_the_core_imports_no_framework(path):
     imported = imported_at_module_level(ast.parse(path.read_text()))
     assert not HEAVY & {name.partition(".")[0] for name in imported}
     assert not {name for name in imported if name.startswith("hvdx.integrations")}
-    faces = ("hvdx.torch", "hvdx.keras", "hvdx.tensorflow")
+    faces = tuple(f"hvdx.{face}" for face in FACES)
     assert not {name for name in imported if name.startswith(faces)}, "nothing imports a face"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import pytest
 import hvdx
 
 STEPS, PER_RANK = 5, 4
+
+if keras.backend.backend() == "torch":  # Keras would load it to save a model: long, and not needed
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +50,7 @@ def make_model() -> Callable[..., Any]:
     def make(dtype: str = "float32", seed: int = 3, width: int = 8) -> Any:
         keras.config.set_floatx(dtype)  # losses, learning rates and fit's data are of this type
         keras.utils.set_random_seed(seed)
-        keras.backend.clear_session()  # equal names on all ranks and in all tests
+        keras.backend.clear_session(free_memory=False)  # equal names on all ranks and in all tests
         return keras.Sequential(
             [
                 keras.Input((6,), dtype=dtype),
@@ -70,6 +74,8 @@ def fit(model: Any, optimizer: Any, batches: Sequence[np.ndarray], **options: An
     """Train with ``fit``, one step per batch, in order."""
     x, y = batches
     model.compile(optimizer, SquareError(), **options)
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)  # or TensorFlow traces everything twice
     flat = [part.reshape(-1, part.shape[-1]) for part in (x, y)]
     model.fit(*flat, batch_size=x.shape[1], shuffle=False, verbose=0)
 

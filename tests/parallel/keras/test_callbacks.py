@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -43,7 +46,7 @@ def test_broadcast_comes_before_the_first_batch(hvd, make_model, assert_equal_re
 
 
 def test_broadcast_of_a_model_built_by_its_first_batch(hvd, assert_equal_replicas):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(hvd.rank())
     model = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)])
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
@@ -112,12 +115,20 @@ def test_progress(hvd, validate, make_model, capsys):
     model = make_model()
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
     callback = hvd.callbacks.ProgressCallback()
-    counted = []
+    counted, walls = [], []
     options = {"validation_data": (np.ones((3, 6)), np.ones((3, 1)))} if validate else {}
 
     class Count(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_test_begin(self, logs=None):
+            time.sleep(0.5)
+
         def on_epoch_end(self, epoch, logs=None):
             counted.append(callback._samples)
+            walls.append(time.perf_counter() - self.start)
+            time.sleep(0.1)  # as long as it takes to write a checkpoint
 
     short_fit(model, callback, Count(), epochs=2, **options)
     assert counted == [8, 8]
@@ -128,5 +139,32 @@ def test_progress(hvd, validate, make_model, capsys):
         assert f"samples/s on {hvd.size()} ranks" in lines[1]
         assert "communication" in lines[1]
         assert ("val_loss" in lines[0]) == validate
+        speed = float(re.search(r"([\d,]+) samples/s", lines[1])[1].replace(",", ""))
+        assert speed > 8 * hvd.size() / (walls[1] - 0.5 * validate + 0.25) - 1
     else:
         assert not lines
+
+
+def test_a_script_for_horovod(hvd, make_model, assert_equal_replicas):
+    """All of Horovod's callbacks at once, in the order of its examples; first without an epoch."""
+    model = make_model(seed=hvd.rank())
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.RMSprop(0.01 * hvd.size(), momentum=0.9), num_groups=2, device_dense=""
+    )
+    assert optimizer.__class__.from_config(optimizer.get_config()).get_config() == (
+        optimizer.get_config()
+    )
+    model.compile(optimizer, "mse", metrics=["mae"])
+    callbacks = [
+        hvd.callbacks.BroadcastGlobalVariablesCallback(0),
+        hvd.callbacks.MetricAverageCallback(),
+        hvd.callbacks.LearningRateWarmupCallback(0.01 * hvd.size(), warmup_epochs=1),
+        hvd.callbacks.LearningRateScheduleCallback(0.01 * hvd.size(), 0.1, start_epoch=1),
+        keras.callbacks.ReduceLROnPlateau(patience=10),
+    ]
+    short_fit(model, *callbacks, epochs=0, initial_epoch=1)
+    history = short_fit(model, *callbacks, epochs=2, validation_split=0.5).history
+    assert len(set(map(str, hvdx.allgather_object(history)))) == 1
+    assert {"loss", "mae", "lr", "val_loss"} < set(history)
+    assert_equal_replicas(model)
+    assert_equal_replicas(model.optimizer.variables())

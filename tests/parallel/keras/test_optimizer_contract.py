@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 import zipfile
 
+import cloudpickle
 import keras
 import numpy as np
 import pytest
@@ -62,12 +64,26 @@ def test_keeps_state(hvd, data, make_model, ways, farthest, exact):
 
 
 LOAD = """
-import sys, keras
-assert not any(name.startswith("hvdx") for name in sys.modules)
-model = keras.models.load_model(sys.argv[1])
-assert type(model.optimizer).__name__ == "Adam", type(model.optimizer)
-assert int(model.optimizer.iterations) == 5, int(model.optimizer.iterations)
-print(len(model.optimizer.variables))
+import sys
+sys.modules["hvdx"] = sys.modules["horovod"] = None  # as if they were not installed
+import keras, numpy
+if keras.backend.backend() == "torch":
+    sys.modules["tensorflow"] = None
+folder = sys.argv[1]
+weights = numpy.load(f"{folder}/weights.npz")
+for name in "model.keras", "model.h5":
+    model = keras.models.load_model(f"{folder}/{name}")
+    assert type(model.optimizer).__name__ == "Adam", type(model.optimizer)
+    assert int(model.optimizer.iterations) == 5, int(model.optimizer.iterations)
+    assert name == "model.h5" or len(model.optimizer.variables) == int(sys.argv[2])
+    model.load_weights(f"{folder}/model.weights.h5")
+    for own, saved in zip(model.get_weights(), weights.values(), strict=True):
+        numpy.testing.assert_array_equal(own, saved)
+if keras.backend.backend() == "tensorflow":
+    import tensorflow
+    exported = tensorflow.saved_model.load(f"{folder}/exported")
+    x = numpy.ones((2, 6), "float32")
+    numpy.testing.assert_allclose(exported.serve(x), model.predict(x, verbose=0), rtol=1e-5)
 """
 
 
@@ -76,33 +92,90 @@ def test_saved_model_loads_without_hvdx(hvd, data, make_model, ways, tmp_path):
     plain, wrapped = (keras.optimizers.Adam(name="adam") for _ in range(2))
     hvd.DistributedOptimizer(wrapped)
     for model, optimizer in ((alone, plain), (together, wrapped)):
-        model.compile(optimizer, "mse")
+        model.compile(optimizer, keras.losses.MeanSquaredError())  # h5 files know no "mse"
         ways.loop(model, optimizer, data().shard)
     assert [v.path for v in wrapped.variables] == [v.path for v in plain.variables]
     configs = []
-    for number, model in enumerate((alone, together)):
-        path = tmp_path / f"{number}.keras"
-        model.save(path)
-        with zipfile.ZipFile(path) as archive:
+    for name, model in (("plain", alone), ("model", together)):
+        model.save(tmp_path / f"{name}.keras")
+        with zipfile.ZipFile(tmp_path / f"{name}.keras") as archive:
             configs.append(json.loads(archive.read("config.json")))
     assert configs[0]["compile_config"]["optimizer"] == configs[1]["compile_config"]["optimizer"]
     if hvd.rank() == 0:
-        told = subprocess.run(
-            [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=False
-        )
+        together.save(tmp_path / "model.h5")
+        together.save_weights(tmp_path / "model.weights.h5")
+        np.savez(tmp_path / "weights.npz", *together.get_weights())
+        if keras.backend.backend() == "tensorflow":
+            together.export(tmp_path / "exported", verbose=False)
+        command = [sys.executable, "-c", LOAD, str(tmp_path), str(len(wrapped.variables))]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
         assert told.returncode == 0, told.stderr
-        assert int(told.stdout) == len(wrapped.variables)
 
 
-def test_load_model_wraps(hvd, data, make_model, ways, tmp_path, assert_equal_replicas):
-    model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam()), "mse")
-    ways.loop(model, model.optimizer, data().shard)
-    model.save(tmp_path / "model.keras")
-    loaded = hvd.load_model(tmp_path / "model.keras")
+def trained(model, optimizer, ways, data, path):
+    model.compile(optimizer, keras.losses.MeanSquaredError())
+    ways.loop(model, optimizer, data().shard)
+    model.save(path)
+    return model
+
+
+@pytest.mark.parametrize("file", ["model.keras", "model.h5"])
+def test_load_model_wraps(hvd, file, data, make_model, ways, tmp_path, assert_equal_replicas):
+    path = tmp_path / file
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam())
+    model = trained(make_model(), optimizer, ways, data, path)
+    loaded = hvd.load_model(path)
+    assert type(loaded.optimizer).__name__ == "Adam"
+    for own, saved in zip(loaded.optimizer.variables(), model.optimizer.variables(), strict=True):
+        np.testing.assert_array_equal(own.numpy(), saved.numpy())
     ways.loop(loaded, loaded.optimizer, data().shard)
     assert int(loaded.optimizer.iterations) == 10
     assert_equal_replicas(loaded)
+
+
+def test_load_model_wraps_a_loss_scaler(
+    hvd, data, make_model, ways, tmp_path, assert_equal_replicas
+):
+    scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1.0)
+    path = tmp_path / "model.keras"
+    trained(make_model(), hvd.DistributedOptimizer(scaler), ways, data, path)
+    loaded = hvd.load_model(path, compression=hvd.Compression.fp16)
+    assert isinstance(loaded.optimizer, keras.optimizers.LossScaleOptimizer)
+    ways.loop(loaded, loaded.optimizer, data().shard)
+    assert loaded.optimizer.communication_seconds > 0
+    assert_equal_replicas(loaded)
+
+
+@pytest.mark.parametrize("file", ["model.keras", "model.h5"])
+def test_load_model_with_an_optimizer_of_ones_own(hvd, file, make_model, ways, data, tmp_path):
+    path = tmp_path / file
+    trained(make_model(), hvd.DistributedOptimizer(Own(0.1)), ways, data, path)
+
+    def make(**config):
+        return hvd.DistributedOptimizer(Own(**config))
+
+    for options in (
+        {"custom_optimizers": [Own]},
+        {"custom_objects": {"Own": Own}},
+        {"custom_objects": {"Own": make}},
+        {"custom_objects": {"Own": lambda **config: Own(**config)}},
+    ):
+        loaded = hvd.load_model(path, **options)
+        assert isinstance(loaded.optimizer, Own)
+        assert loaded.optimizer.communication_seconds == 0.0
+
+
+def test_copies(hvd, make_model, ways, data):
+    """Copies of models hold plain optimizers, as files do."""
+    model = make_model()
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    ways.loop(model, model.optimizer, data().shard)
+    copies = copy.deepcopy(model), cloudpickle.loads(cloudpickle.dumps(model))
+    for copied, steps in ((copies[0], 5), (copies[1], 5), (keras.models.clone_model(model), 0)):
+        assert type(copied.optimizer).__name__ == "SGD"
+        assert not hasattr(copied.optimizer, "communication_seconds")
+        assert int(copied.optimizer.iterations) == steps
+        hvd.DistributedOptimizer(copied.optimizer)
 
 
 def test_communication_seconds(hvd, data, make_model, ways):
@@ -129,8 +202,19 @@ def test_refuses(hvd):
         hvd.DistributedOptimizer(fresh, compression="zip")
     with pytest.raises(ValueError, match="Adasum"):
         hvd.DistributedOptimizer(fresh, op=hvd.Adasum)
+    with pytest.raises(ValueError, match="groups='a'"):
+        hvd.DistributedOptimizer(fresh, groups="a")
+    with pytest.raises(ValueError, match="backward_passes_per_step=0"):
+        hvd.DistributedOptimizer(fresh, backward_passes_per_step=0)
+    with pytest.raises(ValueError, match="accumulates already"):
+        accumulating = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        hvd.DistributedOptimizer(accumulating, backward_passes_per_step=4)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=4"):
-        hvd.DistributedOptimizer(fresh, backward_passes_per_step=4)
+        built = keras.optimizers.SGD(0.1)
+        built.build([keras.Variable(0.0)])
+        hvd.DistributedOptimizer(built, backward_passes_per_step=4)
+    with pytest.raises(ValueError, match="'dense' is no keras"):
+        hvd.PartialDistributedOptimizer(fresh, local_layers=["dense"])
     hvd.DistributedOptimizer(fresh)  # none of these wrapped it
 
 
@@ -229,11 +313,57 @@ def test_loss_scaling(hvd, data, make_model, ways, assert_equal_replicas):
 
 
 @pytest.mark.parametrize("way", ["fit", "loop"])
-def test_inside_a_loss_scaler_is_refused(hvd, way, data, make_model, ways):
+def test_inside_a_loss_scaler(hvd, way, data, make_model, ways, farthest, assert_equal_replicas):
+    """As ``compile`` puts one around the optimizer of a mixed_float16 model."""
+    batches = data()
+    alone, together = make_model(), make_model()
+    ways.loop(alone, keras.optimizers.SGD(0.1), batches.whole)
     inner = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1.0)
-    with pytest.raises(ValueError, match="Wrap the scaler"):
-        getattr(ways, way)(make_model(), scaler, data().shard)
+    before = keras.optimizers.serialize(scaler)
+    getattr(ways, way)(together, scaler, batches.shard)
+    assert keras.optimizers.serialize(scaler) == before
+    assert farthest(alone, together) < 1e-6
+    grads = [keras.ops.ones(v.shape) for v in together.trainable_variables]
+    if hvd.rank() == 0:
+        grads[0] = grads[0] * float("nan")
+    scaler.apply(grads, together.trainable_variables)
+    assert float(scaler.dynamic_scale) == 0.5
+    assert farthest(alone, together) < 1e-6
+    assert_equal_replicas(together)
+
+
+def test_mixed_float16(hvd, assert_equal_replicas):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8), keras.layers.Dense(1)])
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam()), "mse")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = np.full((8, 6), 0.01 * (hvd.rank() + 1), "float32")
+    if hvd.rank() == 0:
+        x[4:] = 1e6  # the second step overflows on this rank
+    model.fit(x, np.zeros((8, 1)), batch_size=4, shuffle=False, verbose=0)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert int(model.optimizer.iterations) == 1
+    assert float(model.optimizer.dynamic_scale) == 2.0**14
+    assert_equal_replicas(model)
+
+
+def test_xla_as_the_default_is_left_out(hvd, data, make_model, ways, monkeypatch):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("XLA is TensorFlow's")
+    import tensorflow as tf
+
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda *kind: [gpu])
+    model = make_model()
+    model.compile("sgd", "mse")
+    assert model.jit_compile is True  # so Keras would choose, where it sees a GPU
+    with pytest.warns(UserWarning, match="trains without it"):
+        ways.fit(model, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), data().shard)
+    assert model.jit_compile is False
 
 
 def test_xla_is_refused(hvd, data, make_model, ways):
@@ -244,8 +374,7 @@ def test_xla_is_refused(hvd, data, make_model, ways):
         ways.fit(make_model(), optimizer, data().shard, jit_compile=True)
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam"])
-def test_torch_compile(hvd, kind, data, make_model, ways, farthest):
+def test_torch_compile(hvd, data, make_model, ways, farthest):
     # Adam's compiled step once ran past apply, and replicas drifted apart without a word.
     if keras.backend.backend() != "torch":
         pytest.skip("torch.compile is torch's")
@@ -253,8 +382,8 @@ def test_torch_compile(hvd, kind, data, make_model, ways, farthest):
 
     batches = data()
     alone, together = make_model(), make_model()
-    ways.loop(alone, getattr(keras.optimizers, kind)(0.01), batches.whole)
-    optimizer = hvd.DistributedOptimizer(getattr(keras.optimizers, kind)(0.01))
+    ways.loop(alone, keras.optimizers.Adam(0.01), batches.whole)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01))
     optimizer.build(together.trainable_variables)
 
     @torch.compile(backend="eager")

@@ -48,3 +48,108 @@ def test_large_models_travel_in_pieces(monkeypatch):
     net = spread_net()
     hvd.broadcast_parameters(net)
     assert len(set(hvd.allgather_object(hvd.parameter_hash(net)))) == 1
+
+
+def test_dictionaries_that_ranks_filled_in_another_order():
+    names = ["b", "a", "c"] if hvd.rank() else ["a", "b", "c"]
+    held = {name: torch.full((2,), float(hvd.rank() * 10 + ord(name))) for name in names}
+    hvd.broadcast_parameters(held, root_rank=0)
+    assert {name: tensor[0].item() for name, tensor in held.items()} == {"a": 97, "b": 98, "c": 99}
+
+
+def test_what_is_no_tensor_is_left_alone():
+    held = {"weight": torch.full((2,), float(hvd.rank())), "text": "x" * hvd.rank(), "n": 1}
+    hvd.broadcast_parameters(held, root_rank=1)
+    assert held["weight"].tolist() == [1.0, 1.0]
+    assert held["text"] == "x" * hvd.rank()
+
+
+def test_parameters_that_are_not_contiguous():
+    whole = torch.full((3, 4), float(hvd.rank()))
+    hvd.broadcast_parameters([("part", whole[:, ::2].t())], root_rank=1)
+    assert whole.tolist() == [[1.0, float(hvd.rank())] * 2] * 3
+
+
+OPTIONS = {
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "Rprop": {"etas": (0.4, 1.3)},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Adam": {"betas": (0.8, 0.99), "amsgrad": True},
+    "SparseAdam": {},
+}
+
+
+def optimizers():
+    kinds = {
+        kind.__name__: kind
+        for kind in vars(torch.optim).values()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
+    return [kinds[name] for name in sorted(set(kinds) - {"Optimizer", "LBFGS"})]
+
+
+def stepped(kind, steps):
+    """Return an optimizer with ``steps`` behind it, made with options of this rank's own."""
+    torch.manual_seed(hvd.rank())
+    parameters = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 2))]
+    frozen = nn.Parameter(torch.randn(2, 2), requires_grad=False)
+    own = OPTIONS.get(kind.__name__, {}) if hvd.rank() == 0 else {}
+    lr = 0.1 * (1 + hvd.rank())
+    groups = [{"params": parameters[:1]}, {"params": [*parameters[1:], frozen], "lr": lr / 10}]
+    if kind.__name__ == "SparseAdam":
+        groups[1]["params"] = parameters[1:]
+    optimizer = kind(groups, lr=lr, **own)
+    for _ in range(steps):
+        for parameter in parameters:
+            grad = torch.randn_like(parameter)
+            parameter.grad = grad.to_sparse() if kind.__name__ == "SparseAdam" else grad
+        optimizer.step()
+    return optimizer
+
+
+def printed(state) -> str:
+    """Spell a state_dict() exactly, tensors with dtype and values."""
+    if isinstance(state, torch.Tensor):
+        return f"{state.dtype}{state.tolist()}"
+    if isinstance(state, dict):
+        return str({key: printed(value) for key, value in state.items()})
+    if isinstance(state, (list, tuple)):
+        return type(state).__name__ + str([printed(value) for value in state])
+    return f"{type(state).__name__}:{state!r}"
+
+
+def test_state_and_options_of_every_optimizer():
+    assert len(optimizers()) >= 12
+    for kind in optimizers():
+        # Rank 0 goes on from a checkpoint; the others start afresh.
+        optimizer = stepped(kind, steps=2 if hvd.rank() == 0 else 0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        told = hvd.allgather_object(printed(optimizer.state_dict()))
+        assert len(set(told)) == 1, (kind, told)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        assert type(optimizer.param_groups[0]["lr"]) is float
+        assert optimizer.state_dict()["state"], kind
+        for parameter in optimizer.param_groups[0]["params"]:
+            grad = torch.ones_like(parameter)
+            parameter.grad = grad.to_sparse() if kind.__name__ == "SparseAdam" else grad
+        optimizer.step()
+
+
+def test_the_state_of_a_fresh_optimizer():
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(1))], lr=0.1 * (hvd.rank() + 1))
+    hvd.broadcast_optimizer_state(optimizer, root_rank=1)
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    assert not optimizer.state_dict()["state"]
+
+
+def test_objects_of_part_of_the_job(process_set):
+    if process_set.included():
+        last = process_set.ranks[-1]
+        assert hvd.broadcast_object(hvd.rank(), last, process_set=process_set) == last
+        net = nn.Linear(2, 2)
+        nn.init.constant_(net.weight, hvd.rank())
+        hvd.broadcast_parameters(net, last, process_set)
+        assert net.weight.unique().tolist() == [last]
+        optimizer = torch.optim.SGD(net.parameters(), lr=hvd.rank() + 1)
+        hvd.broadcast_optimizer_state(optimizer, last, process_set=process_set)
+        assert optimizer.param_groups[0]["lr"] == last + 1

@@ -1,0 +1,352 @@
+"""Elastic training: ranks may fail, leave and join while a job runs.
+
+Horovod's launcher (``horovodrun --min-np ... --host-discovery-script ...``) starts and replaces
+processes. In each of them :func:`run_fn` calls the user's training function again after every
+change, with a :class:`State` that all ranks have brought to the same point before:
+
+    rank fails                               hosts come or go
+    -> HorovodInternalError in the others    -> HostsUpdatedInterrupt from state.commit()
+    -> state.restore(): the last commit         (nothing is undone)
+    -> leave, and meet the ranks that are there now; state.on_reset()
+    -> state.sync(): everybody gets what rank 0 has, which is never a newcomer
+    -> the function again
+
+The names are Horovod's; each framework's face has them in its module ``elastic``. Better than
+Horovod's: what ``sync`` sends is what training has reached, also since the last commit; a later
+``restore`` goes back to just that; lists and dictionaries are saved as copies, so that
+``restore`` undoes changes within them; objects with ``state_dict`` and ``load_state_dict``
+(schedules, samplers, scalers) keep their identity on every rank; errors of TensorFlow that are
+not Horovod's are raised instead of ending the function with None; a mismatch between ranks,
+which no retry can mend, is raised too.
+
+Limits: one framework's core per job, and no process sets: Horovod forgets them when it starts
+again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import os
+import queue
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hvdx import agreement, world
+from hvdx.errors import LaunchError
+from hvdx.mismatch import is_mismatch
+
+
+class State:
+    """What training needs to go on, and how to save it, undo to it and share it.
+
+    Args:
+        bcast_object: returns rank 0's object on all ranks.
+        get_rank: returns this rank's number.
+    """
+
+    def __init__(
+        self, bcast_object: Callable[[Any], Any], get_rank: Callable[[], int] | None
+    ) -> None:
+        self._bcast_object = bcast_object
+        self._rank = get_rank
+        self._host_messages: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self._last_updated_timestamp: Any = 0
+        self._reset_callbacks: list[Callable[[], Any]] = []
+
+    def register_reset_callbacks(self, callbacks: Iterable[Callable[[], Any]]) -> None:
+        """Have functions called after every change of the ranks, before ``sync``.
+
+        They may read ``hvd.size()``, to scale a learning rate for instance.
+        """
+        self._reset_callbacks.extend(callbacks)
+
+    def on_reset(self) -> None:
+        """Take note that the ranks have changed."""
+        self._host_messages = queue.Queue()
+        self.reset()
+        for callback in self._reset_callbacks:
+            callback()
+
+    def on_hosts_updated(self, timestamp: Any, update_res: Any) -> None:
+        """Take note, from the launcher, that hosts come or go; called in another thread."""
+        self._host_messages.put((timestamp, update_res))
+
+    def commit(self) -> None:
+        """Save this point, and look whether hosts come or go.
+
+        Copies all of the state: every few batches is often enough.
+
+        Raises:
+            HostsUpdatedInterrupt: they do; raised on all ranks alike.
+        """
+        self.save()
+        self.check_host_updates()
+
+    def check_host_updates(self) -> None:
+        """Look whether hosts come or go; a broadcast, so all ranks call it at the same point.
+
+        Raises:
+            HostsUpdatedInterrupt: they do; raised on all ranks alike.
+        """
+        from horovod.common.exceptions import HostsUpdatedInterrupt
+        from horovod.runner.elastic.worker import HostUpdateResult
+
+        before = newest = self._last_updated_timestamp
+        update = HostUpdateResult.no_update
+        while not self._host_messages.empty():
+            timestamp, told = self._host_messages.get()
+            if timestamp > newest:
+                newest = timestamp
+                update |= told
+        # The launcher tells rank 0 only.
+        before, newest, update = self._bcast_object((before, newest, update))
+        self._last_updated_timestamp = newest
+        if newest > before:
+            raise HostsUpdatedInterrupt(update == HostUpdateResult.removed)
+
+    def save(self) -> None:
+        """Keep a copy of the state on this rank."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Go back to what was saved last."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Give all ranks what rank 0 has."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Adapt to other ranks, before ``sync``."""
+
+
+class StateHandler:
+    """Saves, restores and shares one object of a state."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def save(self) -> None:
+        """Keep a copy."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Go back to the copy."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Give all ranks what rank 0 has."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Adapt to other ranks, before ``sync``."""
+
+    def set_value(self, value: Any) -> None:
+        """Watch another object from now on."""
+        self.value = value
+        self.save()
+
+
+class StatefulHandler(StateHandler):
+    """For what has ``state_dict`` and ``load_state_dict``: schedules, samplers, scalers."""
+
+    def __init__(self, value: Any, bcast_object: Callable[[Any], Any]) -> None:
+        super().__init__(value)
+        self._bcast_object = bcast_object
+        self.save()
+
+    def save(self) -> None:
+        """Keep a copy."""
+        self._saved = copy.deepcopy(self.value.state_dict())
+
+    def restore(self) -> None:
+        """Go back to the copy; loading it may share it, so another is loaded."""
+        self.value.load_state_dict(copy.deepcopy(self._saved))
+
+    def sync(self) -> None:
+        """Give all ranks what rank 0 has."""
+        self.value.load_state_dict(self._bcast_object(self.value.state_dict()))
+
+
+class ObjectState(State):
+    """A state of Python objects, which become attributes.
+
+    Args:
+        bcast_object: returns rank 0's object on all ranks.
+        get_rank: returns this rank's number.
+        **kwargs: the objects; they must allow ``copy.deepcopy`` and pickling.
+    """
+
+    def __init__(
+        self,
+        bcast_object: Callable[[Any], Any],
+        get_rank: Callable[[], int] | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(bcast_object, get_rank)
+        self._handlers: dict[str, StateHandler] = {}
+        self._saved_state: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+            handler = self._handler(value)
+            if handler is None:
+                self._saved_state[name] = copy.deepcopy(value)
+            else:
+                self._handlers[name] = handler
+
+    def _handler(self, value: Any) -> StateHandler | None:
+        """Return what saves and shares ``value``; None for an ordinary object."""
+        stateful = all(
+            callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict")
+        )
+        if stateful and not isinstance(value, type):
+            return StatefulHandler(value, self._bcast_object)
+        return None
+
+    def save(self) -> None:
+        """Keep a copy of the state on this rank."""
+        for handler in self._handlers.values():
+            handler.save()
+        self._saved_state = {name: copy.deepcopy(getattr(self, name)) for name in self._saved_state}
+
+    def restore(self) -> None:
+        """Go back to what was saved last."""
+        for handler in self._handlers.values():
+            handler.restore()
+        for name, value in self._saved_state.items():
+            setattr(self, name, copy.deepcopy(value))
+
+    def sync(self) -> None:
+        """Give all ranks what rank 0 has now, and save it: a later ``restore`` comes here."""
+        for handler in self._handlers.values():
+            handler.sync()
+        if self._saved_state:
+            own = {name: getattr(self, name) for name in self._saved_state}
+            for name, value in self._bcast_object(own).items():
+                setattr(self, name, value)
+        self.save()
+
+    def reset(self) -> None:
+        """Adapt to other ranks, before ``sync``."""
+        for handler in self._handlers.values():
+            handler.reset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        handler = self.__dict__.get("_handlers", {}).get(name)
+        if handler is not None:
+            handler.set_value(value)
+        super().__setattr__(name, value)
+
+
+def run(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Call ``func(state, ...)`` again whenever ranks have failed, left or joined.
+
+    Nothing may communicate between ``hvd.init()`` and the decorated function: ranks that join
+    later would wait there for ranks that are training. With TensorFlow, every ``tf.function`` is
+    traced anew after a change.
+
+    Example:
+        >>> @hvd.elastic.run
+        ... def train(state):
+        ...     for state.epoch in range(state.epoch, epochs):
+        ...         ...  # a few batches, then
+        ...         state.commit()
+        >>> train(hvd.elastic.TorchState(model, optimizer, epoch=0))
+    """
+    return run_fn(func, reset)
+
+
+def run_fn(func: Callable[..., Any], reset: Callable[[], None]) -> Callable[..., Any]:
+    """Wrap ``func(state, ...)``, so that it is called again after every change of the ranks.
+
+    Args:
+        func: trains, from wherever its first argument, a :class:`State`, says it stands.
+        reset: leaves the job and meets the ranks that are there then.
+    """
+
+    @functools.wraps(func)
+    def wrapper(state: State, *args: Any, **kwargs: Any) -> Any:
+        from horovod.common.elastic import notification_manager
+        from horovod.common.exceptions import HostsUpdatedInterrupt
+
+        # Elsewhere nobody sends notifications, and the launcher may refuse to hear of them.
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            notification_manager.init()
+        notification_manager.register_listener(state)
+        cause: BaseException | None = None
+        behind = True  # this rank needs what rank 0 has
+        try:
+            while True:
+                try:
+                    if cause is not None:
+                        _again(reset, cause)
+                        state.on_reset()
+                    if _meet(behind):
+                        state.sync()
+                    return func(state, *args, **kwargs)
+                except HostsUpdatedInterrupt as interrupt:
+                    cause, behind = interrupt, not interrupt.skip_sync
+                except Exception as error:
+                    if not is_lost_rank(error):
+                        raise
+                    state.restore()
+                    cause, behind = error, True
+        finally:
+            notification_manager.remove_listener(state)
+
+    return wrapper
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Tell whether an operation failed because a rank is gone.
+
+    TensorFlow raises errors of its own, which name the operation of Horovod's that failed.
+    """
+    from horovod.common.exceptions import HorovodInternalError
+
+    if is_mismatch(error):
+        return False
+    if isinstance(error, HorovodInternalError):
+        return True
+    libraries = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return "tensorflow" in libraries and "Horovod" in str(error)
+
+
+def reset() -> None:
+    """Leave the job, and meet the ranks that are there now.
+
+    Raises:
+        ValueError: both frameworks' cores run, which Horovod's launcher cannot start again.
+    """
+    running = world.running()
+    if len(running) > 1:
+        raise ValueError(
+            f"elastic training serves one framework, but {' and '.join(running)} are initialized"
+        )
+    world.shutdown()
+    if "tensorflow" in running:
+        importlib.import_module("hvdx.integrations.tensorflow_elastic").forget_graphs()
+    world.init(framework=running or None)
+
+
+def _again(reset: Callable[[], None], cause: BaseException) -> None:
+    try:
+        reset()
+    except LaunchError as error:  # no elastic launcher: say first what failed
+        raise error from cause
+
+
+def _meet(behind: bool) -> bool:
+    """Count names alike on all ranks, and decide for all whether to synchronise.
+
+    Newcomers have made fewer collectives than the others, and would name theirs otherwise.
+    Ranks that need no synchronising go along where others need it: hosts may be found while
+    some that left are being dealt with.
+    """
+    if not world.is_initialized():
+        return behind
+    told = world.core().allgather_object((behind, agreement.counts()), "hvdx.elastic", None)
+    agreement.count_from([counts for _, counts in told])
+    return any(each for each, _ in told)

@@ -1,0 +1,5 @@
+"""``horovod.torch.optimizer``'s name."""
+
+from hvdx.integrations.pytorch_optimizer import DistributedOptimizer
+
+__all__ = ["DistributedOptimizer"]

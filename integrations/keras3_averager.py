@@ -1,0 +1,386 @@
+"""What averages Keras gradients, whatever the backend: plans, agreements, the work of a bucket."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import keras
+
+from hvdx import buckets, collectives, world
+from hvdx.agreement import check_same
+from hvdx.comm import Allreduce, Work, together
+from hvdx.compression import Compressor, Spec, none
+from hvdx.frameworks import Adapter
+from hvdx.ops import Ops
+from hvdx.reduce_op import ReduceOp
+
+
+class Options(NamedTuple):
+    """What the user chose, but for the optimizer."""
+
+    name: str
+    compressor: Compressor
+    op: ReduceOp
+    predivide: float
+    process_set: Any
+    sparse_as_dense: bool
+    times: int  # what Keras' mean over accumulated steps is multiplied by
+    scale_local: bool
+
+
+class Bucket:
+    """Gradients of one dtype and device that travel side by side.
+
+    Attributes:
+        name: of its operations, equal on all ranks.
+        members: places among the variables.
+        shapes: of the members.
+        sizes: of the members, in elements.
+        dtype: of all of them, as NumPy names it.
+        states: the compressor's, one per member; none for elementwise compressors.
+        flat: what the engine keeps from step to step.
+    """
+
+    def __init__(self, name: str, members: list[int], specs: list[Spec], states: list[Any]) -> None:
+        self.name = name
+        self.members = members
+        self.shapes = [spec.shape for spec in specs]
+        self.sizes = [_elements(spec.shape) for spec in specs]
+        self.dtype = specs[0].dtype
+        self.states = states
+        self.flat: Any = None
+
+
+class Layout(NamedTuple):
+    """How the gradients of one list of variables travel; places count from 0 in that list."""
+
+    variables: list[Any]  # kept alive, since layouts are found by their identity
+    buckets: list[Bucket]
+    sparse: dict[int, str]  # place -> name of the operations that gather its rows
+    local: frozenset[int]  # places whose gradients stay here
+    idle: frozenset[int]  # places for which no rank had a gradient in the first step
+
+
+_averagers: weakref.WeakSet[Averager] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    if not world.running():
+        for averager in _averagers:
+            averager.forget()
+
+
+world.on_change(_forget)
+
+
+class Averager(abc.ABC):
+    """Averages lists of gradients; a subclass per backend says how tensors are handled.
+
+    Attributes:
+        local: variables, and layers, whose gradients stay on this rank.
+        broadcast_follows: ranks are made equal after the first step, so that they may differ now.
+    """
+
+    ops: Ops
+    seconds: float
+
+    def __init__(self, adapter: Adapter, options: Options) -> None:
+        self.adapter = adapter
+        self.options = options
+        self.local: list[Any] = []
+        self.broadcast_follows = False
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._unseen: set[tuple[int, ...]] = set()  # layouts whose replicas are yet to compare
+        _averagers.add(self)
+
+    def forget(self) -> None:
+        """Have the ranks agree again at the next step: others may have joined since."""
+        self._layouts.clear()
+        self._unseen.clear()
+
+    @property
+    def started(self) -> bool:
+        """Whether ranks have agreed about what travels."""
+        return bool(self._layouts)
+
+    def average(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
+        """Return the means of ``grads`` over the ranks, None where no rank has a gradient."""
+        if self.ranks() == 1 and self.options.compressor is none:
+            return [self._scaled(grad, self.options.times) for grad in grads]
+        layout = self._layout(optimizer, grads, variables)
+        if optimizer.gradient_accumulation_steps:
+            means = self._accumulated(optimizer, layout, grads)
+        else:
+            means = self.reduce(layout, grads)
+        factor = self.options.times / (self.ranks() if self.options.scale_local else 1)
+        for place in layout.local:
+            means[place] = self._scaled(grads[place], factor)
+        for place in layout.idle:
+            if grads[place] is None and self.is_zero(means[place]):
+                means[place] = None
+        return means
+
+    def _layout(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> Layout:
+        key = tuple(map(id, variables))
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = self._agree(optimizer, grads, variables)
+            self._unseen.add(key)
+            if not self.is_tracing():  # a graph is traced once, and has no second step
+                return layout
+        if key in self._unseen:  # scripts may broadcast after the first step, as Horovod's do
+            self._unseen.discard(key)
+            self._compare(layout)
+        return layout
+
+    def _accumulated(self, optimizer: Any, layout: Layout, grads: list[Any]) -> list[Any]:
+        """Average what this and earlier steps have gathered, in the step that updates only.
+
+        Keras divides by the number of steps, and adds what is in its accumulators: nothing then.
+        """
+        if not optimizer.built:
+            optimizer.build(layout.variables)
+        shared = [place for place in range(len(grads)) if place not in layout.local]
+        sums = [
+            optimizer._accumulated_gradients[optimizer._get_variable_index(layout.variables[place])]
+            for place in shared
+        ]
+        whole = self.dense(layout, grads)
+        own = [whole[place] for place in shared]
+
+        def update() -> list[Any]:
+            for place, total in zip(shared, sums, strict=True):
+                whole[place] = whole[place] + total.value
+            means = self.reduce(layout, whole)
+            for total in sums:
+                total.assign(keras.ops.zeros_like(total))
+            return [means[place] for place in shared]
+
+        steps = optimizer.gradient_accumulation_steps
+        due = (optimizer._iterations + 1) % steps == 0
+        results = keras.ops.cond(due, update, lambda: own)
+        means: list[Any] = [None] * len(grads)
+        for place, result in zip(shared, results, strict=True):
+            means[place] = result
+        return means
+
+    def settle(self, sums: list[Any]) -> None:
+        """Replace the values of variables by their means over the ranks."""
+        means = collectives.grouped_allreduce(
+            sums, name=f"{self.options.name}.settle", process_set=self.options.process_set
+        )
+        for total, mean in zip(sums, means, strict=True):
+            total.assign(mean)
+
+    def everywhere(self, condition: Any) -> Any:
+        """Tell whether ``condition``, a boolean tensor, holds on every rank."""
+        if self.ranks() == 1:
+            return condition
+        flag = keras.ops.cast(condition, "float32")
+        least = self.adapter.allreduce(
+            flag,
+            op=ReduceOp.Min,
+            name=f"{self.options.name}.finite",
+            prescale_factor=1.0,
+            postscale_factor=1.0,
+            process_set=self.options.process_set,
+        )
+        return least > 0.5
+
+    @staticmethod
+    def _scaled(grad: Any, factor: float) -> Any:
+        return grad if grad is None or factor == 1 else keras.ops.multiply(grad, factor)
+
+    def ranks(self) -> int:
+        """Return how many ranks take part."""
+        return self.adapter.ranks(self.options.process_set)
+
+    @abc.abstractmethod
+    def reduce(self, layout: Layout, grads: list[Any]) -> list[Any]:
+        """Carry out the :meth:`work` of all buckets, side by side; None in local places."""
+
+    @abc.abstractmethod
+    def dense(self, layout: Layout, grads: list[Any]) -> list[Any]:
+        """Return dense tensors of the variables' types, zeros where there is no gradient."""
+
+    @abc.abstractmethod
+    def is_tracing(self) -> bool:
+        """Tell whether a graph is being made."""
+
+    @abc.abstractmethod
+    def is_zero(self, mean: Any) -> bool:
+        """Tell whether a mean is all zeros, as far as it is known yet."""
+
+    @abc.abstractmethod
+    def pack(self, bucket: Bucket, grads: list[Any]) -> tuple[Any, bool]:
+        """Return gradients as one flat tensor, and whether it may be overwritten."""
+
+    @abc.abstractmethod
+    def unpack(self, bucket: Bucket, flat: Any) -> list[Any]:
+        """Cut a flat tensor into gradients."""
+
+    @abc.abstractmethod
+    def device(self, variable: Any) -> str:
+        """Name the device of ``variable``, as far as it is known."""
+
+    def work(self, bucket: Bucket, grads: list[Any]) -> Work[list[Any]]:
+        """Average one bucket's gradients, as its compressor does."""
+        compressor, op, predivide = self.options[1:4]
+        factor = self.ranks() if op is ReduceOp.Sum and compressor is not none else predivide
+        factor *= self.options.times
+        if compressor.elementwise:
+            flat, in_place = self.pack(bucket, grads)
+            if predivide != 1.0:
+                flat = self.ops.scale(flat, 1.0 / predivide)
+            if compressor is none:
+                mean = yield Allreduce(flat, op=op, in_place=in_place)
+            else:
+                mean = (yield from compressor.reduce(self.ops, flat, None)).mean
+            return self.unpack(bucket, self.ops.scale(mean, factor) if factor != 1.0 else mean)
+        if predivide != 1.0:
+            grads = [self.ops.scale(grad, 1.0 / predivide) for grad in grads]
+        results = yield from together(
+            [
+                compressor.reduce(self.ops, grad, state)
+                for grad, state in zip(grads, bucket.states, strict=True)
+            ],
+            self.ops,
+        )
+        bucket.states = [result.state for result in results]
+        means = [result.mean for result in results]
+        return [self.ops.scale(mean, factor) for mean in means] if factor != 1.0 else means
+
+    def _agree(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> Layout:
+        """Plan what travels how, after all ranks have said that they plan the same."""
+        name, process_set = "hvdx.keras.agreement", self.options.process_set
+        local = self._local_places(variables)
+        specs = {
+            place: Spec(
+                getattr(variable, "path", variable.name),
+                tuple(variable.shape),
+                keras.backend.standardize_dtype(variable.dtype),
+                self.ranks(),
+            )
+            for place, variable in enumerate(variables)
+            if place not in local
+        }
+        as_dense = self.options.sparse_as_dense
+        if optimizer.gradient_accumulation_steps:
+            as_dense = True
+            if any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
+                raise ValueError(
+                    "gradient_accumulation_steps with variables that take their gradient's place, "
+                    "as those of float8 layers do: leave accumulation or float8 out"
+                )
+        limit = buckets.limit_bytes()
+        each = {f"{i} {s.name}": f"{s.dtype} {s.shape}" for i, s in enumerate(specs.values())}
+        entries = {
+            "operations": self.options.name,
+            "optimizer": f"{type(optimizer).__name__} {self.configuration(optimizer)}",
+            "options": f"op={self.options.op.name}, compression={self.options.compressor}, "
+            f"gradient_predivide_factor={self.options.predivide}, buckets of {limit} bytes, "
+            f"sparse_as_dense={self.options.sparse_as_dense}, gradients times {self.options.times}",
+            **each,
+        }
+        subject = "variables, optimizer or options of DistributedOptimizer"
+        check_same(self.adapter, subject, entries, name, process_set)
+        own = ["dense" if as_dense and grads[i] is not None else self.kind(grads[i]) for i in specs]
+        everyone = self.adapter.allgather_object(own, f"{name}.kinds", process_set)
+        kinds = {place: {k[i] for k in everyone} for i, place in enumerate(specs)}
+        prefix = f"{self.options.name}.{len(self._layouts)}"
+        sparse = {
+            p: f"{prefix}.rows.{i}" for i, p in enumerate(specs) if kinds[p] - {None} == {"sparse"}
+        }
+        return Layout(
+            variables,
+            self._buckets(prefix, {p: s for p, s in specs.items() if p not in sparse}, variables),
+            sparse,
+            local,
+            frozenset(place for place, found in kinds.items() if found == {None}),
+        )
+
+    def kind(self, grad: Any) -> str | None:
+        """Say how a gradient would travel: ``dense``, ``sparse``, or None if there is none."""
+        return None if grad is None else "dense"
+
+    def _local_places(self, variables: list[Any]) -> frozenset[int]:
+        own = [
+            variable
+            for owner in self.local
+            for variable in (owner.trainable_weights if isinstance(owner, keras.Layer) else [owner])
+        ]
+        known = {id(tensor) for v in own for tensor in (v, getattr(v, "value", v))}
+        return frozenset(
+            place
+            for place, v in enumerate(variables)
+            if id(v) in known or id(getattr(v, "value", v)) in known
+        )
+
+    def _compare(self, layout: Layout) -> None:
+        """Warn where replicas differ: averaged gradients do not make them equal again."""
+        own = []
+        for place, variable in enumerate(layout.variables):
+            if place not in layout.local:
+                value = self.adapter.to_numpy(getattr(variable, "value", variable))
+                name = getattr(variable, "path", variable.name)
+                own.append((name, hashlib.sha256(value.tobytes()).hexdigest()[:8]))
+        name = "hvdx.keras.replicas"
+        everyone = self.adapter.allgather_object(own, name, self.options.process_set)
+        differing = [names[0][0] for names in zip(*everyone, strict=True) if len(set(names)) > 1]
+        if differing and not self.broadcast_follows:
+            warnings.warn(
+                f"ranks train {len(differing)} of {len(own)} variables from different values, the "
+                f"first being {differing[0]!r}, and will stay different: use "
+                "hvd.callbacks.BroadcastGlobalVariablesCallback(0), or "
+                "hvd.broadcast_parameters(model) before training",
+                stacklevel=2,
+            )
+
+    def _buckets(self, prefix: str, specs: dict[int, Spec], variables: list[Any]) -> list[Bucket]:
+        # Backward meets the last layers first, so that their bucket shall fill first.
+        order = list(specs)[::-1]
+        plan = buckets.plan(
+            [
+                buckets.Entry(
+                    specs[place].name,
+                    _elements(specs[place].shape),
+                    specs[place].dtype,
+                    self.device(variables[place]),
+                )
+                for place in order
+            ],
+            buckets.limit_bytes(),
+        )
+        return [
+            self._bucket(f"{prefix}.{number}", [order[i] for i in members], specs)
+            for number, members in enumerate(plan)
+        ]
+
+    def _bucket(self, name: str, members: list[int], specs: dict[int, Spec]) -> Bucket:
+        own = [specs[place] for place in members]
+        compressor = self.options.compressor
+        states = [] if compressor.elementwise else [compressor.init(self.ops, s) for s in own]
+        return Bucket(name, members, own, states)
+
+    def configuration(self, optimizer: Any) -> str:
+        """Describe the optimizer's options, equal on ranks that train alike."""
+        return json.dumps(_nameless(optimizer.get_config()), sort_keys=True, default=str)
+
+
+def _nameless(tree: Any) -> Any:
+    """Drop names, which Keras counts up with every optimizer made before."""
+    if isinstance(tree, dict):
+        return {key: _nameless(value) for key, value in tree.items() if key != "name"}
+    return tree
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count

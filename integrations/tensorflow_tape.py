@@ -1,0 +1,371 @@
+"""A ``tf.GradientTape`` whose gradients are averaged over the ranks."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import importlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+from hvdx import collectives, world
+from hvdx.compression import CompressionError, Compressor, as_compressor, none
+from hvdx.frameworks import kind_of
+from hvdx.integrations.tensorflow2 import TensorFlowAdapter, elastic
+from hvdx.reduce_op import ReduceOp
+
+
+class TapeOptions(NamedTuple):
+    """What the user chose. Hashable: tapes come and go, plans are found by their options."""
+
+    compressor: Compressor
+    op: ReduceOp
+    predivide: float
+    sparse_as_dense: bool
+    process_set: Any
+
+    @classmethod
+    def of(
+        cls, compression: Any, op: int, predivide: float, sparse_as_dense: bool, process_set: Any
+    ) -> TapeOptions:
+        """Check what ``DistributedGradientTape`` was given.
+
+        Raises:
+            ValueError: the options do not go together.
+            CompressionError: ``compression`` is none that hvdx knows, or keeps state.
+        """
+        compressor = as_compressor(compression)
+        if predivide != 1.0 and op != ReduceOp.Average:
+            raise ValueError("gradient_predivide_factor needs op=hvd.Average")
+        if compressor is not none and op not in (ReduceOp.Average, ReduceOp.Sum):
+            raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum")
+        if compressor.stateful:
+            raise CompressionError(
+                f"compression={compressor} keeps state from step to step, and a tape has one step: "
+                "use hvd.DistributedOptimizer for it"
+            )
+        own = world.own_set("tensorflow", process_set)
+        return cls(compressor, ReduceOp(op), float(predivide), sparse_as_dense, own)
+
+
+def distributed(tape: tf.GradientTape, options: TapeOptions, scale_local: bool) -> tf.GradientTape:
+    """Return a tape of the same class that continues ``tape`` and averages.
+
+    The tape given stays what it was, for gradients that are this rank's own.
+
+    Raises:
+        TypeError: it averages already, or is no tape.
+    """
+    if isinstance(tape, AveragingTape):
+        raise TypeError("the tape is wrapped by DistributedGradientTape already; wrap it once")
+    if not isinstance(tape, tf.GradientTape):
+        raise TypeError(f"{type(tape).__name__} is no tf.GradientTape")
+    given: Any = type(tape)
+    kind = _averaging_class(given)
+    own = kind.__new__(kind)
+    own.__dict__.update(tape.__dict__, _recording=False)  # the record is shared
+    own._recorder = tape
+    own._options, own._scale_local, own._local, own._averages = options, scale_local, {}, True
+    return own
+
+
+@functools.cache
+def _averaging_class(kind: type) -> Any:
+    return type(kind.__name__, (AveragingTape, kind), {"__doc__": kind.__doc__})
+
+
+class AveragingTape(tf.GradientTape):
+    """What ``DistributedGradientTape`` puts before the class of the user's tape."""
+
+    _recorder: tf.GradientTape  # the tape given, which may record still
+    _options: TapeOptions
+    _scale_local: bool
+    _local: dict[int, Any]  # by identity; kept alive, lest another take the number
+    _averages: bool
+
+    def register_local_source(self, source: Any) -> None:
+        """Have the gradient of ``source``, a TensorFlow or Keras variable, stay this rank's own."""
+        value = variable_of(source)
+        self._local[id(value)] = value
+
+    @tf.autograph.experimental.do_not_convert
+    def gradient(
+        self,
+        target: Any,
+        sources: Any,
+        output_gradients: Any = None,
+        use_generic_names: bool = False,
+        unconnected_gradients: Any = tf.UnconnectedGradients.NONE,
+    ) -> Any:
+        """Differentiate, and average the gradients over the ranks.
+
+        Args:
+            target: as for ``tf.GradientTape``.
+            sources: variables or tensors, nested as one likes; Keras variables too.
+            output_gradients: as for ``tf.GradientTape``.
+            use_generic_names: accepted for Horovod's sake: names never depend on variables.
+            unconnected_gradients: as for ``tf.GradientTape``.
+
+        Returns:
+            Gradients in the structure of ``sources``, None where no rank has one. Those of
+            local sources are divided by the number of ranks unless ``scale_local_gradients``
+            was False: they then weigh as much as they do in the others' mean.
+        """
+        if self._recorder._recording and not self._persistent:
+            self._recorder._pop_tape()  # as a tape does that is asked before it is left
+        values = tf.nest.map_structure(variable_of, sources)
+        own = super().gradient(target, values, output_gradients, unconnected_gradients)
+        if not self._averages:
+            return own
+        flat, grads = tf.nest.flatten(values), tf.nest.flatten(own)
+        shared = [place for place, value in enumerate(flat) if id(value) not in self._local]
+        means = average(
+            self._options, [flat[place] for place in shared], [grads[place] for place in shared]
+        )
+        result = self._scaled(grads) if self._local else grads
+        for place, mean in zip(shared, means, strict=True):
+            result[place] = mean
+        return tf.nest.pack_sequence_as(values, result)
+
+    def get_local_and_global_gradients(
+        self,
+        target: Any,
+        sources: Any,
+        output_gradients: Any = None,
+        use_generic_names: bool = False,
+    ) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+        """Return pairs of source and gradient: those of local sources, then all others."""
+        grads = self.gradient(target, sources, output_gradients, use_generic_names)
+        pairs: tuple[list[Any], list[Any]] = [], []
+        for source, grad in zip(tf.nest.flatten(sources), tf.nest.flatten(grads), strict=True):
+            pairs[id(variable_of(source)) not in self._local].append((source, grad))
+        return pairs
+
+    def jacobian(self, *args: Any, **options: Any) -> Any:
+        """Differentiate as ``tf.GradientTape`` does: only :meth:`gradient` averages."""
+        with self._alone():
+            return super().jacobian(*args, **options)
+
+    def batch_jacobian(self, *args: Any, **options: Any) -> Any:
+        """See :meth:`jacobian`."""
+        with self._alone():
+            return super().batch_jacobian(*args, **options)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._averages = False
+        try:
+            yield
+        finally:
+            self._averages = True
+
+    def _scaled(self, grads: list[Any]) -> list[Any]:
+        if not self._scale_local:
+            return list(grads)
+        size = _core().size_in_graph(self._options.process_set)
+        return [_divided(grad, size) for grad in grads]
+
+
+def _divided(grad: Any, by: Any) -> Any:
+    if grad is None:
+        return None
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(_divided(grad.values, by), grad.indices, grad.dense_shape)
+    return grad / tf.cast(by, grad.dtype)
+
+
+def variable_of(source: Any) -> Any:
+    """Return the ``tf.Variable`` of a Keras variable, anything else as it is."""
+    return source.value if kind_of(type(source)) == "keras" else source
+
+
+def _core() -> TensorFlowAdapter:
+    return world.core("tensorflow")  # type: ignore[return-value]
+
+
+def average(options: TapeOptions, sources: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
+    """Reduce ``grads`` of ``sources`` over the ranks.
+
+    In buckets, as Keras' optimizer does, after the ranks have compared what they have. One
+    operation per gradient, as in Horovod, where that cannot be: with an ``op`` that looks at
+    whole tensors, for shapes that are not known, in TensorFlow 1's graphs, and in elastic
+    training, where a rank that joins traces while the others have long compared.
+    """
+    adapter = _core()
+    if adapter.ranks(options.process_set) == 1 and options.compressor is none:
+        return list(grads)
+    if not adapter.included(options.process_set):
+        return list(grads)
+    with tf.init_scope():
+        legacy = not tf.executing_eagerly()
+    together = options.op in (ReduceOp.Average, ReduceOp.Sum)
+    known = all(source.shape.is_fully_defined() for source in sources)
+    if legacy or elastic() or not together or not known:
+        return [_alone(options, grad) for grad in grads]
+    return _plan(adapter, options, sources, grads).average(list(grads))
+
+
+def _alone(options: TapeOptions, grad: Any) -> Any:
+    if grad is None:
+        return None
+    if isinstance(grad, tf.IndexedSlices) and options.sparse_as_dense:
+        grad = tf.convert_to_tensor(grad)
+    return collectives.allreduce(
+        grad,
+        op=options.op,
+        compression=none if isinstance(grad, tf.IndexedSlices) else options.compressor,
+        prescale_factor=1.0 / options.predivide,
+        postscale_factor=options.predivide,
+        process_set=options.process_set,
+    )
+
+
+_plans: dict[Any, _Plan] = {}
+_numbers: collections.Counter[int] = collections.Counter()  # of plans, by process set
+
+
+@world.on_change
+def _start_anew() -> None:
+    """Forget all plans with the job in which they were agreed upon."""
+    _plans.clear()
+    _numbers.clear()
+
+
+def _plan(
+    adapter: TensorFlowAdapter, options: TapeOptions, sources: Sequence[Any], grads: Sequence[Any]
+) -> _Plan:
+    """Find the plan for these sources, or make it, which is a collective call.
+
+    Variables are known by identity and not kept alive: their end is the end of the plan. Other
+    tensors are new at every step, and known by their shapes and dtypes.
+    """
+    key = (options, *map(_identity, sources))
+    if key not in _plans:
+        plan = _plans[key] = _Plan(adapter, options, sources, grads)
+        plan.alive = [
+            weakref.ref(source, lambda _: _plans.pop(key, None))
+            for source in sources
+            if isinstance(source, tf.Variable)
+        ]
+    return _plans[key]
+
+
+def _identity(source: Any) -> Any:
+    return id(source) if isinstance(source, tf.Variable) else (tuple(source.shape), source.dtype)
+
+
+class _Plan:
+    """How the gradients of one list of sources travel: what is sparse, and buckets of the rest.
+
+    A gradient is sparse if it is, or is missing, on every rank. A rank that misses one sends
+    zeros, or no rows.
+    """
+
+    alive: Sequence[Any] = ()
+
+    def __init__(
+        self,
+        adapter: TensorFlowAdapter,
+        options: TapeOptions,
+        sources: Sequence[Any],
+        grads: Sequence[Any],
+    ) -> None:
+        self.adapter, self.options = adapter, options
+        known = options.process_set.process_set_id if options.process_set is not None else 0
+        _numbers[known] += 1  # ranks outside a set make no plans for it
+        self.name = f"hvdx.tape.{known}.{_numbers[known]}"
+        # In the sources' place, which the buckets would keep alive.
+        self.specs = [
+            tf.TensorSpec(source.shape, source.dtype, getattr(source, "name", None) or "tensor")
+            if tf.executing_eagerly() or isinstance(source, tf.Variable)
+            else tf.TensorSpec(source.shape, source.dtype, "tensor")
+            for source in sources
+        ]
+        self.sparse = self._agree_on_sparse(grads)
+        self.dense = [place for place in range(len(grads)) if place not in self.sparse]
+        self.dense_specs = [self.specs[place] for place in self.dense]
+        self.averager = _averager(adapter, self.name, options)
+
+    def _agree_on_sparse(self, grads: Sequence[Any]) -> list[int]:
+        if self.options.sparse_as_dense:
+            return []
+        own = ["-" if g is None else "ds"[isinstance(g, tf.IndexedSlices)] for g in grads]
+        everyone = self.adapter.allgather_object(own, "hvdx.tape", self.options.process_set)
+        if len(set(map(len, everyone))) > 1:
+            return []  # the ranks disagree about more than that, as the buckets will find
+        kinds = [set(each) - {"-"} for each in zip(*everyone, strict=True)]
+        return [place for place, kind in enumerate(kinds) if kind == {"s"}]
+
+    def average(self, grads: list[Any]) -> list[Any]:
+        """Reduce this list of gradients, dense or sparse or None."""
+        if self.dense:
+            own = [grads[place] for place in self.dense]
+            means = self.averager.average(_Nobody(), own, self.dense_specs)
+            for place, mean in zip(self.dense, means, strict=True):
+                grads[place] = mean
+        for place in self.sparse:
+            slices = _slices(grads[place], self.specs[place])
+            grads[place] = self.adapter.allreduce(
+                slices,
+                op=self.options.op,
+                name=f"{self.name}.sparse.{place}",
+                prescale_factor=1.0,
+                postscale_factor=1.0,
+                process_set=self.options.process_set,
+            )
+        return grads
+
+
+def _slices(grad: Any, spec: tf.TensorSpec) -> tf.IndexedSlices:
+    shape = tf.constant(spec.shape.as_list(), tf.int64)
+    if grad is None:
+        none_ = tf.zeros([0, *spec.shape[1:]], spec.dtype)
+        return tf.IndexedSlices(none_, tf.zeros([0], tf.int64), shape)
+    if not isinstance(grad, tf.IndexedSlices):
+        grad = tf.IndexedSlices(grad, tf.range(spec.shape[0], dtype=tf.int64), shape)
+    # Ranks may have chosen int32 here and int64 there.
+    return tf.IndexedSlices(grad.values, tf.cast(grad.indices, tf.int64), shape)
+
+
+class _Nobody:
+    """Stands where Keras' averaging asks about an optimizer."""
+
+    gradient_accumulation_steps = None
+
+
+def _averager(adapter: TensorFlowAdapter, name: str, options: TapeOptions) -> Any:
+    """Make what averages for Keras' optimizer do so for a tape; imports Keras."""
+    module: Any = importlib.import_module("hvdx.integrations.keras3_tensorflow")
+
+    def create(next_creator: Any, **given: Any) -> Any:
+        """Make the averager's own variable, also where a graph is traced for the second time."""
+        return ResourceVariable(given["initial_value"], trainable=False, dtype=given["dtype"])
+
+    chosen = {**options._asdict(), "name": name, "times": 1, "scale_local": True}
+    known = module.Options(**{field: chosen[field] for field in module.Options._fields})
+    with tf.init_scope(), tf.variable_creator_scope(create):
+        return _averager_class()(adapter, known)
+
+
+@functools.cache
+def _averager_class() -> Callable[..., Any]:
+    from hvdx.integrations.keras3_tensorflow import TensorFlowAverager
+
+    class TapeAverager(TensorFlowAverager):
+        """There is no optimizer to compare, and no values of variables."""
+
+        def configuration(self, optimizer: Any) -> str:
+            return ""
+
+        def _check_caller(self, optimizer: Any) -> None:
+            pass
+
+        def _compare(self, layout: Any) -> None:
+            pass
+
+    return TapeAverager

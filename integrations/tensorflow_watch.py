@@ -1,0 +1,70 @@
+"""Which operations of running graphs wait, for the watchdog: a graph cannot call Python."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+from hvdx.watchdog import Pending, add_source, describe
+
+_EXECUTION = ("tensorflow.python.eager.execute", "tensorflow.python.eager.context")
+#: What is told about an operation -> when it began, 0 when it has ended.
+_began: dict[Pending, Any] = {}
+
+
+def in_graph(
+    call: Callable[[], Any], operation: str, name: str | None, tensors: Any, process_set: Any
+) -> Any:
+    """Return ``call()``; where it adds to a graph, note beginning and end whenever that runs.
+
+    The operation waits for nothing that it did not wait for before.
+    """
+    if not tf.inside_function() or control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    ):
+        return call()
+    own = getattr(process_set, "process_set_id", 0)
+    ranks = tuple(process_set.ranks) if own else None
+    key = Pending(operation, name, describe(tensors), ranks)
+    if key not in _began:
+        # Not by tf.Variable, which a function that is traced again may not make.
+        with tf.init_scope(), tf.device("CPU:0"):
+            _began[key] = ResourceVariable(0.0, trainable=False, dtype=tf.float64)
+    began = _began[key]
+    with tf.control_dependencies(tf.nest.flatten(tensors, expand_composites=True)):
+        start = began.assign(tf.timestamp(), read_value=False)
+    result = call()
+    with tf.control_dependencies([start, *tf.nest.flatten(result, expand_composites=True)]):
+        began.assign(0.0, read_value=False)
+    return result
+
+
+def running() -> dict[Any, Pending]:
+    """Find operations that have begun and not ended, while a thread executes something.
+
+    Without that, one that was cut short by an error would seem to wait.
+    """
+    threads = [thread for thread, frame in sys._current_frames().items() if _executes(frame)]
+    if not threads or not _began:
+        return {}
+    found = {}
+    for pending, variable in list(_began.items()):
+        if since := float(variable.numpy()):
+            found["graph", pending, since] = pending._replace(thread=threads[0])
+    return found
+
+
+def _executes(frame: Any) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _EXECUTION:
+            return True
+        frame = frame.f_back
+    return False
+
+
+add_source(running)

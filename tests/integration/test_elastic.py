@@ -1,0 +1,151 @@
+"""Elastic jobs on Horovod's own launcher: a rank is killed, another joins, nothing is lost.
+
+The launcher bans the host of a process that fails, so that the two first ranks run on two names
+of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from launching import HOROVODRUN, environment, run
+
+SAMPLES, EPOCHS = 48, 4
+
+#: What the jobs share. Epoch 1: the rank on 127.0.0.1 dies. Then there is a second slot.
+COMMON = """
+import json, os, signal, sys, time
+import numpy as np
+folder, samples, epochs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+hosts = os.path.join(folder, "hosts")
+
+def after_step(state, hvd, epoch, step):
+    # Rank 0 tells about every call of train(), which follows every change of the ranks.
+    if os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1" and epoch == 1 and step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if hvd.size() == 1 and epoch >= 2:
+        with open(hosts, "w") as file:
+            file.write("localhost:2\\n")
+        time.sleep(0.15)
+
+def note(hvd, state):
+    if hvd.rank() == 0:
+        print("called with", hvd.size(), "ranks in epoch", state.epoch, flush=True)
+
+def finish(hvd, state, parameters):
+    same = len(set(hvd.allgather_object(hvd.parameter_hash(parameters)))) == 1
+    if hvd.rank() == 0:
+        with open(os.path.join(folder, "result"), "w") as file:
+            json.dump({"size": hvd.size(), "same": same, "seen": state.seen,
+                       "finite": bool(np.isfinite(state.loss))}, file)
+"""
+
+TORCH = """
+import torch
+import hvdx.torch as hvd
+
+hvd.init()
+torch.manual_seed(hvd.rank())
+model = torch.nn.Linear(1, 1)
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9), model)
+schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+sampler = hvd.elastic.ElasticSampler(range(samples))
+loader = torch.utils.data.DataLoader(range(samples), batch_size=2, sampler=sampler)
+
+@hvd.elastic.run
+def train(state):
+    note(hvd, state)
+    while state.epoch < epochs:
+        for step, batch in enumerate(loader):
+            optimizer.zero_grad()
+            loss = (model(batch[:, None].float()) - 2 * batch[:, None]).square().mean()
+            loss.backward()
+            optimizer.step()
+            state.loss = loss.item()
+            parts = hvd.allgather_object([state.epoch, batch.tolist()])
+            state.seen.extend([epoch, index] for epoch, part in parts for index in part)
+            sampler.record_batch(step, len(batch))
+            after_step(state, hvd, state.epoch, step)
+            if step % 2:
+                state.commit()
+        state.epoch += 1
+        schedule.step()
+        sampler.set_epoch(state.epoch)
+        state.commit()
+
+state = hvd.elastic.TorchState(model, optimizer, sampler=sampler, schedule=schedule, epoch=0,
+                               seen=[], loss=0.0)
+train(state)
+assert schedule.last_epoch == epochs, schedule.last_epoch
+assert schedule.optimizer is optimizer
+finish(hvd, state, model)
+"""
+
+KERAS = """
+import keras
+import hvdx.keras as hvd
+
+hvd.init()
+keras.utils.set_random_seed(hvd.rank())
+x = np.arange(samples, dtype="float32")[:, None]
+data = hvd.DistributedDataset(x, 2 * x, batch_size=2)
+model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(1e-4, momentum=0.9)), "mse")
+
+class Seen(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        inputs = data[batch][0][:, 0].astype(int).tolist()
+        parts = hvd.allgather_object([state.data.epoch, inputs])
+        state.seen.extend([epoch, index] for epoch, part in parts for index in part)
+        state.loss = float(logs["loss"])
+        after_step(state, hvd, state.epoch, batch)
+
+@hvd.elastic.run
+def train(state):
+    note(hvd, state)
+    state.model.fit(state.data, epochs=epochs - state.epoch, verbose=0, callbacks=[
+        Seen(),
+        hvd.elastic.UpdateBatchStateCallback(state),
+        hvd.elastic.UpdateEpochStateCallback(state),
+        hvd.elastic.CommitStateCallback(state, batches_per_commit=2),
+    ])
+
+state = hvd.elastic.KerasState(model, data=data, batch=0, epoch=0, seen=[], loss=0.0)
+train(state)
+finish(hvd, state, model)
+"""
+
+
+@pytest.mark.parametrize("kind", ["torch", "keras on tensorflow"])
+def test_a_job_survives_a_killed_rank_and_takes_another_in(kind, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(COMMON + (TORCH if kind == "torch" else KERAS))
+    (tmp_path / "hosts").write_text("localhost:1\n127.0.0.1:1\n")
+    discover = tmp_path / "discover.sh"
+    discover.write_text(f"#!/bin/sh\ncat {tmp_path}/hosts\n")
+    discover.chmod(0o755)
+    environ = {"KERAS_BACKEND": kind.split()[-1]} if kind != "torch" else {}
+    done = elastic(discover, script, tmp_path, **environ)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    result = json.loads((tmp_path / "result").read_text())
+    assert result["size"] == 2
+    assert result["same"], "replicas differ"
+    assert result["finite"]
+    calls = [line.split("called ")[1] for line in done.stdout.splitlines() if "called " in line]
+    assert [call.split()[1] for call in calls] == ["2", "1", "2"], told
+    # Every sample exactly once in every epoch, whoever trained on it.
+    assert sorted(result["seen"]) == [[e, i] for e in range(EPOCHS) for i in range(SAMPLES)]
+
+
+def elastic(discover: Path, script: Path, folder: Path, **environ: str):
+    launcher = [*HOROVODRUN, "--gloo", "-np", "2", "--min-np", "1", "--max-np", "2"]
+    launcher += ["--gloo-timeout-seconds", "100"]  # until a newcomer has imported its framework
+    launcher += ["--host-discovery-script", str(discover), "--network-interfaces", "lo"]
+    rank = [sys.executable, str(script), str(folder), str(SAMPLES), str(EPOCHS)]
+    return run(*launcher, *rank, env=environment(**environ), timeout=240)

@@ -1,0 +1,106 @@
+"""What a rank knows about itself: where it waits, how long, for what."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+import hvdx as hvd
+from hvdx import watchdog
+from hvdx.errors import HvdxError
+from hvdx.watchdog import describe, waiting, watched
+
+
+class Tensor:
+    shape = (3, 4)
+
+    class dtype:
+        name = "float32"
+
+
+@pytest.mark.parametrize("told", ["soon", "-1", "nan", "inf", ""])
+def test_a_timeout_that_is_none(monkeypatch, told):
+    monkeypatch.setenv("HVDX_TIMEOUT", told)
+    with pytest.raises(HvdxError, match=f"HVDX_TIMEOUT='{told}' is no number of seconds"):
+        watchdog.timeout_seconds()
+
+
+def test_the_timeout(monkeypatch):
+    monkeypatch.delenv("HVDX_TIMEOUT", raising=False)
+    assert watchdog.timeout_seconds() == 30
+    monkeypatch.setenv("HVDX_TIMEOUT", "0")
+    assert watchdog.timeout_seconds() == 0
+
+
+def test_waiting_is_seen_from_another_thread_and_nests():
+    own = threading.get_ident()
+    assert own not in watchdog._waiting
+    with waiting("allgather_object", "outer"):
+        with waiting("allgather", "inner", Tensor()):
+            call = watchdog._waiting[own]
+            assert (call.operation, call.name) == ("allgather", "inner")
+            assert time.monotonic() - call.since < 1
+        assert watchdog._waiting[own].name == "outer"
+    assert own not in watchdog._waiting
+    assert watchdog._last[:2] == ("allgather_object", "outer")
+
+
+def test_an_error_ends_the_wait():
+    with pytest.raises(KeyError), waiting("allreduce"):
+        raise KeyError
+    assert threading.get_ident() not in watchdog._waiting
+
+
+def test_watched_methods():
+    seen = []
+
+    class Adapter:
+        @watched
+        def broadcast_object(self, value, root_rank, name, process_set):
+            call = watchdog._waiting[threading.get_ident()]
+            seen.append((call.operation, call.name, call.process_set))
+            return value
+
+    assert Adapter().broadcast_object(1, 0, "it", process_set="set") == 1
+    assert Adapter().broadcast_object(2, 0, name="it", process_set=None) == 2
+    assert seen == [("broadcast_object", "it", "set"), ("broadcast_object", "it", None)]
+
+
+def test_tensors_are_described():
+    assert describe(Tensor()) == "float32 (3, 4)"
+    assert describe([Tensor()] * 5).endswith("(3, 4) and 2 more")
+    assert describe(()) == describe(object()) == ""
+
+
+def test_patience_is_for_numbers():
+    for wrong in (-1, float("nan")):
+        with pytest.raises(ValueError, match="give a number of seconds"), hvd.patience(wrong):
+            pass
+    before = watchdog._patient_until
+    with hvd.patience(100):
+        assert watchdog._patient_until > time.monotonic() + 90
+        with hvd.patience(1):
+            assert watchdog._patient_until > time.monotonic() + 90
+    assert watchdog._patient_until == before
+
+
+def test_the_place_is_the_users():
+    told = watchdog._whereabouts(watchdog._frame_of(None))
+    assert f"{os.path.basename(__file__)}:" in told
+    assert told.endswith("in test_the_place_is_the_users: told = watchdog._whereabouts("
+                         "watchdog._frame_of(None))")  # fmt: skip
+
+
+def test_waiting_is_cheap():
+    """A microsecond a call at most; the best of many, for the sake of busy machines."""
+    best = 1.0
+    for _ in range(50):
+        start = time.perf_counter()
+        for _ in range(100):
+            with waiting("allreduce", "name"):
+                pass
+        best = min(best, (time.perf_counter() - start) / 100)
+    assert best < 4e-6, best
