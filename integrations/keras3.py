@@ -272,13 +272,19 @@ class AveragingOptimizer:
         """The optimizer's variables; a list that may also be called, as Horovod's may."""
         return _Variables(super().variables)  # type: ignore[misc]
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("compute_gradients", "get_gradients"):
-            raise AttributeError(
-                f"Keras 3's optimizers have no {name}: take gradients with tf.GradientTape, or by "
-                "loss.backward(), and give them to apply_gradients, which averages them"
-            )
-        return super().__getattribute__(name)
+    @property
+    def compute_gradients(self) -> Any:
+        """Refuse what Keras 3's optimizers do not have.
+
+        A property, since torch.compile cannot follow ``__getattr__``.
+        """
+        raise AttributeError(
+            "Keras 3's optimizers have no compute_gradients or get_gradients: take gradients with "
+            "tf.GradientTape, or by loss.backward(), and give them to apply_gradients, which "
+            "averages them"
+        )
+
+    get_gradients = compute_gradients
 
     def register_local_var(self, var: Any) -> None:
         """Keep the gradients of ``var`` on this rank.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import pickle
 
@@ -307,25 +306,6 @@ def test_takes_horovods_arguments(hvd):
         for key, parameter in wanted.items():
             if key not in ("process_set", "compression"):  # None is all ranks; ours are our own
                 assert taken[key].default == parameter.default, (name, key)
-
-
-def test_modules_that_scripts_import(hvd):
-    import horovod.tensorflow as horovod
-
-    for name in ("mpi_ops", "functions", "compression", "util", "gradient_aggregation"):
-        ours = importlib.import_module(f"hvdx.tensorflow.{name}")
-        for each in dir(importlib.import_module(f"horovod.tensorflow.{name}")):
-            if not each.startswith("_") and hasattr(horovod, each) and each != "tf":
-                assert hasattr(ours, each), (name, each)
-    from hvdx.tensorflow.gradient_aggregation_eager import (  # noqa: F401
-        LocalGradientAggregationHelperEager,
-    )
-    from hvdx.tensorflow.mpi_ops import allgather, rank_op
-    from hvdx.tensorflow.util import _executing_eagerly
-
-    assert allgather is hvd.allgather
-    assert int(rank_op()) == hvd.rank()
-    assert _executing_eagerly()
 
 
 def test_the_rest_is_horovods(hvd):
