@@ -20,6 +20,7 @@ import contextlib
 import faulthandler
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -566,7 +567,7 @@ class Watch:
             return  # its call has returned, with an error
         if self._gone.wait(_GRACE_SECONDS) or self._told:
             return
-        at = _whereabouts(_frame_of(None))
+        at = _at(None)
         _print(f"rank {self._rank} is interrupted at {at}, since the job has been stopped")
         with contextlib.suppress(Exception):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -587,11 +588,11 @@ class Watch:
                 if found.thread in threads:
                     continue  # a call of ours that waits within Horovod's
                 since = seen[key] = self._seen.get(key, now)
-                at = _whereabouts(_frame_of(found.thread))
+                at = _at(found.thread)
                 ranks = list(found.ranks) if found.ranks else None
                 waits.append(Wait(*found[:3], now - since, ranks, at))
         self._seen = seen
-        last, at = _last, _whereabouts(_frame_of(None))
+        last, at = _last, _at(None)
         told = f"{last[0]} {last[1]!r}" if last and last[1] else last[0] if last else ""
         patience = max(0.0, _patient_until - now)
         progress = f"{last} {at} {sorted(map(str, seen))}"[:300]
@@ -602,7 +603,7 @@ class Watch:
 
         own = call.process_set
         ranks = getattr(own, "ranks", None) if getattr(own, "process_set_id", 0) else None
-        at = _whereabouts(_frame_of(next((t for t, c in _waiting.items() if c is call), None)))
+        at = _at(next((t for t, c in _waiting.items() if c is call), None))
         return Wait(
             call.operation,
             call.name and call.name[:200],
@@ -624,9 +625,40 @@ def describe(tensors: Any) -> str:
     return ", ".join(told) + (f" and {len(given) - 3} more" if len(given) > 3 else "")
 
 
-def _frame_of(thread: int | None) -> Any:
-    """Return the innermost frame of a thread, of the main thread by default."""
-    return sys._current_frames().get(thread or threading.main_thread().ident or 0)
+class Place(NamedTuple):
+    """Where a thread is: one line of its stack."""
+
+    file: str
+    line: int
+    function: str
+
+
+_THREAD = re.compile(r"(?:Current t|T)hread 0x([0-9a-f]+)")
+_PLACE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+
+
+def stacks() -> dict[int, list[Place]]:
+    """Return every thread's stack, innermost first, by the thread's number.
+
+    Read by faulthandler, in one piece and without making frame objects. Walking along frames
+    of threads that run has crashed Python 3.11 (SIGSEGV in ``f_back``, seen once).
+    """
+    found: dict[int, list[Place]] = {}
+    own: list[Place] = []
+    with contextlib.suppress(Exception), os.fdopen(os.memfd_create("stacks"), "w+b") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        for line in file.read().decode(errors="replace").splitlines():
+            if thread := _THREAD.match(line):
+                own = found[int(thread[1], 16)] = []
+            elif place := _PLACE.match(line):
+                own.append(Place(place[1], int(place[2]), place[3]))
+    return found
+
+
+def _at(thread: int | None) -> str:
+    """Tell where a thread is, the main thread by default."""
+    return _whereabouts(stacks().get(thread or threading.main_thread().ident or 0, []))
 
 
 @functools.cache
@@ -645,28 +677,22 @@ def _is_library(file: str) -> bool:
     )
 
 
-def _is_users(frame: Any) -> bool:
-    file = frame.f_code.co_filename
-    if file.startswith("<"):  # made at run time, by libraries too
-        return bool(frame.f_globals.get("__name__") == "__main__")
-    return not _is_library(file)
+def _is_users(place: Place) -> bool:
+    if place.file.startswith("<"):  # made at run time: by libraries, or given to python -c
+        return place.file in ("<string>", "<stdin>") and place.function == "<module>"
+    return not _is_library(place.file)
 
 
-def _whereabouts(frame: Any) -> str:
+def _whereabouts(stack: list[Place]) -> str:
     """Name the innermost line of the user's own code: ``train.py:31 in main: loss.backward()``."""
     import linecache
 
-    own = frame
-    while own is not None and not _is_users(own):
-        own = own.f_back
-    own = own or frame
-    if own is None:
+    if not stack:
         return ""
-    code = own.f_code
-    line = own.f_lineno or code.co_firstlineno  # between two lines it has none
-    source = linecache.getline(code.co_filename, line).strip()[:120]
-    place = f"{code.co_filename[-120:]}:{line} in {code.co_name}"
-    return f"{place}: {source}" if source else place
+    file, line, function = next(filter(_is_users, stack), stack[0])
+    source = linecache.getline(file, line).strip()[:120]
+    told = f"{file[-120:]}:{line} in {function}"
+    return f"{told}: {source}" if source else told
 
 
 def _print(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.reduce_op import ReduceOp
-from hvdx.watchdog import Pending, describe, failure, waiting
+from hvdx.watchdog import Pending, Place, describe, failure, stacks, waiting
 
 _INNER = ("horovod.", "torch.autograd.")
 _POLL_SECONDS = 50e-6
@@ -50,21 +49,27 @@ def wait(
         return horovod.synchronize(handle)
 
 
+_blocked_before: dict[int, int] = {}  # thread: the handle that it waited for a look ago
+
+
 def blocked() -> dict[tuple[str, int], Pending]:
     """Find threads that wait inside Horovod's own ``synchronize``, for the watchdog.
 
     Its callers have the name and the tensor among their variables. Handles are numbered, so
     that a call is told from the next one.
     """
-    found = {}
-    for thread, innermost in sys._current_frames().items():
-        frame: FrameType | None = innermost
-        while frame is not None and frame.f_code is not mpi_ops.synchronize.__code__:
-            frame = frame.f_back
-        if frame is None or "handle" not in frame.f_locals:
+    global _blocked_before
+    found, blocked_now = {}, {}
+    inside = {thread for thread, stack in stacks().items() if stack and _synchronizes(stack[0])}
+    frames = sys._current_frames() if inside else {}
+    for thread, frame in frames.items():
+        if frame.f_code is not mpi_ops.synchronize.__code__ or "handle" not in frame.f_locals:
             continue
+        blocked_now[thread] = frame.f_locals["handle"]
+        if _blocked_before.get(thread) != blocked_now[thread]:
+            continue  # only a stack that stands still may be walked along
         known: dict[str, Any] = {}
-        operation, handle = "synchronize", frame.f_locals["handle"]
+        operation, handle = "synchronize", blocked_now[thread]
         caller = frame.f_back
         while caller is not None and caller.f_globals.get("__name__", "").startswith(_INNER):
             if caller.f_globals["__name__"].startswith("horovod."):
@@ -80,7 +85,12 @@ def blocked() -> dict[tuple[str, int], Pending]:
             tuple(own.ranks) if own is not None and own.process_set_id else None,
             thread,
         )
+    _blocked_before = blocked_now
     return found
+
+
+def _synchronizes(place: Place) -> bool:
+    return place.function == "synchronize" and place.file == mpi_ops.__file__
 
 
 class Flight:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,9 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from hvdx.watchdog import Pending, add_source, describe
+from hvdx.watchdog import Pending, Place, add_source, describe, stacks
 
-_EXECUTION = ("tensorflow.python.eager.execute", "tensorflow.python.eager.context")
+_EXECUTION = ("tensorflow/python/eager/execute.py", "tensorflow/python/eager/context.py")
 #: What is told about an operation -> when it began, 0 when it has ended.
 _began: dict[Pending, Any] = {}
 
@@ -49,22 +48,19 @@ def running() -> dict[Any, Pending]:
 
     Without that, one that was cut short by an error would seem to wait.
     """
-    threads = [thread for thread, frame in sys._current_frames().items() if _executes(frame)]
-    if not threads or not _began:
+    begun = {pending: float(began.numpy()) for pending, began in list(_began.items())}
+    if not any(begun.values()):
         return {}
-    found = {}
-    for pending, variable in list(_began.items()):
-        if since := float(variable.numpy()):
-            found["graph", pending, since] = pending._replace(thread=threads[0])
-    return found
+    threads = [thread for thread, stack in stacks().items() if any(map(_executes, stack))]
+    return {
+        ("graph", pending, since): pending._replace(thread=threads[0])
+        for pending, since in begun.items()
+        if since and threads
+    }
 
 
-def _executes(frame: Any) -> bool:
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _EXECUTION:
-            return True
-        frame = frame.f_back
-    return False
+def _executes(place: Place) -> bool:
+    return place.file.endswith(_EXECUTION)
 
 
 add_source(running)
