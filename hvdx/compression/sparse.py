@@ -152,7 +152,7 @@ _MULTIPLIER, _MODULUS = 48271, 2**31 - 1
 
 def chosen(size: int, density: float) -> int:
     """Return how many of ``size`` elements are sent."""
-    return max(1, min(size, math.ceil(size * density)))
+    return int(max(1, min(size, math.ceil(size * density))))
 
 
 def _write(ops: Ops, where: Any, values: Any, size: int) -> Any:
