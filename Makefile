@@ -27,7 +27,7 @@ test: .venv hosts
 	$(TRAPS)
 	echo "--- The same traps on plain Horovod, which must fail each of them:"
 	$(TRAPS) -- --plain
-	$(BIN)/python -m pytest --timeout 600 --durations 15 tests/integration
+	$(BIN)/python -m pytest --timeout 600 --numprocesses 2 --dist loadfile --durations 15 tests/integration
 
 lint: .venv/packages types
 	$(BIN)/ruff check .
