@@ -22,7 +22,7 @@ demo: .venv
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_keras.py
 
 test: .venv hosts
-	$(BIN)/python -m pytest --timeout 300 --durations 10 tests/single
+	$(BIN)/python -m pytest --timeout 300 --numprocesses 2 --dist loadfile tests/single
 	$(BIN)/python tests/parallel/run.py 2 4
 	$(TRAPS)
 	echo "--- The same traps on plain Horovod, which must fail each of them:"
