@@ -22,12 +22,12 @@ demo: .venv
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_keras.py
 
 test: .venv hosts
-	$(BIN)/python -m pytest --timeout 300 --durations 10 tests/single
+	$(BIN)/python -m pytest --timeout 300 --numprocesses 2 --dist loadfile tests/single
 	$(BIN)/python tests/parallel/run.py 2 4
 	$(TRAPS)
 	echo "--- The same traps on plain Horovod, which must fail each of them:"
 	$(TRAPS) -- --plain
-	$(BIN)/python -m pytest --timeout 600 --durations 15 tests/integration
+	$(BIN)/python -m pytest --timeout 600 --numprocesses 2 --dist loadfile --durations 15 tests/integration
 
 lint: .venv/packages types
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ class Wait(NamedTuple):
     what: str  # dtype and shape
     seconds: float
     ranks: list[int] | None  # of the process set; None: all
-    at: str  # file, line and source of the call
+    at: str  # file, line and source of the call; "" unless rank 0 is curious
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -38,7 +38,7 @@ class Report(NamedTuple):
     """What a rank says about itself, about once a second."""
 
     waits: list[Wait]
-    at: str  # where its main thread is
+    at: str  # where its main thread is; "" unless rank 0 is curious
     last: str  # its last collective, "" before the first
     patience: float  # seconds for which it has asked the others to wait
     progress: str  # changes whenever the rank gets anywhere
@@ -85,7 +85,7 @@ class Picture:
         """Take note of what ``rank`` reports."""
         before = self._reports.get(rank)
         joined = any(wait.operation == "join" for wait in report.waits)
-        if before is None or (report.progress != before.progress and not joined):
+        if before is None or (_moved(before, report) and not joined):
             self._moved = now
         if report.patience > 0:
             self._calm = now
@@ -100,6 +100,14 @@ class Picture:
     def patience(self) -> float:
         """Return the longest time for which any rank has asked."""
         return max((report.patience for report in self._reports.values()), default=0.0)
+
+    def curious(self, now: float) -> bool:
+        """Tell whether to have the ranks say where they are: something waits unusually long."""
+        limit = self._timeout / 4
+        return any(
+            seconds > (min(limit, LEFT_SECONDS / 4) if self._left else limit)
+            for _, seconds in self._oldest(now)
+        )
 
     def stalled(self, now: float) -> str | None:
         """Return what to tell all ranks if a collective has waited too long, else None."""
@@ -228,6 +236,12 @@ class Picture:
             return f"waiting for {wait}{more}", max(wait.seconds, 1.0), at
         last = f" (its last: {report.last})" if report.last else ""
         return f"in no collective{last}", 0.0, f"; it is at {report.at or 'an unknown place'}"
+
+
+def _moved(before: Report, now: Report) -> bool:
+    """Tell whether a rank has got anywhere between two reports."""
+    walked = bool(before.at and now.at) and before.at != now.at
+    return walked or before.progress != now.progress
 
 
 def _spell(ranks: Iterable[int]) -> str:

@@ -2,8 +2,8 @@
 
 Horovod pairs collectives by name. Where one rank does not come, the others wait, and rank 0 writes
 a warning once a minute. Here a thread in every rank tells rank 0 each second what its rank waits
-for and where it is (:mod:`hvdx.star` carries it, :mod:`hvdx.verdict` judges). After
-``HVDX_TIMEOUT`` seconds rank 0 tells all; each rank then
+for and, when rank 0 begins to wonder, where it is (:mod:`hvdx.star` carries it,
+:mod:`hvdx.verdict` judges). After ``HVDX_TIMEOUT`` seconds rank 0 tells all; each rank then
 
 1. prints why,
 2. stops Horovod, so that calls blocked in it return, with :class:`hvdx.StallError`,
@@ -20,12 +20,14 @@ import contextlib
 import faulthandler
 import functools
 import os
-import re
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate, repeat
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hvdx.errors import HvdxError, StallError
@@ -323,6 +325,7 @@ class Watch:
         self._picture = Picture(size, seconds, now) if rank == 0 else None
         self._heard = now  # of rank 0
         self._patience = 0.0  # of others, as rank 0 has told
+        self._where = False  # whether it wants to know where this rank is
         self._left: dict[int, str] = {}
         self._cut_off = False  # rank 0 has left without a word
         self._over = False  # the watch, by a fault of its own
@@ -390,7 +393,7 @@ class Watch:
                 raise self.error() from None
             return
         if shut_down and self._left:
-            wait, told = self._described(call, time.monotonic()), self._departures()
+            wait, told = self._described(call, time.monotonic(), True), self._departures()
             at = f" (called at {wait.at})" if wait.at else ""
             raise StallError(
                 f"rank {self._rank} waits for {wait}{at}, which can never finish: {told}"
@@ -445,10 +448,12 @@ class Watch:
     def _report(self, now: float) -> None:
         from hvdx.verdict import to_plain
 
-        report = self._look(now)
+        if self._picture is not None:
+            self._where = self._picture.curious(now)
+        report = self._look(now, self._where)
         if self._picture is not None:
             self._picture.hear(0, report, now)
-            self._send({"patience": self._picture.patience()})
+            self._send({"patience": self._picture.patience(), "where": self._where})
         else:
             self._send({"report": to_plain(report)})
 
@@ -487,6 +492,7 @@ class Watch:
             self._fail(str(message["failure"]))
         elif self._picture is None:
             self._patience = float(message["patience"])
+            self._where = bool(message["where"])
             self._heard = now
 
     def _lose(self, rank: int, reason: str, now: float, certain: bool = True) -> None:
@@ -520,7 +526,7 @@ class Watch:
             limit = self._seconds if self._cut_off else LEFT_SECONDS
         elif silent < limit + self._patience:
             return
-        for wait in self._look(now).waits:
+        for wait in self._look(now, where=silent > limit / 2).waits:
             if wait.seconds > limit and 0 in (wait.ranks or [0]):
                 self._fail(
                     f"rank {self._rank} waited {wait.seconds:.0f} s for {wait}, called at "
@@ -529,7 +535,7 @@ class Watch:
                 return
 
     def _fail(self, told: str) -> None:
-        self._blocked = bool(self._look(time.monotonic()).waits)
+        self._blocked = bool(self._look(time.monotonic(), where=False).waits)
         self.failure = told
         self._news.set()
         if not _waiting:  # else the call that waits raises it
@@ -576,11 +582,11 @@ class Watch:
 
     # --- what this rank does
 
-    def _look(self, now: float) -> Any:
-        """Return this rank's report."""
+    def _look(self, now: float, where: bool) -> Any:
+        """Return this rank's report, with ``where`` naming the lines."""
         from hvdx.verdict import Report, Wait
 
-        waits = [self._described(call, now) for call in list(_waiting.values())]
+        waits = [self._described(call, now, where) for call in list(_waiting.values())]
         seen: dict[Any, float] = {}
         threads = set(_waiting)
         for source in list(_sources):
@@ -588,22 +594,23 @@ class Watch:
                 if found.thread in threads:
                     continue  # a call of ours that waits within Horovod's
                 since = seen[key] = self._seen.get(key, now)
-                at = _at(found.thread)
+                at = _at(found.thread) if where else ""
                 ranks = list(found.ranks) if found.ranks else None
                 waits.append(Wait(*found[:3], now - since, ranks, at))
         self._seen = seen
-        last, at = _last, _at(None)
+        last, at = _last, _at(None) if where else ""
         told = f"{last[0]} {last[1]!r}" if last and last[1] else last[0] if last else ""
         patience = max(0.0, _patient_until - now)
-        progress = f"{last} {at} {sorted(map(str, seen))}"[:300]
+        progress = f"{last} {sorted(map(str, seen))}"[:300]
         return Report(waits[:8], at, told[:200], patience, progress)
 
-    def _described(self, call: waiting, now: float) -> Any:
+    def _described(self, call: waiting, now: float, where: bool) -> Any:
         from hvdx.verdict import Wait
 
         own = call.process_set
         ranks = getattr(own, "ranks", None) if getattr(own, "process_set_id", 0) else None
-        at = _at(next((t for t, c in _waiting.items() if c is call), None))
+        thread = next((t for t, c in list(_waiting.items()) if c is call), None)
+        at = _at(thread) if where else ""
         return Wait(
             call.operation,
             call.name and call.name[:200],
@@ -633,32 +640,28 @@ class Place(NamedTuple):
     function: str
 
 
-_THREAD = re.compile(r"(?:Current t|T)hread 0x([0-9a-f]+)")
-_PLACE = re.compile(r'  File "(.*)", line (\d+) in (.*)')
-
-
-def stacks() -> dict[int, list[Place]]:
-    """Return every thread's stack, innermost first, by the thread's number.
-
-    Read by faulthandler, in one piece and without making frame objects. Walking along frames
-    of threads that run has crashed Python 3.11 (SIGSEGV in ``f_back``, seen once).
-    """
-    found: dict[int, list[Place]] = {}
-    own: list[Place] = []
-    with contextlib.suppress(Exception), os.fdopen(os.memfd_create("stacks"), "w+b") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        for line in file.read().decode(errors="replace").splitlines():
-            if thread := _THREAD.match(line):
-                own = found[int(thread[1], 16)] = []
-            elif place := _PLACE.match(line):
-                own.append(Place(place[1], int(place[2]), place[3]))
-    return found
-
-
 def _at(thread: int | None) -> str:
-    """Tell where a thread is, the main thread by default."""
-    return _whereabouts(stacks().get(thread or threading.main_thread().ident or 0, []))
+    """Tell where a thread is, the main thread by default.
+
+    For moments of need, not for every second: the thread runs on meanwhile. faulthandler, which
+    seems made for this, takes no lock: a thread that C++ code makes or ends while it looks
+    crashes it (Python 3.11, SIGSEGV).
+    """
+    frame = sys._current_frames().get(thread or threading.main_thread().ident or 0)
+    return _whereabouts(_stack(frame) if frame else [])
+
+
+def _stack(frame: FrameType) -> list[Place]:
+    """List where ``frame`` and its callers are, the innermost first."""
+    frames: deque[FrameType | None] = deque()
+    with contextlib.suppress(AttributeError):  # None, behind the outermost, has no f_back
+        # In C from end to end, so that the thread does not run on the way.
+        frames.extend(accumulate(repeat("f_back"), getattr, initial=frame))
+    return [
+        Place(each.f_code.co_filename, each.f_lineno or 0, each.f_code.co_name)
+        for each in frames
+        if each is not None
+    ]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.reduce_op import ReduceOp
-from hvdx.watchdog import Pending, Place, describe, failure, stacks, waiting
+from hvdx.watchdog import Pending, describe, failure, waiting
 
 _INNER = ("horovod.", "torch.autograd.")
 _POLL_SECONDS = 50e-6
@@ -60,9 +60,7 @@ def blocked() -> dict[tuple[str, int], Pending]:
     """
     global _blocked_before
     found, blocked_now = {}, {}
-    inside = {thread for thread, stack in stacks().items() if stack and _synchronizes(stack[0])}
-    frames = sys._current_frames() if inside else {}
-    for thread, frame in frames.items():
+    for thread, frame in sys._current_frames().items():
         if frame.f_code is not mpi_ops.synchronize.__code__ or "handle" not in frame.f_locals:
             continue
         blocked_now[thread] = frame.f_locals["handle"]
@@ -87,10 +85,6 @@ def blocked() -> dict[tuple[str, int], Pending]:
         )
     _blocked_before = blocked_now
     return found
-
-
-def _synchronizes(place: Place) -> bool:
-    return place.function == "synchronize" and place.file == mpi_ops.__file__
 
 
 class Flight:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from hvdx.watchdog import Pending, Place, add_source, describe, stacks
+from hvdx.watchdog import Pending, add_source, describe
 
 _EXECUTION = ("tensorflow/python/eager/execute.py", "tensorflow/python/eager/context.py")
 #: What is told about an operation -> when it began, 0 when it has ended.
@@ -51,7 +53,7 @@ def running() -> dict[Any, Pending]:
     begun = {pending: float(began.numpy()) for pending, began in list(_began.items())}
     if not any(begun.values()):
         return {}
-    threads = [thread for thread, stack in stacks().items() if any(map(_executes, stack))]
+    threads = [thread for thread, frame in sys._current_frames().items() if _executes(frame)]
     return {
         ("graph", pending, since): pending._replace(thread=threads[0])
         for pending, since in begun.items()
@@ -59,8 +61,8 @@ def running() -> dict[Any, Pending]:
     }
 
 
-def _executes(place: Place) -> bool:
-    return place.file.endswith(_EXECUTION)
+def _executes(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.endswith(_EXECUTION)
 
 
 add_source(running)

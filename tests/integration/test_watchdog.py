@@ -47,6 +47,7 @@ TORCH = "import torch"
 TENSORFLOW = "import tensorflow as tf"
 KERAS = "import numpy, keras"
 NET = """
+torch.manual_seed(0)
 net = torch.nn.Linear(3, 1)
 optimizer = hvd.DistributedOptimizer(torch.optim.SGD(net.parameters(), 0.1), net)
 def step():

@@ -105,6 +105,26 @@ def test_a_rank_that_has_joined_waits_for_the_others_work():
     assert "for join" in known.stalled(366)
 
 
+def test_places_are_asked_for_when_something_waits_long():
+    assert not picture(busy(wait(seconds=7)), idle()).curious(100)
+    assert picture(busy(wait(seconds=8)), idle()).curious(100)
+    assert not picture(busy(wait(seconds=8)), idle(patience=60.0)).curious(100)
+    known = picture(busy(wait(seconds=1)), idle())
+    known.lose(1, "has left the job: its script has ended", 99)
+    assert known.curious(100)
+
+
+def test_a_place_that_is_told_now_but_was_not_before_is_no_progress():
+    joined = busy(wait(None, 300, operation="join"))
+    known = picture(joined, idle(at=""), now=300)
+    known.hear(1, idle(at="a.py:1"), 309)
+    known.hear(1, idle(at="a.py:1"), 331)
+    known.hear(0, joined, 331)
+    assert "for join" in known.stalled(331)
+    known.hear(1, idle(at="a.py:2"), 332)
+    assert known.stalled(332) is None
+
+
 def test_a_rank_that_has_joined_takes_part():
     known = picture(busy(wait(None, 50, operation="join")), busy(wait(seconds=31)), now=100)
     assert known.stalled(100) is None
