@@ -17,9 +17,24 @@ FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow", "both": ("torch", "t
 PROCESS_SETS = [list(range(int(os.environ["HOROVOD_SIZE"]) - 1))]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "ranks(number): on that number only, since what it shows is the same on others"
+    )
     # When another rank fails or hangs, the launcher ends this one: say where it stands.
     faulthandler.register(signal.SIGTERM, file=sys.__stderr__, all_threads=True, chain=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that are marked for another number of ranks."""
+    size = int(os.environ["HOROVOD_SIZE"])
+    elsewhere = [
+        item
+        for item in items
+        if (mark := item.get_closest_marker("ranks")) is not None and size not in mark.args
+    ]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
 
 
 @pytest.hookimpl(trylast=True)

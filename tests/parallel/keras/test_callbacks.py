@@ -11,6 +11,8 @@ import pytest
 
 import hvdx
 
+pytestmark = pytest.mark.ranks(2)
+
 
 def short_fit(model, *callbacks, **options):
     x, y = np.ones((8, 6), "float32"), np.ones((8, 1), "float32")

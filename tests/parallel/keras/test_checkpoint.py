@@ -11,6 +11,8 @@ import pytest
 
 import hvdx
 
+pytestmark = pytest.mark.ranks(2)
+
 
 @pytest.fixture
 def folder(tmp_path):

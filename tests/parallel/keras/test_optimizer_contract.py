@@ -15,6 +15,8 @@ import pytest
 
 import hvdx
 
+pytestmark = pytest.mark.ranks(2)
+
 
 class Own(keras.optimizers.SGD):
     """A user's optimizer, known to Keras by no name."""

@@ -13,7 +13,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.ranks(2)), "float64"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_ranks_equal_one_process(
     hvd, kind, dtype, data, make_model, ways, farthest, exact, assert_equal_replicas

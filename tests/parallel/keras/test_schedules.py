@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.ranks(2)
+
 
 class Rates(keras.callbacks.Callback):
     """Notes the learning rate that each batch meets; ``on_train_batch_end`` makes Keras wait."""
