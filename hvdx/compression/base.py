@@ -60,8 +60,19 @@ class Compressor(NamedTuple):
     owns_momentum: bool = False
     """It applies momentum itself, so that the optimizer must not."""
 
+    policy: Callable[[Spec], Compressor] | None = None
+    """Chooses for each parameter; what it returns has no policy itself."""
+
+    prepare: Callable[[Any, list[Spec], Any], Compressor] | None = None
+    """``prepare(adapter, specs, process_set)`` returns what to use instead. All ranks call it at
+    the same moment, with equal ``specs``, before the first reduction: it may measure."""
+
     def __repr__(self) -> str:
         return f"Compression.{self.name}"
+
+    def of(self, spec: Spec) -> Compressor:
+        """Return what reduces the gradient of the parameter ``spec``."""
+        return self.policy(spec) if self.policy is not None else self
 
     def at(self, step: int) -> Compressor:
         """Return what reduces gradients in optimizer step ``step``, counted from 0."""

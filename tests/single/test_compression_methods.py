@@ -19,6 +19,7 @@ from hvdx.compression import (
     min_size,
 )
 from hvdx.compression.feedback import Feedback
+from hvdx.compression.state import leaves, rebuilt
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow encountered")
@@ -369,3 +370,14 @@ def test_options_out_of_range(make, told):
     with pytest.raises(CompressionError) as error:
         make()
     assert told in str(error.value)
+
+
+def test_states_come_apart_and_together():
+    compressor = Compression.onebit()
+    state = compressor.init(NumpyOps(), Spec("w", (3, 5), "float32", 4))
+    flat = leaves(state)
+    assert [path for path, _ in flat] == ["residual", "inner"]
+    again = rebuilt(state, iter([tensor + 1 for _, tensor in flat]))
+    assert type(again) is type(state)
+    np.testing.assert_array_equal(again.residual, np.ones((3, 5)))
+    assert leaves(None) == [] and rebuilt(None, iter([])) is None
