@@ -7,13 +7,14 @@ tensor's type, among frameworks that are imported already. NumPy is the referenc
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from hvdx.frameworks import framework_of_kind, kind_of
 
 
 class Ops(Protocol):
-    """Verbs on tensors of one framework. Nothing here changes its arguments.
+    """Verbs on tensors of one framework. They change no argument, but where they say so.
 
     Results are the same to the last bit on every framework, unless a verb says otherwise.
     Tensors also know ``+ - *``, comparisons, indexing and ``.shape``, alike everywhere.
@@ -28,10 +29,18 @@ class Ops(Protocol):
     def clip(self, x: Any, low: float, high: float) -> Any:
         """Limit every finite element to [low, high]; infinities and NaN stay what they are."""
 
-    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
-        """Return ``x * factor`` rounded to even within ±``limit``, as integers of ``dtype``.
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str, noise: Any = None) -> Any:
+        """Return ``x * factor + noise`` rounded to even within ±``limit``, as ``dtype`` integers.
 
-        0 where that is not finite. ``factor`` broadcasts.
+        0 where that is not finite. ``factor`` broadcasts; it must be a power of two if there is
+        noise, since a product may be rounded before the sum or not.
+        """
+
+    def noise(self, key: Any, count: int) -> Any:
+        """Return ``count`` odd multiples of 2^-17 between -1/2 and 1/2, float32, by ``key``.
+
+        Each is as likely as any other. Number i depends on i and on ``key``, an int32 without
+        dimensions, and on nothing else: no generator is touched.
         """
 
     def scale(self, x: Any, factor: float) -> Any:
@@ -55,8 +64,20 @@ class Ops(Protocol):
     def where(self, condition: Any, one: Any, other: Any) -> Any:
         """Take from ``one`` where ``condition`` holds, else from ``other``; broadcasts."""
 
+    def either(self, condition: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+        """Return ``one()`` where a boolean without dimensions holds, else ``other()``.
+
+        Both must be of one shape and dtype. Both may be called.
+        """
+
     def finite(self, x: Any) -> Any:
         """Tell, by element, what is neither infinite nor NaN."""
+
+    def finite_or(self, x: Any, other: Any) -> Any:
+        """Take from ``x`` what is finite, the rest from ``other``, of the same shape.
+
+        Fast where all is finite: for large tensors, of which that is expected.
+        """
 
     def abs_bits(self, x: Any) -> Any:
         """Return the bits of |x| of float32 as int32: ordered as the magnitudes are."""
@@ -115,16 +136,25 @@ class Ops(Protocol):
     def counts(self, x: Any, size: int) -> Any:
         """Count how often each of 0 ... size-1 occurs among int32, as int32."""
 
-    def matmul(self, x: Any, y: Any) -> Any:
-        """Multiply matrices; last bits differ between frameworks."""
+    def matmul(self, x: Any, y: Any, transposed: bool = False) -> Any:
+        """Multiply ``x`` by ``y``, or by ``y`` transposed; last bits differ between frameworks.
 
-    def transpose(self, x: Any) -> Any:
-        """Swap the two axes of a matrix."""
+        A flat ``x`` and a large ``y`` are far quicker than a large ``x`` and a tall ``y``.
+        """
+
+    def outer(self, left: Any, right: Any, over: Any) -> Any:
+        """Return leftᵀ right, in the shape and dtype of ``over``: it may be written there.
+
+        Last bits differ between frameworks.
+        """
+
+    def minus_outer(self, x: Any, left: Any, right: Any) -> Any:
+        """Return ``x`` less leftᵀ right, in its shape; it may be written over ``x``."""
 
     def orthonormal(self, x: Any) -> Any:
-        """Return an orthonormal basis of a tall matrix's columns, by QR; bits may differ.
+        """Return an orthonormal basis of a flat matrix's rows, by QR; bits may differ.
 
-        Columns that depend on others, zeros among them, become any orthonormal complement.
+        Rows that depend on others, zeros among them, become any orthonormal complement.
         """
 
 
@@ -132,6 +162,11 @@ _BITS = [1 << bit for bit in range(8)]
 #: Eight bytes of 0 or 1, read as an int64 (the first is the lowest) and multiplied by this, have
 #: their bits side by side in the highest byte: byte i comes to rest at bit 56 + i.
 _GATHER_BITS = 0x0102040810204080
+#: How :meth:`Ops.noise` mixes an index into a random number of 32 bits: shift, keep what a shift
+#: without sign would, multiply. Multiplications wrap; the constants are signed.
+_MIX = ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B - 2**32), (16, 0xFFFF, 1))
+_SPREAD = 0x9E3779B1 - 2**32
+_STEP = 2.0**-16
 
 
 class NumpyOps:
@@ -154,10 +189,19 @@ class NumpyOps:
         """See :meth:`Ops.clip`."""
         return self._np.where(self._np.isfinite(x), self._np.clip(x, low, high), x)
 
-    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str, noise: Any = None) -> Any:
         """See :meth:`Ops.quantise`."""
-        scaled = self._np.nan_to_num(x * factor, nan=0.0, posinf=0.0, neginf=0.0)
+        scaled = x * factor if noise is None else x * factor + noise
+        scaled = self._np.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
         return self._np.clip(self._np.rint(scaled), -limit, limit).astype(dtype)
+
+    def noise(self, key: Any, count: int) -> Any:
+        """See :meth:`Ops.noise`."""
+        words = self._np.arange(-(-count // 2), dtype="int32") * self._np.int32(_SPREAD)
+        words = words + self._np.asarray(key)
+        for shift, kept, factor in _MIX:
+            words = (words ^ words >> shift & kept) * self._np.int32(factor)
+        return (words.view("int16")[:count].astype("float32") + self._np.float32(0.5)) * _STEP
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -187,9 +231,17 @@ class NumpyOps:
         """See :meth:`Ops.where`."""
         return self._np.where(condition, one, other)
 
+    def either(self, condition: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+        """See :meth:`Ops.either`."""
+        return one() if condition else other()
+
     def finite(self, x: Any) -> Any:
         """See :meth:`Ops.finite`."""
         return self._np.isfinite(x)
+
+    def finite_or(self, x: Any, other: Any) -> Any:
+        """See :meth:`Ops.finite_or`."""
+        return self._np.where(self._np.isfinite(x), x, other)
 
     def abs_bits(self, x: Any) -> Any:
         """See :meth:`Ops.abs_bits`."""
@@ -269,17 +321,21 @@ class NumpyOps:
         """See :meth:`Ops.counts`."""
         return self._np.bincount(x, minlength=size).astype("int32")
 
-    def matmul(self, x: Any, y: Any) -> Any:
+    def matmul(self, x: Any, y: Any, transposed: bool = False) -> Any:
         """See :meth:`Ops.matmul`."""
-        return x @ y
+        return x @ (y.T if transposed else y)
 
-    def transpose(self, x: Any) -> Any:
-        """See :meth:`Ops.transpose`."""
-        return x.T
+    def outer(self, left: Any, right: Any, over: Any) -> Any:
+        """See :meth:`Ops.outer`."""
+        return (left.T @ right).reshape(over.shape).astype(over.dtype, copy=False)
+
+    def minus_outer(self, x: Any, left: Any, right: Any) -> Any:
+        """See :meth:`Ops.minus_outer`."""
+        return x - (left.T @ right).reshape(x.shape)
 
     def orthonormal(self, x: Any) -> Any:
         """See :meth:`Ops.orthonormal`."""
-        return self._np.linalg.qr(x)[0]
+        return self._np.ascontiguousarray(self._np.linalg.qr(x.T)[0].T)
 
 
 class TorchOps:
@@ -300,10 +356,21 @@ class TorchOps:
         """See :meth:`Ops.clip`."""
         return self._torch.where(self._torch.isfinite(x), x.clamp(low, high), x)
 
-    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str, noise: Any = None) -> Any:
         """See :meth:`Ops.quantise`."""
-        scaled = (x * factor).nan_to_num_(0.0, 0.0, 0.0)
+        scaled = x * factor if noise is None else self._torch.addcmul(noise, x, factor)
+        scaled = scaled.nan_to_num_(0.0, 0.0, 0.0)
         return scaled.round_().clamp_(-limit, limit).to(getattr(self._torch, dtype))
+
+    def noise(self, key: Any, count: int) -> Any:
+        """See :meth:`Ops.noise`."""
+        words = self._torch.arange(-(-count // 2), dtype=self._torch.int32, device=key.device)
+        words.mul_(_SPREAD).add_(key)
+        for shift, kept, factor in _MIX:
+            words.bitwise_xor_((words >> shift).bitwise_and_(kept))
+            if factor != 1:
+                words.mul_(factor)
+        return words.view(self._torch.int16)[:count].float().add_(0.5).mul_(_STEP)
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -333,9 +400,21 @@ class TorchOps:
         """See :meth:`Ops.where`."""
         return self._torch.where(condition, one, other)
 
+    def either(self, condition: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+        """See :meth:`Ops.either`; a GPU is not waited for."""
+        if condition.device.type == "cpu":
+            return one() if condition else other()
+        return self._torch.where(condition, one(), other())
+
     def finite(self, x: Any) -> Any:
         """See :meth:`Ops.finite`."""
         return self._torch.isfinite(x)
+
+    def finite_or(self, x: Any, other: Any) -> Any:
+        """See :meth:`Ops.finite_or`; on a CPU a sum takes a tenth of the time."""
+        if x.device.type == "cpu" and bool(x.sum().isfinite()):
+            return x
+        return self._torch.where(self._torch.isfinite(x), x, other)
 
     def abs_bits(self, x: Any) -> Any:
         """See :meth:`Ops.abs_bits`."""
@@ -426,17 +505,25 @@ class TorchOps:
         """See :meth:`Ops.counts`."""
         return x.bincount(minlength=size).int()
 
-    def matmul(self, x: Any, y: Any) -> Any:
+    def matmul(self, x: Any, y: Any, transposed: bool = False) -> Any:
         """See :meth:`Ops.matmul`."""
-        return x @ y
+        return x @ (y.t() if transposed else y)
 
-    def transpose(self, x: Any) -> Any:
-        """See :meth:`Ops.transpose`."""
-        return x.t()
+    def outer(self, left: Any, right: Any, over: Any) -> Any:
+        """See :meth:`Ops.outer`."""
+        if over.dtype != left.dtype or not over.is_contiguous():
+            return (left.t() @ right).reshape(over.shape).to(over.dtype)
+        self._torch.mm(left.t(), right, out=over.view(left.shape[1], right.shape[1]))
+        return over
+
+    def minus_outer(self, x: Any, left: Any, right: Any) -> Any:
+        """See :meth:`Ops.minus_outer`."""
+        matrix = x.reshape(left.shape[1], right.shape[1])
+        return matrix.addmm_(left.t(), right, alpha=-1).reshape(x.shape)
 
     def orthonormal(self, x: Any) -> Any:
         """See :meth:`Ops.orthonormal`."""
-        return self._torch.linalg.qr(x).Q
+        return self._torch.linalg.qr(x.t()).Q.t().contiguous()
 
 
 class TensorFlowOps:
@@ -458,12 +545,22 @@ class TensorFlowOps:
         limited = self._tf.clip_by_value(x, low, high)
         return self._tf.where(self._tf.math.is_finite(x), limited, x)
 
-    def quantise(self, x: Any, factor: Any, limit: int, dtype: str) -> Any:
+    def quantise(self, x: Any, factor: Any, limit: int, dtype: str, noise: Any = None) -> Any:
         """See :meth:`Ops.quantise`."""
-        scaled = x * factor
+        scaled = x * factor if noise is None else x * factor + noise
         scaled = self._tf.where(self._tf.math.is_finite(scaled), scaled, 0.0)
         whole = self._tf.clip_by_value(self._tf.round(scaled), -limit, limit)
         return self._tf.cast(whole, dtype)
+
+    def noise(self, key: Any, count: int) -> Any:
+        """See :meth:`Ops.noise`."""
+        bitwise = self._tf.bitwise
+        words = self._tf.range(-(-count // 2)) * _SPREAD + key
+        for shift, kept, factor in _MIX:
+            lower = bitwise.bitwise_and(bitwise.right_shift(words, shift), kept)
+            words = bitwise.bitwise_xor(words, lower) * factor
+        halves = self._tf.reshape(self._tf.bitcast(words, self._tf.int16), [-1])[:count]
+        return (self._tf.cast(halves, self._tf.float32) + 0.5) * _STEP
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -494,9 +591,17 @@ class TensorFlowOps:
         """See :meth:`Ops.where`."""
         return self._tf.where(condition, one, other)
 
+    def either(self, condition: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+        """See :meth:`Ops.either`."""
+        return self._tf.cond(condition, one, other)
+
     def finite(self, x: Any) -> Any:
         """See :meth:`Ops.finite`."""
         return self._tf.math.is_finite(x)
+
+    def finite_or(self, x: Any, other: Any) -> Any:
+        """See :meth:`Ops.finite_or`."""
+        return self._tf.where(self._tf.math.is_finite(x), x, other)
 
     def abs_bits(self, x: Any) -> Any:
         """See :meth:`Ops.abs_bits`."""
@@ -580,17 +685,23 @@ class TensorFlowOps:
         """See :meth:`Ops.counts`."""
         return self._tf.math.bincount(x, minlength=size, maxlength=size)
 
-    def matmul(self, x: Any, y: Any) -> Any:
+    def matmul(self, x: Any, y: Any, transposed: bool = False) -> Any:
         """See :meth:`Ops.matmul`."""
-        return self._tf.matmul(x, y)
+        return self._tf.matmul(x, y, transpose_b=transposed)
 
-    def transpose(self, x: Any) -> Any:
-        """See :meth:`Ops.transpose`."""
-        return self._tf.transpose(x)
+    def outer(self, left: Any, right: Any, over: Any) -> Any:
+        """See :meth:`Ops.outer`."""
+        product = self._tf.matmul(left, right, transpose_a=True)
+        return self._tf.cast(self._tf.reshape(product, over.shape), over.dtype)
+
+    def minus_outer(self, x: Any, left: Any, right: Any) -> Any:
+        """See :meth:`Ops.minus_outer`."""
+        product = self._tf.matmul(left, right, transpose_a=True)
+        return x - self._tf.reshape(product, x.shape)
 
     def orthonormal(self, x: Any) -> Any:
         """See :meth:`Ops.orthonormal`."""
-        return self._tf.linalg.qr(x).q
+        return self._tf.transpose(self._tf.linalg.qr(self._tf.transpose(x)).q)
 
 
 _CLASSES: dict[str, type[Any]] = {

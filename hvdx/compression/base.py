@@ -31,7 +31,7 @@ class Reduced(NamedTuple):
     """What ``reduce`` returns."""
 
     mean: Any  # the estimate of the mean gradient, equal on every rank
-    own: Any  # what this rank contributed to it: error feedback keeps the rest
+    own: Any  # what this rank contributed to it; None where error feedback has used it already
     state: Any
 
 
@@ -39,8 +39,9 @@ class Compressor(NamedTuple):
     """A way of averaging a gradient over ranks.
 
     ``init(ops, spec)`` returns the first state of a parameter. ``reduce(ops, grad, state)``
-    is a generator of the requests of :mod:`hvdx.comm` that returns :class:`Reduced`. Both are
-    plain functions without hidden state, so state can be saved, moved and compared.
+    is a generator of the requests of :mod:`hvdx.comm` that returns :class:`Reduced`, and may
+    write the mean over ``grad``. Both are plain functions without hidden state, so state can be
+    saved, moved and compared.
     """
 
     name: str

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hvdx.comm import Work
-from hvdx.compression.base import Compressor, Reduced, Spec, none
+from hvdx.compression.base import CompressionError, Compressor, Reduced, Spec, none
 from hvdx.ops import Ops
 
 
@@ -43,9 +43,12 @@ def _with_feedback(inner: Compressor) -> Compressor:
         dtype = ops.dtype(grad)
         owed = ops.cast(grad, "float32") + state.residual
         mean, own, kept = yield from inner.reduce(ops, owed, state.inner)
-        left = owed - own
-        residual = ops.where(ops.finite(left), left, state.residual)
-        return Reduced(ops.cast(mean, dtype), ops.cast(own, dtype), Feedback(residual, kept))
+        if own is None:
+            raise CompressionError(
+                f"error_feedback(Compression.{inner.name}): it has error feedback already"
+            )
+        residual = ops.finite_or(owed - own, state.residual)
+        return Reduced(ops.cast(mean, dtype), None, Feedback(residual, kept))
 
     return inner._replace(init=init, reduce=reduce, elementwise=False, stateful=True)
 

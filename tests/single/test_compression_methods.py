@@ -37,6 +37,7 @@ METHODS = {
     "dgc": Compression.dgc(0.02),
     "randomk": Compression.randomk(0.05),
     "powersgd": Compression.powersgd(4),
+    "powersgd in turns": Compression.powersgd(4, alternating=True),
 }
 WITH_FEEDBACK = [name for name in METHODS if name not in ("fp16", "bf16", "int8", "dgc")]
 SIZES = [1, 2, 3, 4]
@@ -151,7 +152,7 @@ def test_without_feedback_codecs_end_elsewhere(method, factor):
     assert errors[True] < factor * errors[False], errors
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "powersgd"])
+@pytest.mark.parametrize("name", [n for n in METHODS if "powersgd" not in n])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_frameworks_agree_to_the_last_bit(name, ranks):
     """Replicas may even differ in framework; PowerSGD's factors come from libraries."""
@@ -175,9 +176,10 @@ def test_frameworks_agree_to_the_last_bit(name, ranks):
     np.testing.assert_array_equal(steps(TensorFlowOps(), tf.constant), expected)
 
 
-def test_frameworks_agree_on_powersgd():
+@pytest.mark.parametrize("name", ["powersgd", "powersgd in turns"])
+def test_frameworks_agree_on_powersgd(name):
     torch, tf = pytest.importorskip("torch"), pytest.importorskip("tensorflow")
-    compressor = METHODS["powersgd"]
+    compressor = METHODS[name]
     spec = Spec("layer.weight", SHAPE, "float32", 2)
     means = []
     for ops, tensor in (
@@ -277,6 +279,7 @@ def test_what_is_not_finite_reaches_all_and_leaves_the_residual(name, ranks, bad
         ("topk", 4, lambda n: 3 * 0.02 * n * 4),
         ("randomk", 4, lambda n: 1.5 * 0.05 * n * 4),
         ("powersgd", 4, lambda n: 1.5 * 4 * 4 * (512 + 1024)),
+        ("powersgd in turns", 4, lambda n: 1.5 * 4 * 4 * 1024),
     ],
 )
 def test_bytes_sent(name, ranks, formula):
@@ -285,6 +288,38 @@ def test_bytes_sent(name, ranks, formula):
     job.step(list(gradients(ranks, 1, shape)[0]))
     expected = formula(512 * 1024)
     assert abs(job.sent / expected - 1) <= 0.03, (job.sent, expected)
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_powersgd_finds_a_matrix_of_low_rank(alternating):
+    """Steps of the same gradient, of the factors' rank, are a power iteration on it."""
+    random = np.random.default_rng(0)
+    grad = (random.normal(size=(40, 3)) @ random.normal(size=(3, 90))).astype(np.float32)
+    job = Job(Compression.powersgd(3, alternating=alternating), 2, grad.shape)
+    for _ in range(3):
+        mean = job.step([grad * 0.5, grad * 1.5])
+        job.states = [s._replace(residual=s.residual * 0) for s in job.states]
+    np.testing.assert_allclose(mean, grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_powersgd_wakes_up(alternating):
+    """A factor of zeros once became the first unit vectors, where this gradient has nothing."""
+    job = Job(Compression.powersgd(2, alternating=alternating), 2, (40, 40))
+    grad = np.zeros((40, 40), np.float32)
+    for _ in range(3):
+        assert not job.step([grad, grad]).any()
+    grad[30:, 30:] = np.random.default_rng(0).normal(size=(10, 10))
+    for _ in range(40):
+        job.step([grad, grad])
+        assert np.linalg.norm(job.states[0].residual) < 10 * np.linalg.norm(grad)
+
+
+def test_powersgd_feeds_back_itself():
+    job = Job(error_feedback(Compression.powersgd(2)), 1)
+    with pytest.raises(CompressionError, match=r"powersgd\(rank=2\)\): it has error feedback"):
+        job.compressor.reduce(OPS, gradients(1, 1)[0, 0], job.states[0]).send(None)
+        job.step(list(gradients(1, 1)[0]))
 
 
 def test_deep_gradient_compression_without_momentum_is_top_k_with_feedback():

@@ -188,7 +188,17 @@ VERBS = {  # name: verb of one tensor, its argument
     ),
     "repeat": (lambda ops, x: ops.repeat(x, 7), np.array([0, 3, 4], np.int32)),
     "counts": (lambda ops, x: ops.counts(x, 5), np.array([1, 1, 3], np.int32)),
-    "transpose": (lambda ops, x: ops.transpose(x), MATRIX),
+    "noise": (lambda ops, x: ops.noise(ops.sum(x), 65), INTS[0]),
+    "quantise with noise": (
+        lambda ops, x: ops.quantise(
+            x, ops.constant(2.0, "float32"), 100, "int8", ops.noise(ops.constant(7, "int32"), 600)
+        ),
+        np.arange(600, dtype=np.float32) / 16,
+    ),
+    "finite_or": (lambda ops, x: ops.finite_or(x, ops.from_bits(ops.abs_bits(x) * 0)), ODD),
+    "finite_or of what is": (lambda ops, x: ops.finite_or(x, x * 0), MATRIX),
+    "either": (lambda ops, x: ops.either(ops.max(ops.max(x)) > 9, lambda: x, lambda: -x), MATRIX),
+    "or": (lambda ops, x: ops.either(ops.max(ops.max(x)) > -9, lambda: x, lambda: -x), MATRIX),
 }  # fmt: skip
 
 
@@ -200,12 +210,64 @@ def test_the_verbs_of_compressors(framework, name):
 
 
 def test_matmul_and_orthonormal(framework):
-    tall = MATRIX.T.copy()
-    product = framework.run(
-        lambda x: framework.ops.matmul(x, framework.ops.transpose(x)), framework.tensor(tall)
-    )
-    np.testing.assert_allclose(product, tall @ tall.T, rtol=1e-5, atol=1e-6)
-    for given in (tall, np.zeros_like(tall), np.ones_like(tall)):  # of full rank, 0 and 1
-        q = framework.run(framework.ops.orthonormal, framework.tensor(given))
-        np.testing.assert_allclose(q.T @ q, np.eye(4), atol=1e-5)
-        np.testing.assert_allclose(q @ (q.T @ given), given, atol=1e-5)
+    ops, flat = framework.ops, MATRIX
+    product = framework.run(lambda x: ops.matmul(x, x, transposed=True), framework.tensor(flat))
+    np.testing.assert_allclose(product, flat @ flat.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        framework.run(lambda x: ops.matmul(ops.matmul(x, x, transposed=True), x),
+                      framework.tensor(flat)),
+        flat @ flat.T @ flat, rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+    for given in (flat, np.zeros_like(flat), np.ones_like(flat)):  # of full rank, 0 and 1
+        q = framework.run(ops.orthonormal, framework.tensor(given))
+        np.testing.assert_allclose(q @ q.T, np.eye(len(flat)), atol=1e-5)
+        np.testing.assert_allclose(given @ q.T @ q, given, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_outer_products(framework, dtype):
+    """Of a (2, 3) and a (2, 8) matrix, as a (4, 6) tensor."""
+    ops = framework.ops
+    left, right = MATRIX[:2, :3].copy(), np.concatenate([MATRIX[:2], MATRIX[2:, :2]], 1)
+    exact = (left.T @ right).reshape(4, 6)
+
+    def outer(over):
+        return ops.outer(ops.constant(left, "float32"), ops.constant(right, "float32"), over)
+
+    result = framework.run(outer, framework.tensor(np.ones((4, 6), dtype)))
+    assert result.dtype == dtype
+    np.testing.assert_allclose(result, exact, rtol=1e-5)
+
+    def rest(x):
+        x = ops.cast(x, "float32") + 0
+        return ops.minus_outer(x, ops.constant(left, "float32"), ops.constant(right, "float32"))
+
+    whole = framework.run(rest, framework.tensor(np.ones((4, 6), dtype)))
+    np.testing.assert_allclose(whole, 1 - exact, rtol=1e-5, atol=1e-6)
+
+
+def test_an_outer_product_is_written_over_what_may_be_lost():
+    torch = pytest.importorskip("torch")
+    ops, left, right = TorchOps(), torch.ones(1, 2), torch.arange(3.0)[None]
+    straight, turned = torch.zeros(2, 3), torch.zeros(3, 2).t()
+    assert ops.outer(left, right, straight) is straight
+    assert ops.outer(left, right, turned).tolist() == straight.tolist() == [[0, 1, 2]] * 2
+
+
+def test_noise_is_uniform_and_independent():
+    """Between its neighbours, between keys, and between an index of one key and of the next."""
+    ops, count = NumpyOps(), 2**16
+    draws = np.stack([ops.noise(np.int32(key), count) for key in range(64)])
+    assert draws.dtype == np.float32 and np.abs(draws).max() < 0.5
+    assert (draws * 2**17 % 2 == 1).all()
+    for axis in (0, 1):
+        means, size = draws.mean(axis, dtype=float), draws.shape[axis]
+        assert np.abs(means).max() < 6 / np.sqrt(12 * size)
+    bins = np.histogram(draws, 256, (-0.5, 0.5))[0]
+    expected = draws.size / 256
+    assert ((bins - expected) ** 2 / expected).sum() < 256 + 6 * np.sqrt(2 * 256)
+    for lag in (1, 2, 3, 8, 1024):
+        pairs = [(draws[:, lag:], draws[:, :-lag]), (draws[1:, lag:], draws[:-1, :-lag])]
+        for one, other in pairs:
+            assert abs((one * other).mean(dtype=float)) < 6 / 12 / np.sqrt(one.size)
+    assert abs((draws[1:] * draws[:-1]).mean(dtype=float)) < 6 / 12 / np.sqrt(draws[1:].size)
