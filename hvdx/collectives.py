@@ -152,7 +152,8 @@ def _compressed(
         if prescale_factor != 1.0:
             tensor = ops.scale(tensor, prescale_factor)
         spec = Spec(name or "", tuple(tensor.shape), ops.dtype(tensor), adapter.ranks(process_set))
-        reduced = yield from compressor.reduce(ops, tensor, compressor.init(ops, spec))
+        chosen = compressor.of(spec)
+        reduced = yield from chosen.reduce(ops, tensor, chosen.init(ops, spec))
         return ops.scale(reduced.mean, factor) if factor != 1.0 else reduced.mean
 
     answer = functools.partial(

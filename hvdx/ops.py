@@ -6,6 +6,7 @@ tensor's type, among frameworks that are imported already. NumPy is the referenc
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -36,10 +37,10 @@ class Ops(Protocol):
         noise, since a product may be rounded before the sum or not.
         """
 
-    def noise(self, key: Any, count: int) -> Any:
-        """Return ``count`` odd multiples of 2^-17 between -1/2 and 1/2, float32, by ``key``.
+    def noise(self, key: Any, like: Any) -> Any:
+        """Return odd multiples of 2^-17 between -1/2 and 1/2, float32, in the shape of ``like``.
 
-        Each is as likely as any other. Number i depends on i and on ``key``, an int32 without
+        Each is as likely as any other. The i-th depends on i and on ``key``, an int32 without
         dimensions, and on nothing else: no generator is touched.
         """
 
@@ -195,13 +196,15 @@ class NumpyOps:
         scaled = self._np.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
         return self._np.clip(self._np.rint(scaled), -limit, limit).astype(dtype)
 
-    def noise(self, key: Any, count: int) -> Any:
+    def noise(self, key: Any, like: Any) -> Any:
         """See :meth:`Ops.noise`."""
+        count = math.prod(like.shape)
         words = self._np.arange(-(-count // 2), dtype="int32") * self._np.int32(_SPREAD)
         words = words + self._np.asarray(key)
         for shift, kept, factor in _MIX:
             words = (words ^ words >> shift & kept) * self._np.int32(factor)
-        return (words.view("int16")[:count].astype("float32") + self._np.float32(0.5)) * _STEP
+        halves = words.view("int16")[:count].reshape(like.shape)
+        return (halves.astype("float32") + self._np.float32(0.5)) * _STEP
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -362,15 +365,17 @@ class TorchOps:
         scaled = scaled.nan_to_num_(0.0, 0.0, 0.0)
         return scaled.round_().clamp_(-limit, limit).to(getattr(self._torch, dtype))
 
-    def noise(self, key: Any, count: int) -> Any:
+    def noise(self, key: Any, like: Any) -> Any:
         """See :meth:`Ops.noise`."""
-        words = self._torch.arange(-(-count // 2), dtype=self._torch.int32, device=key.device)
+        count = math.prod(like.shape)
+        words = self._torch.arange(-(-count // 2), dtype=self._torch.int32, device=like.device)
         words.mul_(_SPREAD).add_(key)
         for shift, kept, factor in _MIX:
             words.bitwise_xor_((words >> shift).bitwise_and_(kept))
             if factor != 1:
                 words.mul_(factor)
-        return words.view(self._torch.int16)[:count].float().add_(0.5).mul_(_STEP)
+        halves = words.view(self._torch.int16)[:count].view(like.shape)
+        return halves.float().add_(0.5).mul_(_STEP)
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""
@@ -552,15 +557,16 @@ class TensorFlowOps:
         whole = self._tf.clip_by_value(self._tf.round(scaled), -limit, limit)
         return self._tf.cast(whole, dtype)
 
-    def noise(self, key: Any, count: int) -> Any:
+    def noise(self, key: Any, like: Any) -> Any:
         """See :meth:`Ops.noise`."""
+        count = math.prod(like.shape)
         bitwise = self._tf.bitwise
         words = self._tf.range(-(-count // 2)) * _SPREAD + key
         for shift, kept, factor in _MIX:
             lower = bitwise.bitwise_and(bitwise.right_shift(words, shift), kept)
             words = bitwise.bitwise_xor(words, lower) * factor
         halves = self._tf.reshape(self._tf.bitcast(words, self._tf.int16), [-1])[:count]
-        return (self._tf.cast(halves, self._tf.float32) + 0.5) * _STEP
+        return (self._tf.cast(self._tf.reshape(halves, like.shape), self._tf.float32) + 0.5) * _STEP
 
     def scale(self, x: Any, factor: float) -> Any:
         """See :meth:`Ops.scale`."""

@@ -116,7 +116,8 @@ class Bucket:
 
     def finite(self) -> bool:
         """Tell whether the means are."""
-        return bool(self.flat.isfinite().all())
+        # A sum takes a tenth of the time, but is infinite as well where it overflows.
+        return bool(self.flat.sum().isfinite()) or bool(self.flat.isfinite().all())
 
     def begin(self) -> None:
         """Forget what an earlier backward pass left that has failed half-way."""

@@ -9,7 +9,7 @@ from hvdx.compression.base import (
     from_horovod,
     none,
 )
-from hvdx.compression.feedback import after, error_feedback, min_size
+from hvdx.compression.feedback import after, error_feedback, min_size, momentum
 from hvdx.compression.methods import Compression, as_compressor
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "fp16",
     "from_horovod",
     "min_size",
+    "momentum",
     "none",
 ]

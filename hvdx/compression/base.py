@@ -31,7 +31,9 @@ class Reduced(NamedTuple):
     """What ``reduce`` returns."""
 
     mean: Any  # the estimate of the mean gradient, equal on every rank
-    own: Any  # what this rank contributed to it; None where error feedback has used it already
+    own: Any
+    """What this rank contributed to it, or a function that works that out, since only error
+    feedback needs it; None where error feedback has been applied."""
     state: Any
 
 

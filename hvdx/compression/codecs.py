@@ -31,14 +31,16 @@ class Codec(NamedTuple):
     ``encode(ops, rows, used)`` takes (rows, columns), columns a multiple of ``block``, of which
     the first ``used`` elements, counted through all rows, are not padding; padding must be
     zeros. It returns uint8 of (rows, ``row_bytes(columns)``). ``decode(ops, data, columns)``
-    is the way back, to float32.
+    is the way back, to float32. ``encode`` takes one argument more if the codec is ``noisy``: a
+    key (see :mod:`hvdx.compression.draws`), another for each call.
     """
 
     name: str
     block: int
     row_bytes: Callable[[int], int]
-    encode: Callable[[Ops, Any, int], Any]
+    encode: Callable[..., Any]
     decode: Callable[[Ops, Any, int], Any]
+    noisy: bool = False
 
 
 def bfloat16() -> Codec:
@@ -54,21 +56,31 @@ def bfloat16() -> Codec:
     return Codec("bf16", 1, lambda columns: 2 * columns, encode, decode)
 
 
-def integers(bits: int, block: int) -> Codec:
+def integers(bits: int, block: int, *, stochastic: bool = False) -> Codec:
     """Whole numbers of 8 or 4 bits times a power of two that each block has for itself.
 
     The largest of a block falls in the upper half of the codes, so that at most one bit is
     lost against the best scale.
+
+    Args:
+        bits: 8 or 4.
+        block: elements that share a scale.
+        stochastic: round up with the probability of the fraction, so that the expected value is
+            the number itself, instead of to the nearest.
     """
     limit = 2 ** (bits - 1) - 1
     row_bytes = functools.partial(_with_scales, bits=bits, block=block, scale_bytes=1)
 
-    def encode(ops: Ops, rows: Any, used: int) -> Any:
+    def encode(ops: Ops, rows: Any, used: int, key: Any = None) -> Any:
         blocks = _blocks(ops, rows, block)
         top = ops.max(ops.abs_bits(blocks))
         exponent = _at_least(ops, ops.shift_right(top, 23) - (bits - 2), _FLOOR)
+        noise = None
+        if stochastic:
+            exponent = _roomier(ops, top, exponent, bits)
+            noise = ops.noise(key, blocks)
         inverse = ops.from_bits((254 - exponent) * _EXPONENT)
-        codes = ops.quantise(blocks, inverse[..., None], limit, "int8")
+        codes = ops.quantise(blocks, inverse[..., None], limit, "int8", noise)
         exponent = ops.where(top < _INFINITE, exponent, ops.constant(255, "int32"))
         count = rows.shape[0]
         return ops.concat(
@@ -88,7 +100,7 @@ def integers(bits: int, block: int) -> Codec:
         values = blocks * ops.from_bits(exponent * _EXPONENT)[..., None]
         return ops.reshape(values, (data.shape[0], columns))
 
-    return Codec(f"int{bits}", block, row_bytes, encode, decode)
+    return Codec(f"int{bits}", block, row_bytes, encode, decode, stochastic)
 
 
 def signs(block: int = 1024) -> Codec:
@@ -136,6 +148,19 @@ def _with_scales(columns: int, *, bits: int, block: int, scale_bytes: int) -> in
 
 def _blocks(ops: Ops, rows: Any, block: int) -> Any:
     return ops.reshape(rows, (rows.shape[0], rows.shape[1] // block, block))
+
+
+def _roomier(ops: Ops, top: Any, exponent: Any, bits: int) -> Any:
+    """Return the exponents for stochastic rounding.
+
+    They leave room for the largest of a block, of which to the nearest the last code's half is
+    cut off: that would be a bias. And where subnormals are not flushed to zero, noise may not
+    lift them to 1: with a scale of 2^-107 they are below its last bit.
+    """
+    beyond = ops.mask(top, _EXPONENT - 1) > _EXPONENT - 2 ** (25 - bits)
+    exponent = exponent + ops.cast(beyond, "int32")
+    largest = ops.constant(256 - bits, "int32")  # of which the last code is below infinity
+    return _at_least(ops, ops.where(exponent > largest, largest, exponent), _FLOOR + 18)
 
 
 def _at_least(ops: Ops, x: Any, low: int) -> Any:

@@ -9,9 +9,11 @@ decodes the same bytes, so that replicas stay equal to the last bit.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 from hvdx.comm import Allgather, Alltoall, Rank, Ranks, Work
+from hvdx.compression import draws
 from hvdx.compression.base import Compressor, Reduced, Spec
 from hvdx.compression.codecs import Codec
 from hvdx.compression.state import OwedPiece
@@ -24,7 +26,14 @@ class Owner(NamedTuple):
     lost: OwedPiece  # by writing this rank's piece of the mean; whole blocks of float32
 
 
-def exchange(codec: Codec, *, owner_feedback: bool = False) -> Compressor:
+class Rounding(NamedTuple):
+    """State of :func:`exchange` with a noisy codec."""
+
+    draw: Any  # int64 scalar: this step's random number, equal on all ranks
+    owner: Owner | None
+
+
+def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Compressor:
     """Return the compressor that sends gradients written by ``codec``.
 
     Args:
@@ -32,13 +41,15 @@ def exchange(codec: Codec, *, owner_feedback: bool = False) -> Compressor:
         owner_feedback: keep what the second phase's rounding loses at the rank that rounds,
             and add it to that piece's next mean. Biased codecs need it beside the feedback for
             the first phase (:func:`hvdx.compression.feedback.error_feedback`).
+        seed: of noisy codecs, equal on all ranks; each of them then rounds in its own way.
     """
 
     def init(ops: Ops, spec: Spec) -> Any:
-        if not owner_feedback or spec.ranks <= 2:
-            return None
-        columns = _columns(math.prod(spec.shape), spec.ranks, codec.block)
-        return Owner(ops.zeros((columns,), "float32"))
+        owner = None
+        if owner_feedback and spec.ranks > 2:
+            columns = _columns(math.prod(spec.shape), spec.ranks, codec.block)
+            owner = Owner(ops.zeros((columns,), "float32"))
+        return Rounding(draws.first(ops, seed, spec.name), owner) if codec.noisy else owner
 
     def reduce(ops: Ops, grad: Any, state: Any) -> Work[Reduced]:
         shape, dtype = tuple(grad.shape), ops.dtype(grad)
@@ -46,49 +57,67 @@ def exchange(codec: Codec, *, owner_feedback: bool = False) -> Compressor:
         ranks = yield Ranks()
         if ranks == 1 or size == 0:
             return Reduced(grad, grad, state)
+        draw, owner = state if codec.noisy else (None, state)
+
+        def write(rows: Any, used: int, stream: int) -> Any:
+            keys = [draws.key(ops, draw, stream)] if codec.noisy else []
+            return codec.encode(ops, rows, used, *keys)
+
         flat = ops.cast(ops.reshape(grad, (-1,)), "float32")
         if ranks == 2:
-            mean, own = yield from _one_phase(ops, codec, flat, size)
+            mean, own = yield from _one_phase(ops, codec, write, flat, size)
         else:
-            mean, own, state = yield from _two_phases(ops, codec, flat, size, ranks, state)
-        return Reduced(_like(ops, mean, shape, dtype), _like(ops, own, shape, dtype), state)
+            mean, own, owner = yield from _two_phases(ops, codec, write, flat, size, ranks, owner)
+        return Reduced(
+            ops.cast(ops.reshape(mean, shape), dtype),
+            lambda: ops.cast(ops.reshape(own(), shape), dtype),
+            Rounding(draws.following(draw), owner) if codec.noisy else owner,
+        )
 
-    return Compressor(codec.name, init, reduce, stateful=owner_feedback)
+    return Compressor(codec.name, init, reduce, stateful=owner_feedback or codec.noisy)
 
 
-def _one_phase(ops: Ops, codec: Codec, flat: Any, size: int) -> Work[tuple[Any, Any]]:
+Write: TypeAlias = Callable[[Any, int, int], Any]
+"""``(rows, used, stream) -> bytes``: the codec's, with another key for each stream."""
+
+
+def _one_phase(
+    ops: Ops, codec: Codec, write: Write, flat: Any, size: int
+) -> Work[tuple[Any, Callable[[], Any]]]:
     columns = _columns(size, 1, codec.block)
     rank = yield Rank()
-    data = codec.encode(ops, _rows(ops, flat, size, 1, columns), size)
+    data = write(_rows(ops, flat, size, 1, columns), size, rank)
     everyone = yield Allgather(ops.reshape(data, (-1,)))
     rows = codec.decode(ops, ops.reshape(everyone, (2, codec.row_bytes(columns))), columns)
     mean = ops.scale(rows[0] + rows[1], 0.5)
-    return mean[:size], rows[rank][:size]
+    return mean[:size], lambda: rows[rank][:size]
 
 
 def _two_phases(
-    ops: Ops, codec: Codec, flat: Any, size: int, ranks: int, owed: Any
-) -> Work[tuple[Any, Any, Any]]:
+    ops: Ops, codec: Codec, write: Write, flat: Any, size: int, ranks: int, owner: Owner | None
+) -> Work[tuple[Any, Callable[[], Any], Owner | None]]:
     columns = _columns(size, ranks, codec.block)
     shape = (ranks, codec.row_bytes(columns))
     rank = yield Rank()
-    data = codec.encode(ops, _rows(ops, flat, size, ranks, columns), size)
+    data = write(_rows(ops, flat, size, ranks, columns), size, rank)
     pieces = yield Alltoall(ops.reshape(data, (-1,)))
     rows = codec.decode(ops, ops.reshape(pieces, shape), columns)
     total = rows[0]
     for row in range(1, ranks):  # in rank order: another order rounds otherwise
         total = total + rows[row]
     piece = ops.scale(total, 1.0 / ranks)
-    if owed is not None:
-        piece = piece + owed.lost
+    if owner is not None:
+        piece = piece + owner.lost
     used = min(max(size - rank * columns, 0), columns)
-    everyone = yield Allgather(ops.reshape(codec.encode(ops, piece[None], used), (-1,)))
+    everyone = yield Allgather(ops.reshape(write(piece[None], used, ranks + rank), (-1,)))
     means = codec.decode(ops, ops.reshape(everyone, shape), columns)
-    if owed is not None:
-        lost = piece - means[rank]
-        owed = Owner(ops.where(ops.finite(lost), lost, owed.lost))
-    own = codec.decode(ops, data, columns)
-    return ops.reshape(means, (-1,))[:size], ops.reshape(own, (-1,))[:size], owed
+    if owner is not None:
+        owner = Owner(ops.finite_or(piece - means[rank], owner.lost))
+
+    def own() -> Any:
+        return ops.reshape(codec.decode(ops, data, columns), (-1,))[:size]
+
+    return ops.reshape(means, (-1,))[:size], own, owner
 
 
 def _columns(size: int, rows: int, block: int) -> int:
@@ -101,7 +130,3 @@ def _rows(ops: Ops, flat: Any, size: int, rows: int, columns: int) -> Any:
     if padding:
         flat = ops.concat([flat, ops.zeros((padding,), "float32")])
     return ops.reshape(flat, (rows, columns))
-
-
-def _like(ops: Ops, flat: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    return ops.cast(ops.reshape(flat, shape), dtype)

@@ -1,4 +1,4 @@
-"""Wrappers that compose with any compressor: error feedback, warm-up, a floor in size."""
+"""Wrappers that compose with any compressor: error feedback, warm-up, momentum, a floor in size."""
 
 from __future__ import annotations
 
@@ -14,9 +14,22 @@ from hvdx.ops import Ops
 
 
 def each_phase(inner: Compressor, change: Callable[[Compressor], Compressor]) -> Compressor:
-    """Apply a wrapper to a compressor and to all its phases."""
+    """Apply a wrapper to a compressor, to all its phases, and to all that it may choose."""
     changed = tuple((start, change(phase)) for start, phase in inner.phases)
-    return change(inner)._replace(phases=changed)
+    wrap = functools.partial(each_phase, change=change)
+    return _chosen_too(inner, change(inner)._replace(phases=changed), wrap)
+
+
+def _chosen_too(
+    inner: Compressor, wrapped: Compressor, wrap: Callable[[Compressor], Compressor]
+) -> Compressor:
+    """Have ``wrapped`` choose what ``inner`` chooses, if it does, but wrapped as well."""
+    policy, prepare = inner.policy, inner.prepare
+    if policy is not None:
+        wrapped = wrapped._replace(policy=lambda spec: wrap(policy(spec)))
+    if prepare is not None:
+        wrapped = wrapped._replace(prepare=lambda *job: wrap(prepare(*job)))
+    return wrapped
 
 
 class Feedback(NamedTuple):
@@ -48,6 +61,7 @@ def _with_feedback(inner: Compressor) -> Compressor:
             raise CompressionError(
                 f"error_feedback(Compression.{inner.name}): it has error feedback already"
             )
+        own = own() if callable(own) else own
         residual = ops.finite_or(owed - own, state.residual)
         return Reduced(ops.cast(mean, dtype), None, Feedback(residual, kept))
 
@@ -69,31 +83,93 @@ def after(steps: int, inner: Compressor, first: Compressor = none) -> Compressor
         reduced = yield from first.reduce(ops, grad, None)
         return reduced._replace(state=state)
 
+    if not isinstance(steps, int) or steps < 0:
+        raise CompressionError(f"after({steps!r}, {inner}): steps must be an integer from 0")
+    if first.stateful or first.phases or first.policy or first.prepare:
+        raise CompressionError(
+            f"after({steps}, {inner}, first={first}): what comes first must keep no state"
+        )
     name = f"after({steps}, {inner.name})"
     early = inner._replace(reduce=hold, phases=())
     late = [(steps + start, phase) for start, phase in inner.phases]
     phases = ((0, early), (steps, inner._replace(phases=())), *late)
-    return inner._replace(name=name, phases=phases)
+    wrap = functools.partial(after, steps, first=first)
+    return _chosen_too(inner, inner._replace(name=name, phases=phases), wrap)
 
 
-def min_size(elements: int, compressor: Compressor) -> Compressor:
+def min_size(elements: int, compressor: Compressor, small: Compressor = none) -> Compressor:
     """Send parameters of fewer than ``elements``, and all with one dimension or none, raw.
 
     They are few bytes and suffer most from being compressed.
+
+    Args:
+        elements: the least that is compressed.
+        compressor: for those.
+        small: for the others; without phases.
     """
-    return each_phase(compressor, functools.partial(_unless_small, elements))
+    if not isinstance(elements, int) or elements < 0:
+        raise CompressionError(
+            f"{compressor} for parameters of min_elements={elements!r}: it must be an integer "
+            "from 0"
+        )
+    return each_phase(compressor, functools.partial(_unless_small, elements, small))
 
 
-def _unless_small(elements: int, inner: Compressor) -> Compressor:
-    def small(shape: tuple[int, ...]) -> bool:
-        return len(shape) < 2 or math.prod(shape) < elements
+def _unless_small(elements: int, small: Compressor, inner: Compressor) -> Compressor:
+    def chosen(shape: tuple[int, ...]) -> Compressor:
+        return small if len(shape) < 2 or math.prod(shape) < elements else inner
 
     def init(ops: Ops, spec: Spec) -> Any:
-        return None if small(spec.shape) else inner.init(ops, spec)
+        return chosen(spec.shape).init(ops, spec)
 
     def reduce(ops: Ops, grad: Any, state: Any) -> Work[Reduced]:
-        if small(tuple(grad.shape)):
-            return (yield from none.reduce(ops, grad, state))
-        return (yield from inner.reduce(ops, grad, state))
+        return (yield from chosen(tuple(grad.shape)).reduce(ops, grad, state))
 
     return inner._replace(init=init, reduce=reduce, elementwise=False)
+
+
+class Momentum(NamedTuple):
+    """State of :func:`momentum`."""
+
+    velocity: Any  # of the means, equal on all ranks; in the gradient's shape, float32
+    inner: Any
+
+
+def momentum(factor: float, compressor: Compressor = none) -> Compressor:
+    """Add to each mean ``factor`` times what was returned before, as SGD with momentum does.
+
+    For parameters beside those of a method that applies momentum itself (DGC), since it must be
+    off in their optimizer. A step whose mean is not finite leaves the velocity as it was.
+
+    Raises:
+        CompressionError: ``factor`` is not in [0, 1), or ``compressor`` applies momentum.
+    """
+    check_momentum("momentum", factor)
+    if compressor.owns_momentum:
+        raise CompressionError(f"momentum({factor}, {compressor}): that applies momentum itself")
+    compressor = compressor._replace(name=f"momentum({factor:g}, {compressor.name})")
+    return each_phase(compressor, functools.partial(_with_momentum, factor))
+
+
+def check_momentum(method: str, factor: float) -> None:
+    """Raise a :class:`CompressionError` if ``factor`` is no momentum."""
+    if not isinstance(factor, (int, float)) or not 0 <= factor < 1:
+        raise CompressionError(
+            f"{method}(momentum={factor!r}): momentum must be 0 or more and below 1"
+        )
+
+
+def _with_momentum(factor: float, inner: Compressor) -> Compressor:
+    def init(ops: Ops, spec: Spec) -> Momentum:
+        return Momentum(ops.zeros(spec.shape, "float32"), inner.init(ops, spec))
+
+    def reduce(ops: Ops, grad: Any, state: Momentum) -> Work[Reduced]:
+        dtype = ops.dtype(grad)
+        mean, own, kept = yield from inner.reduce(ops, grad, state.inner)
+        velocity = ops.scale(state.velocity, factor) + ops.cast(mean, "float32")
+        kept = Momentum(ops.finite_or(velocity, state.velocity), kept)
+        return Reduced(ops.cast(velocity, dtype), own, kept)
+
+    return inner._replace(
+        init=init, reduce=reduce, elementwise=False, stateful=True, owns_momentum=True
+    )

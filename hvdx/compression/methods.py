@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hvdx.compression import codecs
 from hvdx.compression.base import CompressionError, Compressor, fp16, from_horovod, none
 from hvdx.compression.exchange import exchange
-from hvdx.compression.feedback import error_feedback, min_size
+from hvdx.compression.feedback import check_momentum, error_feedback, min_size
+from hvdx.compression.feedback import momentum as with_momentum
+from hvdx.compression.policy import by_layer
 from hvdx.compression.powersgd import alternating_power_sgd, power_sgd
 from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
 
@@ -33,18 +36,27 @@ class Compression:
     bf16 = exchange(codecs.bfloat16())
 
     @staticmethod
-    def int8(feedback: bool = False) -> Compressor:
+    def int8(feedback: bool = False, rounding: str = "nearest", seed: int = 0) -> Compressor:
         """8 bits an element and a power-of-two scale for every 256.
 
         Args:
             feedback: send later what rounding lost; seldom needed with 8 bits.
+            rounding: ``"nearest"``, or ``"stochastic"``: up or down at random, so that the mean
+                of many steps, or ranks, has no bias. It errs twice as much in a single step.
+            seed: of stochastic rounding, equal on all ranks.
         """
-        return _quantised(codecs.integers(8, 256), feedback)
+        return _integers("int8", 8, 256, feedback, rounding, seed)
 
     @staticmethod
-    def int4(feedback: bool = True) -> Compressor:
-        """4 bits an element and a power-of-two scale for every 128, with error feedback."""
-        return _quantised(codecs.integers(4, 128), feedback)
+    def int4(feedback: bool = True, rounding: str = "nearest", seed: int = 0) -> Compressor:
+        """4 bits an element and a power-of-two scale for every 128, with error feedback.
+
+        Args:
+            feedback: send later what rounding lost.
+            rounding: as in :meth:`int8`; ``"stochastic"`` with or without feedback.
+            seed: of stochastic rounding, equal on all ranks.
+        """
+        return _integers("int4", 4, 128, feedback, rounding, seed)
 
     @staticmethod
     def onebit(feedback: bool = True) -> Compressor:
@@ -64,7 +76,9 @@ class Compression:
             min_elements: smaller parameters, and vectors, travel raw.
         """
         _check_density("topk", density)
-        return min_size(min_elements, error_feedback(top_k(density)))
+        _check_whole("topk", "min_elements", min_elements)
+        compressor = min_size(min_elements, error_feedback(top_k(density)))
+        return _told(compressor, min_elements=(min_elements, _SMALL))
 
     @staticmethod
     def dgc(
@@ -77,21 +91,22 @@ class Compression:
 
         Args:
             density: share of the elements sent, above 0 and at most 1.
-            momentum: applied before the choice, from 0 to below 1. Parameters that travel raw
-                get none: keep ``min_elements`` low.
+            momentum: applied before the choice, from 0 to below 1; for parameters that travel
+                raw, to their means.
             warmup_steps: steps over which the density falls from 25 % to ``density``.
             min_elements: smaller parameters, and vectors, travel raw.
         """
         _check_density("dgc", density)
-        if not 0 <= momentum < 1:
-            raise CompressionError(
-                f"Compression.dgc(momentum={momentum!r}): momentum must be 0 or more and below 1"
-            )
-        if warmup_steps < 0:
-            raise CompressionError(
-                f"Compression.dgc(warmup_steps={warmup_steps!r}): it must be 0 or more"
-            )
-        return min_size(min_elements, deep_gradient_compression(density, momentum, warmup_steps))
+        check_momentum("Compression.dgc", momentum)
+        _check_whole("dgc", "warmup_steps", warmup_steps)
+        _check_whole("dgc", "min_elements", min_elements)
+        small = with_momentum(momentum) if momentum else none
+        compressor = deep_gradient_compression(density, momentum, warmup_steps)
+        return _told(
+            min_size(min_elements, compressor, small),
+            warmup_steps=(warmup_steps, 0),
+            min_elements=(min_elements, _SMALL),
+        )
 
     @staticmethod
     def randomk(density: float = 0.01, min_elements: int = _SMALL, seed: int = 0) -> Compressor:
@@ -103,7 +118,9 @@ class Compression:
             seed: of the choice, equal on all ranks.
         """
         _check_density("randomk", density)
-        return min_size(min_elements, error_feedback(random_k(density, seed)))
+        _check_whole("randomk", "min_elements", min_elements)
+        compressor = min_size(min_elements, error_feedback(random_k(density, seed)))
+        return _told(compressor, min_elements=(min_elements, _SMALL), seed=(seed, 0))
 
     @staticmethod
     def powersgd(
@@ -118,21 +135,61 @@ class Compression:
             alternating: send one factor a step, in turns: half the latency and fewer bytes, for
                 an approximation that follows the gradient half as quickly.
         """
-        if not isinstance(rank, int) or rank < 1:
-            raise CompressionError(f"Compression.powersgd(rank={rank!r}): rank must be 1 or more")
+        _check_whole("powersgd", "rank", rank, 1)
+        _check_whole("powersgd", "min_elements", min_elements)
         method = alternating_power_sgd if alternating else power_sgd
-        return min_size(min_elements, method(rank, seed))
+        compressor = min_size(min_elements, method(rank, seed))
+        return _told(compressor, min_elements=(min_elements, _SMALL), seed=(seed, 0))
+
+    @staticmethod
+    def by_layer(
+        rules: Mapping[str, Any] | Callable[[str, tuple[int, ...], str], Any], default: Any = none
+    ) -> Compressor:
+        """A method for each parameter, by its name: ``{"*.bias": none, "head.*": int8(), ...}``.
+
+        Args:
+            rules: compressors by pattern of names (``*``, ``?``, ``[...]``); the first that
+                matches counts. Or a function ``(name, shape, dtype) -> compressor``, the same on
+                all ranks.
+            default: for parameters that no pattern matches.
+        """
+        return by_layer(rules, default, as_compressor)
 
 
-def _quantised(codec: codecs.Codec, feedback: bool) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback)
+def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
+    compressor = exchange(codec, owner_feedback=feedback, seed=seed)
     if feedback:
         compressor = error_feedback(compressor)
     return compressor._replace(name=f"{codec.name}(feedback={feedback})")
 
 
+def _integers(
+    method: str, bits: int, block: int, feedback: bool, rounding: str, seed: int
+) -> Compressor:
+    if rounding not in ("nearest", "stochastic"):
+        raise CompressionError(
+            f"Compression.{method}(rounding={rounding!r}): use 'nearest' or 'stochastic'"
+        )
+    codec = codecs.integers(bits, block, stochastic=rounding == "stochastic")
+    compressor = _quantised(codec, feedback, seed)
+    return _told(compressor, rounding=(rounding, "nearest"), seed=(seed, 0))
+
+
+def _told(compressor: Compressor, **options: tuple[Any, Any]) -> Compressor:
+    """Add options, given as (value, default), to the name by which ranks compare compressors."""
+    more = "".join(f", {k}={value!r}" for k, (value, usual) in options.items() if value != usual)
+    return compressor._replace(name=f"{compressor.name[:-1]}{more})")
+
+
+def _check_whole(method: str, option: str, value: int, least: int = 0) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise CompressionError(
+            f"Compression.{method}({option}={value!r}): {option} must be an integer from {least}"
+        )
+
+
 def _check_density(method: str, density: float) -> None:
-    if not 0 < density <= 1:
+    if not isinstance(density, numbers.Real) or not 0 < density <= 1:
         raise CompressionError(
             f"Compression.{method}(density={density!r}): density must be above 0 and at most 1"
         )

@@ -167,9 +167,8 @@ def _renewed(ops: Ops, factor: Any) -> Any:
     top = ops.max(ops.abs_bits(factor))
 
     def redrawn() -> Any:
-        rank, length = factor.shape
-        fresh = ops.noise(ops.constant(1, "int32"), rank * length)
-        return ops.where((top == 0)[:, None], ops.reshape(fresh, (rank, length)), factor)
+        fresh = ops.noise(ops.constant(1, "int32"), factor)
+        return ops.where((top == 0)[:, None], fresh, factor)
 
     return ops.either(ops.max(-top) < 0, lambda: factor, redrawn)
 

@@ -6,7 +6,8 @@ import math
 from typing import Any, NamedTuple
 
 from hvdx.comm import Allgather, Allreduce, Ranks, Work
-from hvdx.compression.base import Compressor, Reduced, Spec, name_hash, stateless
+from hvdx.compression import draws
+from hvdx.compression.base import Compressor, Reduced, Spec, stateless
 from hvdx.compression.state import Averaged, Owed
 from hvdx.ops import Ops
 
@@ -124,8 +125,7 @@ def random_k(density: float, seed: int = 0) -> Compressor:
     """
 
     def init(ops: Ops, spec: Spec) -> Turn:
-        start = name_hash(seed, spec.name) % (_MODULUS - 1) + 1
-        return Turn(ops.constant(start, "int64"))
+        return Turn(draws.first(ops, seed, spec.name))
 
     def reduce(ops: Ops, grad: Any, state: Turn) -> Work[Reduced]:
         shape, dtype = tuple(grad.shape), ops.dtype(grad)
@@ -141,14 +141,10 @@ def random_k(density: float, seed: int = 0) -> Compressor:
         return Reduced(
             ops.reshape(ops.add_at(zeros, where, means), shape),
             ops.reshape(ops.add_at(zeros, where, values), shape),
-            Turn(state.draw * _MULTIPLIER % _MODULUS),
+            Turn(draws.following(state.draw)),
         )
 
     return Compressor(f"randomk({density:g})", init, reduce, stateful=True)
-
-
-# The "minimal standard" generator of Park and Miller: products stay far below 2^63.
-_MULTIPLIER, _MODULUS = 48271, 2**31 - 1
 
 
 def chosen(size: int, density: float) -> int:

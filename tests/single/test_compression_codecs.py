@@ -14,14 +14,23 @@ from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 COLUMNS, PADDING = 4096, 100
-CODECS = [codecs.bfloat16(), codecs.integers(8, 256), codecs.integers(4, 128), codecs.signs(1024)]
-EXACT = CODECS[1:]  # bfloat16 leaves the bits of a NaN to the library
+CODECS = {
+    "bf16": codecs.bfloat16(),
+    "int8": codecs.integers(8, 256),
+    "int4": codecs.integers(4, 128),
+    "onebit": codecs.signs(1024),
+    "int8 stochastic": codecs.integers(8, 256, stochastic=True),
+    "int4 stochastic": codecs.integers(4, 128, stochastic=True),
+}
+EXACT = [name for name in CODECS if name != "bf16"]  # whose NaN have bits of the library's choice
 
 #: SHA-256 of the payload of `awkward()`, as first written: a wire format may not change unseen.
 GOLDEN = {
     "int8": "e91166e67b36deeb",
     "int4": "b99d320a0dcb9482",
     "onebit": "56a34d3dd7badaff",
+    "int8 stochastic": "dc1efd022ca05f51",
+    "int4 stochastic": "63cce8ca5405d3b0",
 }
 
 
@@ -46,19 +55,26 @@ def used(rows: np.ndarray) -> int:
     return rows.size - PADDING
 
 
+def written(ops: Any, codec: codecs.Codec, rows: Any, count: int, key: int = 12345) -> Any:
+    """Return the bytes of ``rows``."""
+    keys = [ops.constant(key, "int32")] if codec.noisy else []
+    return codec.encode(ops, rows, count, *keys)
+
+
 @pytest.fixture(params=["numpy", "torch", "tensorflow", "tf.function", "XLA"])
 def way(request: pytest.FixtureRequest) -> Any:
     """Return functions that encode and decode arrays."""
     if request.param == "numpy":
         ops = NumpyOps()
-        return lambda codec, rows: codec.encode(
-            ops, rows, used(rows)
-        ), lambda codec, data: codec.decode(ops, data, COLUMNS)
+        return (
+            lambda codec, rows: written(ops, codec, rows, used(rows)),
+            lambda codec, data: codec.decode(ops, data, COLUMNS),
+        )
     if request.param == "torch":
         torch = pytest.importorskip("torch")
         ops = TorchOps()
         return (
-            lambda codec, rows: codec.encode(ops, torch.tensor(rows), used(rows)).numpy(),
+            lambda codec, rows: written(ops, codec, torch.tensor(rows), used(rows)).numpy(),
             lambda codec, data: codec.decode(ops, torch.tensor(data), COLUMNS).numpy(),
         )
     tf = pytest.importorskip("tensorflow")
@@ -71,25 +87,25 @@ def way(request: pytest.FixtureRequest) -> Any:
         return compiled().numpy()
 
     return (
-        lambda codec, rows: run(lambda: codec.encode(ops, tf.constant(rows), used(rows))),
+        lambda codec, rows: run(lambda: written(ops, codec, tf.constant(rows), used(rows))),
         lambda codec, data: run(lambda: codec.decode(ops, tf.constant(data), COLUMNS)),
     )
 
 
-@pytest.mark.parametrize("codec", EXACT, ids=lambda codec: codec.name)
-def test_the_bytes_are_those_of_the_format(codec, way):
+@pytest.mark.parametrize("name", EXACT)
+def test_the_bytes_are_those_of_the_format(name, way):
     encode, decode = way
-    rows = awkward()
+    codec, rows = CODECS[name], awkward()
     data = encode(codec, rows)
     assert data.dtype == np.uint8 and data.shape == (3, codec.row_bytes(COLUMNS))
-    assert hashlib.sha256(data.tobytes()).hexdigest()[:16] == GOLDEN[codec.name]
-    expected = codec.decode(NumpyOps(), codec.encode(NumpyOps(), rows, used(rows)), COLUMNS)
+    assert hashlib.sha256(data.tobytes()).hexdigest()[:16] == GOLDEN[name]
+    expected = codec.decode(NumpyOps(), data, COLUMNS)
     np.testing.assert_array_equal(decode(codec, data), expected)
 
 
 def test_bfloat16_is_rounded_to_even(way):
     encode, decode = way
-    codec, rows = CODECS[0], awkward()
+    codec, rows = CODECS["bf16"], awkward()
     numbers = decode(codec, encode(codec, rows))
     finite = np.isfinite(rows)
     np.testing.assert_array_equal(np.isfinite(numbers), finite & (np.abs(rows) < 3.396e38))
@@ -98,12 +114,10 @@ def test_bfloat16_is_rounded_to_even(way):
     np.testing.assert_array_equal(numbers[finite].view(np.uint32), rounded.astype(np.uint32))
 
 
-@pytest.mark.parametrize(
-    ("codec", "largest"), [(CODECS[1], 1 / 127), (CODECS[2], 1 / 7)], ids=lambda x: str(x)[:4]
-)
-def test_integers_err_by_half_a_step_at_most(codec, largest):
+@pytest.mark.parametrize(("name", "largest"), [("int8", 1 / 127), ("int4", 1 / 7)])
+def test_integers_err_by_half_a_step_at_most(name, largest):
     """Of a scale that is at most twice the best one."""
-    ops, random = NumpyOps(), np.random.default_rng(0)
+    codec, ops, random = CODECS[name], NumpyOps(), np.random.default_rng(0)
     rows = (random.normal(size=(2, COLUMNS)) * 1e-3).astype(np.float32)
     back = codec.decode(ops, codec.encode(ops, rows, rows.size), COLUMNS)
     blocks = rows.reshape(-1, codec.block)
@@ -113,7 +127,7 @@ def test_integers_err_by_half_a_step_at_most(codec, largest):
 
 
 def test_signs_carry_the_mean_magnitude():
-    codec, ops, random = CODECS[3], NumpyOps(), np.random.default_rng(0)
+    codec, ops, random = CODECS["onebit"], NumpyOps(), np.random.default_rng(0)
     rows = random.normal(size=(2, COLUMNS)).astype(np.float32)
     rows.reshape(-1)[-PADDING:] = 0
     back = codec.decode(ops, codec.encode(ops, rows, used(rows)), COLUMNS)
@@ -125,12 +139,39 @@ def test_signs_carry_the_mean_magnitude():
         np.testing.assert_allclose(np.abs(decoded[start : start + len(block)]), mean, rtol=1e-5)
 
 
-@pytest.mark.parametrize("codec", EXACT, ids=lambda codec: codec.name)
+@pytest.mark.parametrize(("name", "most"), [("int8 stochastic", 127), ("int4 stochastic", 7)])
+def test_stochastic_rounding_has_no_bias(name, most):
+    """Nor where rounding to the nearest has one: beyond the last code, and below half a step."""
+    codec, ops, draws = CODECS[name], NumpyOps(), 4000
+    block = np.linspace(-1, 1, codec.block, dtype=np.float32) * np.float32(most + 0.9)
+    block[:8] = np.linspace(-1, 1, 8) * 0.4
+    rows = np.tile(block, (draws, 1))
+    back = codec.decode(ops, written(ops, codec, rows, rows.size), codec.block)
+    step = 2.0  # the scale that has room for most + 0.9
+    assert (np.abs(back - rows) < step).all()
+    error = (back - rows).mean(0, dtype=float)
+    spread = np.sqrt(np.abs(rows[0] % step * (step - rows[0] % step)) / draws) + 1e-3
+    assert (np.abs(error) < 5 * spread).all()
+    nearest = codecs.integers(codec.name == "int8" and 8 or 4, codec.block)
+    biased = nearest.decode(ops, nearest.encode(ops, rows[:1], codec.block), codec.block)
+    assert np.abs(biased - rows[0]).max() > 0.8 > np.abs(error).max()
+
+
+def test_another_key_rounds_otherwise():
+    codec, ops = CODECS["int8 stochastic"], NumpyOps()
+    rows = np.random.default_rng(0).normal(size=(1, COLUMNS)).astype(np.float32)
+    one, same, other = (written(ops, codec, rows, COLUMNS, key).copy() for key in (1, 1, 2))
+    assert (one == same).all()
+    assert 0.2 < (one != other).mean() < 0.6
+
+
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_block_that_is_not_finite_is_nan_and_its_neighbours_are_not(codec, bad):
+def test_a_block_that_is_not_finite_is_nan_and_its_neighbours_are_not(name, bad):
+    codec = CODECS[name]
     rows = np.ones((1, 2 * codec.block), np.float32)
     rows[0, 3] = bad
-    data = codec.encode(NumpyOps(), rows, rows.size)
+    data = written(NumpyOps(), codec, rows, rows.size)
     back = codec.decode(NumpyOps(), data, 2 * codec.block)[0]
     assert np.isnan(back[: codec.block]).all()
     assert np.isfinite(back[codec.block :]).all()
