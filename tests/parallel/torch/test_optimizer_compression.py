@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -26,17 +29,32 @@ METHODS = {
 SHAPES = {"weight": (24, 36), "bias": (24,), "odd": (7, 11)}
 
 
-def train(hvd, compression, grads, **options):
-    """Return the parameters after a step of rate 1 for each of ``grads`` (step, name)."""
-    parameters = {name: torch.nn.Parameter(torch.zeros(s)) for name, s in SHAPES.items()}
+def wrapped(hvd, compression, values=None, **options):
+    """Return parameters by name, and their optimizer of rate 1."""
+    parameters = {
+        name: torch.nn.Parameter(torch.zeros(shape) if values is None else values[name].clone())
+        for name, shape in SHAPES.items()
+    }
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     named = list(parameters.items())
-    optimizer = hvd.DistributedOptimizer(optimizer, named, compression=compression, **options)
+    return parameters, hvd.DistributedOptimizer(
+        optimizer, named, compression=compression, **options
+    )
+
+
+def go(parameters, optimizer, grads):
+    """Take a step for each of ``grads`` (step, name); return copies of the parameters."""
     for step in grads:
         optimizer.zero_grad()
         sum((parameters[n] * torch.tensor(g)).sum() for n, g in step.items()).backward()
         optimizer.step()
-    return {name: p.detach().numpy() for name, p in parameters.items()}, optimizer
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def train(hvd, compression, grads, **options):
+    """Return the parameters after a step for each of ``grads``."""
+    parameters, optimizer = wrapped(hvd, compression, **options)
+    return {name: p.numpy() for name, p in go(parameters, optimizer, grads).items()}
 
 
 def same(one, other):
@@ -58,7 +76,7 @@ def gradients(rank, steps=4):
 def test_as_between_ranks_in_memory(hvd, method):
     compressor, size = METHODS[method], hvd.size()
     everyone = [gradients(rank) for rank in range(size)]
-    result, _ = train(hvd, compressor, everyone[hvd.rank()])
+    result = train(hvd, compressor, everyone[hvd.rank()])
     ops = NumpyOps()
     for name, shape in SHAPES.items():
         states = [compressor.init(ops, Spec(name, shape, "float32", size)) for _ in range(size)]
@@ -81,11 +99,8 @@ def test_as_between_ranks_in_memory(hvd, method):
 def test_a_skipped_step_leaves_what_is_kept_alone(hvd, method):
     """Loss scaling skips it, so that it has delivered nothing; and its scale falls."""
     grads = gradients(hvd.rank(), 3)
-    plain, _ = train(hvd, METHODS[method], grads)
-    parameters = [torch.nn.Parameter(torch.zeros(s)) for s in SHAPES.values()]
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    named = list(zip(SHAPES, parameters, strict=True))
-    hvd.DistributedOptimizer(optimizer, named, compression=METHODS[method])
+    plain = train(hvd, METHODS[method], grads)
+    parameters, optimizer = wrapped(hvd, METHODS[method])
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
     optimizer.loss_scale = scaler.get_scale
     bad = gradients(7, 1)[0]
@@ -94,29 +109,26 @@ def test_a_skipped_step_leaves_what_is_kept_alone(hvd, method):
     for step in (grads[0], bad, grads[1], grads[2]):
         before = optimizer.compression_state()
         optimizer.zero_grad()
-        loss = sum((p * torch.tensor(step[n])).sum() for n, p in named)
+        loss = sum((p * torch.tensor(step[n])).sum() for n, p in parameters.items())
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         assert same(optimizer.compression_state(), before) == (step is bad)
     assert scaler.get_scale() == 2.0
-    for name, parameter in named:  # powers of two change no bit
+    for name, parameter in parameters.items():  # powers of two change no bit
         np.testing.assert_array_equal(parameter.detach(), plain[name], err_msg=name)
 
 
 def test_several_backward_passes(hvd):
     """The second reduction of a step compresses with what the first has left."""
     grads = gradients(hvd.rank(), 2)
-    parameters = [torch.nn.Parameter(torch.zeros(s)) for s in SHAPES.values()]
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    named = list(zip(SHAPES, parameters, strict=True))
-    hvd.DistributedOptimizer(optimizer, named, compression=C.int8())
+    parameters, optimizer = wrapped(hvd, C.int8())
     for step in grads:
-        sum((p * torch.tensor(step[n])).sum() for n, p in named).backward()
+        sum((p * torch.tensor(step[n])).sum() for n, p in parameters.items()).backward()
     optimizer.step()
     mean = {n: np.mean([sum(s[n] for s in gradients(r, 2)) for r in range(hvd.size())], 0)
             for n in SHAPES}  # fmt: skip
-    for name, parameter in named:
+    for name, parameter in parameters.items():
         np.testing.assert_allclose(-parameter.detach(), mean[name], atol=0.2)
 
 
@@ -142,3 +154,157 @@ def test_a_single_operation_has_no_state(hvd):
     np.testing.assert_allclose(hvd.allreduce(x, compression=C.int8()), 1.0, atol=0.01)
     with pytest.raises(hvdx.compression.CompressionError, match="keeps state"):
         hvd.allreduce(x, compression=C.onebit())
+
+
+# -- what is kept: saved, loaded, moved
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("method", ["onebit", "powersgd", "dgc", "randomk", "after"])
+def test_training_goes_on_to_the_last_bit(hvd, method):
+    grads, state = gradients(hvd.rank(), 6), torch.random.get_rng_state()
+    parameters, optimizer = wrapped(hvd, METHODS[method])
+    values = go(parameters, optimizer, grads[:3])
+    saved = through_a_file(optimizer.compression_state())
+    assert saved["step"] == 3 and (saved["rank"], saved["ranks"]) == (hvd.rank(), hvd.size())
+    expected = go(parameters, optimizer, grads[3:])
+    again, other = wrapped(hvd, METHODS[method], values)
+    other.load_compression_state(saved)
+    assert same(other.compression_state(), saved)  # before ranks have met
+    assert same(go(again, other, grads[3:]), expected)
+    again = wrapped(hvd, METHODS[method], values)[0]
+    with torch.no_grad():  # in the midst of training, too
+        for name, parameter in parameters.items():
+            parameter.copy_(again[name])
+    optimizer.load_compression_state(saved)
+    assert same(go(parameters, optimizer, grads[3:]), expected)
+    assert same(optimizer.compression_state(), other.compression_state())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["onebit", "dgc"])
+@pytest.mark.parametrize("loaded_by", ["all", "rank 0"])
+def test_the_portable_state_is_what_is_owed(hvd, method, loaded_by):
+    parameters, optimizer = wrapped(hvd, METHODS[method])
+    values = go(parameters, optimizer, gradients(hvd.rank(), 3))
+    portable = optimizer.portable_compression_state()
+    everyone = hvd.allgather_object(optimizer.compression_state())
+    assert all(same(each, portable) for each in hvd.allgather_object(portable))
+    for name, tensors in portable["parameters"].items():
+        for path, tensor in tensors.items():
+            ranks = [own["parameters"][name] for own in everyone]
+            exact = sum(own[path].double() for own in ranks) / len(ranks)
+            if "inner.lost" in ranks[0]:
+                lost = torch.cat([own["inner.lost"] for own in ranks])
+                exact += lost[: exact.numel()].view(exact.shape)
+            assert (tensor - exact).norm() <= 1e-6 * exact.norm(), (name, path)
+    again, other = after_one_idle_step(
+        hvd, METHODS[method], values, portable if loaded_by == "all" or hvd.rank() == 0 else None
+    )
+    if method == "onebit":  # what is owed has been applied, or is still owed
+        now = other.portable_compression_state()
+        assert now["step"] == portable["step"] + 1
+        for name, parameter in again.items():
+            before = portable["parameters"][name]["residual"].double()
+            left = now["parameters"][name]["residual"] - (parameter - values[name]).double()
+            assert (left - before).norm() <= 1e-6 * before.norm(), name
+
+
+def after_one_idle_step(hvd, compression, values, saved):
+    parameters, optimizer = wrapped(hvd, compression, values)
+    if saved is not None:
+        optimizer.load_compression_state(saved)
+    go(parameters, optimizer, [{name: np.zeros(shape, "f4") for name, shape in SHAPES.items()}])
+    return parameters, optimizer
+
+
+def test_what_a_lost_rank_owed_is_told(hvd):
+    """As after a crash in elastic training: all ranks but the last have what they owed."""
+    parameters, optimizer = wrapped(hvd, C.onebit())
+    values, last = go(parameters, optimizer, gradients(hvd.rank(), 3)), hvd.size() - 1
+    saved = optimizer.compression_state()
+    told = pytest.warns(UserWarning, match=rf"ranks \[{last}\] of {hvd.size()} is lost")
+    with told if hvd.rank() == 0 else contextlib.nullcontext():
+        again, other = after_one_idle_step(
+            hvd, C.onebit(), values, saved if hvd.rank() < last else None
+        )
+    now = other.portable_compression_state()
+    for name, parameter in again.items():
+        own = saved["parameters"][name]["residual"].double() / hvd.size() * (hvd.rank() < last)
+        pieces = hvd.allgather_object(saved["parameters"][name].get("inner.lost"))
+        expected = hvd.allreduce(own, op=hvd.Sum)
+        if pieces[0] is not None:
+            pieces[last] = torch.zeros_like(pieces[last])
+            expected += torch.cat(pieces)[: expected.numel()].view(expected.shape)
+        left = now["parameters"][name]["residual"] - (parameter - values[name]).double()
+        assert (left - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+def test_states_of_different_steps_are_told(hvd):
+    parameters, optimizer = wrapped(hvd, C.onebit())
+    for step in gradients(hvd.rank(), 2):
+        go(parameters, optimizer, [step])
+        if hvd.rank() == 0 or optimizer.compression_state()["step"] == 1:
+            saved = optimizer.compression_state()
+    parameters, optimizer = wrapped(hvd, C.onebit())
+    optimizer.load_compression_state(saved)
+    with pytest.raises(hvdx.MismatchError, match="rank 0: 2, rank 1: 1"):
+        go(parameters, optimizer, gradients(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"compressor": "topk(0.1)"}, r"compression=topk\(0\.1\), but .*=onebit\(feedback=True\)"),
+        ({"rank": 5, "ranks": 7}, "rank 5 of 7, .*portable_compression_state"),
+        (
+            {"parameters": {"head": {"residual": torch.zeros(3)}}},
+            "parameter 'head'.* another model",
+        ),
+        ({"parameters": {"bias": {"residual": torch.zeros(3)}}}, r"'bias': residual .*\(3,\)"),
+        ({"kinds": None}, "not what compression_state"),
+    ],
+    ids=["codec", "ranks", "name", "shape", "form"],
+)
+def test_states_that_do_not_fit_are_refused(hvd, change, told):
+    parameters, optimizer = wrapped(hvd, C.onebit())
+    go(parameters, optimizer, gradients(hvd.rank(), 1))
+    saved = {**optimizer.compression_state(), **change}
+    if saved["kinds"] is None:
+        del saved["kinds"]
+    for one in (optimizer, wrapped(hvd, C.onebit())[1]):
+        with pytest.raises(hvdx.compression.CompressionError, match=f"rank {hvd.rank()}: .*{told}"):
+            one.load_compression_state(saved)
+
+
+# -- compressors that choose
+
+
+def test_a_policy_chooses_by_parameter(hvd):
+    methods = {"weight": C.onebit(), "bias": C.none, "odd": C.fp16}
+    prepared = []
+
+    def prepare(adapter, specs, process_set):
+        prepared.append(([spec.name for spec in specs], adapter.ranks(process_set)))
+        return C.none._replace(elementwise=False, policy=lambda spec: methods[spec.name])
+
+    grads = gradients(hvd.rank(), 2)
+    result = train(hvd, C.onebit()._replace(name="chosen", prepare=prepare), grads)
+    assert prepared == [(["odd", "bias", "weight"], hvd.size())]
+    for name, method in methods.items():
+        alone = train(hvd, method, grads)[name]
+        np.testing.assert_allclose(result[name], alone, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_where_all_choose_none_buckets_travel_as_without_compression(hvd):
+    chosen = C.onebit()._replace(name="chosen", prepare=lambda *given: C.none)
+    parameters, optimizer = wrapped(hvd, chosen)
+    values = go(parameters, optimizer, gradients(hvd.rank(), 2))
+    assert [bucket.compressor for bucket in optimizer.reducer.buckets] == [C.none]
+    assert same(values, go(*wrapped(hvd, C.none), gradients(hvd.rank(), 2)))
