@@ -59,6 +59,14 @@ def compare(
     return rows
 
 
+def within(bar: float, value: float) -> float:
+    """Return how far ``value`` stays below ``bar``, at most 1000 times.
+
+    A cost too small to measure may come out as nothing, or below it.
+    """
+    return bar / max(value, bar / 1000)
+
+
 def spread(samples: list[float]) -> float:
     """Return the interquartile range over the median."""
     if len(samples) < 4:

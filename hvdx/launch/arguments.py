@@ -107,6 +107,13 @@ def _parse_as_horovodrun(arguments: Sequence[str]) -> argparse.Namespace:
         raise LaunchError(f"{message}. `hvdx run --help` lists the flags.") from None
     except (ValueError, OSError) as error:  # a value out of range, no such --config-file
         raise LaunchError(str(error)) from None
+    except Exception as error:
+        if not any(each.startswith("--config-file") for each in arguments):
+            raise
+        raise LaunchError(
+            f"--config-file: not what Horovod can read ({type(error).__name__}: {error}). It is a "
+            "YAML file of sections and values, such as `params: {fusion_threshold_mb: 32}`"
+        ) from None
     return namespace
 
 

@@ -31,7 +31,8 @@ import hvdx as hvd
 hvd.init(framework="torch")
 {after}
 total = hvd.allreduce(torch.full((4,), float(hvd.rank() + 1)), op=hvd.Sum, name="total")
-print(f"rank {{hvd.rank()}} of {{hvd.size()}} got {{total.tolist()}}", flush=True)
+# In one piece: ranks may share a pipe.
+print(f"rank {{hvd.rank()}} of {{hvd.size()}} got {{total.tolist()}}\\n", end="", flush=True)
 """
 
 

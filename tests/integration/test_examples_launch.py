@@ -103,7 +103,8 @@ def test_slurm_script_runs(tmp_path):
         "SLURM_TASKS_PER_NODE": "1(x2)",
         "SLURM_CPUS_PER_TASK": directives()["cpus-per-task"],
     }
-    token = "print('token', os.environ['HVDX_JOB_TOKEN'], os.environ['OMP_NUM_THREADS'])"
+    told = "token {HVDX_JOB_TOKEN} {OMP_NUM_THREADS}"
+    token = f"print('{told}\\n'.format(**os.environ), end='')"
     script = train(tmp_path, before=token)[1]
     job = run("bash", str(SLURM), script, env=environment(**batch))
     lines = sorted(job.stdout.splitlines())

@@ -103,7 +103,8 @@ def test_a_lone_process_needs_no_launcher(tmp_path):
 def test_a_process_started_twice_is_told(tmp_path):
     # Two ranks 0 of one job: the second finds the port taken.
     port = {"HVDX_RENDEZVOUS_PORT": str(free_port())}
-    first = start(*train(tmp_path), env=environment(**slurm(0, 0, 0), **port))
+    patient = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "300"}  # else it gives up before the second is up
+    first = start(*train(tmp_path), env=environment(**slurm(0, 0, 0), **port, **patient))
     watch = Watch(first.pid)
     watch.wait(lambda seen: len(seen) > 0)
     second = run(*train(tmp_path), env=environment(**slurm(0, 0, 0), **port))

@@ -77,6 +77,14 @@ def test_what_makes_no_sense_is_told(arguments, message):
         parse(arguments)
 
 
+@pytest.mark.parametrize("content", ["", "- 1", "params: [", "params: 3"])
+def test_a_config_file_that_is_none_is_told(tmp_path, content):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(LaunchError, match="--config-file: not what Horovod can read"):
+        parse(["-np", "2", "--config-file", str(file), "train"])
+
+
 def test_help_has_our_flag_and_horovods(capsys):
     with pytest.raises(SystemExit) as exit:
         parse(["--help"])
