@@ -77,7 +77,7 @@ class Compression:
         """
         _check_density("topk", density)
         _check_whole("topk", "min_elements", min_elements)
-        compressor = min_size(min_elements, error_feedback(top_k(density)))
+        compressor = min_size(min_elements, top_k(density))
         return _finished(compressor, min_elements=(min_elements, _SMALL))
 
     @staticmethod
@@ -119,7 +119,7 @@ class Compression:
         """
         _check_density("randomk", density)
         _check_whole("randomk", "min_elements", min_elements)
-        compressor = min_size(min_elements, error_feedback(random_k(density, seed)))
+        compressor = min_size(min_elements, random_k(density, seed))
         return _finished(compressor, min_elements=(min_elements, _SMALL), seed=(seed, 0))
 
     @staticmethod
