@@ -69,38 +69,26 @@ def integers(bits: int, block: int, *, stochastic: bool = False) -> Codec:
             the number itself, instead of to the nearest.
     """
     limit = 2 ** (bits - 1) - 1
-    row_bytes = functools.partial(_with_scales, bits=bits, block=block, scale_bytes=1)
 
-    def encode(ops: Ops, rows: Any, used: int, key: Any = None) -> Any:
-        blocks = _blocks(ops, rows, block)
+    def write(ops: Ops, blocks: Any, start: int, used: int, *key: Any) -> tuple[Any, Any]:
         top = ops.max(ops.abs_bits(blocks))
         exponent = _at_least(ops, ops.shift_right(top, 23) - (bits - 2), _FLOOR)
         noise = None
         if stochastic:
             exponent = _roomier(ops, top, exponent, bits)
-            noise = ops.noise(key, blocks)
+            noise = ops.noise(*key, blocks, start * block)
         inverse = ops.from_bits((254 - exponent) * _EXPONENT)
-        codes = ops.quantise(blocks, inverse[..., None], limit, "int8", noise)
+        codes = ops.quantise(blocks, inverse[:, None], limit, "int8", noise)
         exponent = ops.where(top < _INFINITE, exponent, ops.constant(255, "int32"))
-        count = rows.shape[0]
-        return ops.concat(
-            [
-                ops.reshape(ops.cast(exponent, "uint8"), (count, -1)),
-                ops.reshape(_narrow(ops, ops.reshape(codes, (-1,)), bits), (count, -1)),
-            ],
-            axis=1,
-        )
+        return ops.cast(exponent, "uint8"), _narrow(ops, ops.reshape(codes, (-1,)), bits)
 
-    def decode(ops: Ops, data: Any, columns: int) -> Any:
-        scales = columns // block
-        exponent = ops.cast(data[:, :scales], "int32")
-        codes = _widen(ops, ops.reshape(data[:, scales:], (-1,)), bits)
-        blocks = ops.reshape(ops.cast(codes, "float32"), (data.shape[0], scales, block))
+    def read(ops: Ops, scales: Any, codes: Any) -> Any:
         # Exponent 255 is infinity: nothing times that is finite.
-        values = blocks * ops.from_bits(exponent * _EXPONENT)[..., None]
-        return ops.reshape(values, (data.shape[0], columns))
+        scale = ops.from_bits(ops.cast(scales, "int32") * _EXPONENT)
+        numbers = ops.reshape(_widen(ops, codes, bits), (-1, block))
+        return ops.dequantise(numbers, scale[:, None])
 
-    return Codec(f"int{bits}", block, row_bytes, encode, decode, stochastic)
+    return _in_blocks(f"int{bits}", block, bits, 1, write, read)._replace(noisy=stochastic)
 
 
 def signs(block: int = 1024) -> Codec:
@@ -112,42 +100,69 @@ def signs(block: int = 1024) -> Codec:
     if block not in (256, 512, 1024):
         raise ValueError(f"block={block} must be 256, 512 or 1024: sums must stay below 2^31")
     halvings = block.bit_length() - 1
-    row_bytes = functools.partial(_with_scales, bits=1, block=block, scale_bytes=4)
 
-    def encode(ops: Ops, rows: Any, used: int) -> Any:
-        blocks = _blocks(ops, rows, block)
+    def write(ops: Ops, blocks: Any, start: int, used: int) -> tuple[Any, Any]:
         bits = ops.abs_bits(blocks)
         top = ops.max(bits)
         exponent = _at_least(ops, ops.shift_right(top, 23) - 19, 12)
         up = ops.from_bits((254 - exponent) * _EXPONENT)
-        whole = ops.quantise(ops.from_bits(bits), up[..., None], 2**20, "int32")
+        whole = ops.quantise(ops.from_bits(bits), up[:, None], 2**20, "int32")
         down = ops.from_bits((exponent - halvings) * _EXPONENT)
         mean = ops.cast(ops.sum(whole), "float32") * down
-        mean = mean * ops.constant(_shares(tuple(blocks.shape[:2]), block, used), "float32")
+        shares = _shares(blocks.shape[0], block, used - start * block)
+        mean = mean * ops.constant(shares, "float32")
         mean = ops.where(top < _INFINITE, mean, ops.constant(math.nan, "float32"))
-        positive = ops.positive(ops.reshape(rows, (-1,)))
+        return ops.to_bytes(mean), ops.pack_bits(ops.positive(ops.reshape(blocks, (-1,))))
+
+    def read(ops: Ops, scales: Any, codes: Any) -> Any:
+        mean = ops.from_bytes(scales, "float32")
+        positive = ops.reshape(ops.unpack_bits(codes), (-1, block))
+        return ops.signed(positive, mean[:, None])
+
+    return _in_blocks("onebit", block, 1, 4, write, read)
+
+
+def _in_blocks(
+    name: str,
+    block: int,
+    bits: int,
+    scale_bytes: int,
+    write: Callable[..., tuple[Any, Any]],
+    read: Callable[[Ops, Any, Any], Any],
+) -> Codec:
+    """Return the codec whose rows are all their scales and then all their codes.
+
+    ``write(ops, blocks, start, used, *key)`` returns both, flat, for (count, block) elements
+    that begin with block ``start``; ``read(ops, scales, codes)`` is the way back.
+    """
+
+    def row_bytes(columns: int) -> int:
+        return columns // block * scale_bytes + columns * bits // 8
+
+    def encode(ops: Ops, rows: Any, used: int, *key: Any) -> Any:
         count = rows.shape[0]
-        scales = ops.reshape(ops.to_bytes(ops.reshape(mean, (-1,))), (count, -1))
-        packed = ops.reshape(ops.pack_bits(positive), (count, -1))
-        return ops.concat([scales, packed], axis=1)
+        blocks = ops.reshape(rows, (-1, block))
+        parts = [
+            write(ops, blocks[piece], piece.start or 0, used, *key)
+            for piece in ops.pieces(blocks, block)
+        ]
+        scales, codes = (
+            part[0] if len(part) == 1 else ops.concat(list(part))
+            for part in zip(*parts, strict=True)
+        )
+        return ops.concat([ops.reshape(scales, (count, -1)), ops.reshape(codes, (count, -1))], 1)
 
     def decode(ops: Ops, data: Any, columns: int) -> Any:
-        count, scales = data.shape[0], columns // block
-        mean = ops.from_bytes(ops.reshape(data[:, : 4 * scales], (-1,)), "float32")
-        mean = ops.reshape(mean, (count, scales, 1))
-        positive = ops.unpack_bits(ops.reshape(data[:, 4 * scales :], (-1,)))
-        positive = ops.reshape(positive, (count, scales, block))
-        return ops.reshape(ops.where(positive, mean, -mean), (count, columns))
+        count, split = data.shape[0], columns // block * scale_bytes
+        scales = ops.reshape(data[:, :split], (-1, scale_bytes))
+        codes = ops.reshape(data[:, split:], (-1, block * bits // 8))
+        parts = [
+            read(ops, ops.reshape(scales[piece], (-1,)), ops.reshape(codes[piece], (-1,)))
+            for piece in ops.pieces(codes, block)
+        ]
+        return ops.reshape(ops.concat(parts) if len(parts) > 1 else parts[0], (count, columns))
 
-    return Codec("onebit", block, row_bytes, encode, decode)
-
-
-def _with_scales(columns: int, *, bits: int, block: int, scale_bytes: int) -> int:
-    return columns * bits // 8 + columns // block * scale_bytes
-
-
-def _blocks(ops: Ops, rows: Any, block: int) -> Any:
-    return ops.reshape(rows, (rows.shape[0], rows.shape[1] // block, block))
+    return Codec(name, block, row_bytes, encode, decode)
 
 
 def _roomier(ops: Ops, top: Any, exponent: Any, bits: int) -> Any:
@@ -168,14 +183,13 @@ def _at_least(ops: Ops, x: Any, low: int) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _shares(shape: tuple[int, ...], block: int, used: int) -> Any:
+def _shares(blocks: int, block: int, used: int) -> Any:
     """Return block/count for every block, where count leaves out padding; 0 for padding alone."""
     import numpy as np
 
-    starts = np.arange(math.prod(shape)) * block
-    counts = np.clip(used - starts, 0, block)
-    shares = np.divide(block, counts, out=np.zeros(len(counts)), where=counts > 0)
-    return shares.astype(np.float32).reshape(shape)
+    counts = np.clip(used - np.arange(blocks) * block, 0, block)
+    shares = np.divide(block, counts, out=np.zeros(blocks), where=counts > 0)
+    return shares.astype(np.float32)
 
 
 def _narrow(ops: Ops, codes: Any, bits: int) -> Any:

@@ -128,6 +128,25 @@ def _unless_small(elements: int, small: Compressor, inner: Compressor) -> Compre
     return inner._replace(init=init, reduce=reduce, elementwise=False)
 
 
+def only_floats(compressor: Compressor) -> Compressor:
+    """Send gradients of other types, as complex ones, raw: nothing is known of their rounding."""
+    return each_phase(compressor, _unless_other)
+
+
+def _unless_other(inner: Compressor) -> Compressor:
+    def init(ops: Ops, spec: Spec) -> Any:
+        return inner.init(ops, spec) if spec.dtype in _FLOATS else None
+
+    def reduce(ops: Ops, grad: Any, state: Any) -> Work[Reduced]:
+        chosen = inner if ops.dtype(grad) in _FLOATS else none
+        return (yield from chosen.reduce(ops, grad, state))
+
+    return inner._replace(init=init, reduce=reduce)
+
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
 class Momentum(NamedTuple):
     """State of :func:`momentum`."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from hvdx.compression import codecs
 from hvdx.compression.base import CompressionError, Compressor, fp16, from_horovod, none
 from hvdx.compression.exchange import exchange
-from hvdx.compression.feedback import check_momentum, error_feedback, min_size
+from hvdx.compression.feedback import check_momentum, error_feedback, min_size, only_floats
 from hvdx.compression.feedback import momentum as with_momentum
 from hvdx.compression.policy import by_layer
 from hvdx.compression.powersgd import alternating_power_sgd, power_sgd
@@ -22,8 +22,8 @@ class Compression:
     """The compressors of hvdx, by name: ``compression=hvd.Compression.powersgd(rank=4)``.
 
     A method that takes options may be given without calling it, for its defaults. Gradients
-    are compressed in float32. Infinities and NaN reach all ranks, and leave error feedback as
-    it was.
+    are compressed in float32; those that are no floats, as complex ones, travel raw. Infinities
+    and NaN reach all ranks, and leave error feedback as it was.
 
     - ``none``: the gradient as it is.
     - ``fp16``: float16 on the wire. Divides before it sums and saturates at ±60000, where
@@ -33,7 +33,7 @@ class Compression:
 
     none = none
     fp16 = fp16
-    bf16 = exchange(codecs.bfloat16())
+    bf16 = only_floats(exchange(codecs.bfloat16()))
 
     @staticmethod
     def int8(feedback: bool = False, rounding: str = "nearest", seed: int = 0) -> Compressor:
@@ -77,8 +77,8 @@ class Compression:
         """
         _check_density("topk", density)
         _check_whole("topk", "min_elements", min_elements)
-        compressor = min_size(min_elements, error_feedback(top_k(density)))
-        return _told(compressor, min_elements=(min_elements, _SMALL))
+        compressor = min_size(min_elements, top_k(density))
+        return _finished(compressor, min_elements=(min_elements, _SMALL))
 
     @staticmethod
     def dgc(
@@ -102,7 +102,7 @@ class Compression:
         _check_whole("dgc", "min_elements", min_elements)
         small = with_momentum(momentum) if momentum else none
         compressor = deep_gradient_compression(density, momentum, warmup_steps)
-        return _told(
+        return _finished(
             min_size(min_elements, compressor, small),
             warmup_steps=(warmup_steps, 0),
             min_elements=(min_elements, _SMALL),
@@ -119,8 +119,8 @@ class Compression:
         """
         _check_density("randomk", density)
         _check_whole("randomk", "min_elements", min_elements)
-        compressor = min_size(min_elements, error_feedback(random_k(density, seed)))
-        return _told(compressor, min_elements=(min_elements, _SMALL), seed=(seed, 0))
+        compressor = min_size(min_elements, random_k(density, seed))
+        return _finished(compressor, min_elements=(min_elements, _SMALL), seed=(seed, 0))
 
     @staticmethod
     def powersgd(
@@ -139,7 +139,7 @@ class Compression:
         _check_whole("powersgd", "min_elements", min_elements)
         method = alternating_power_sgd if alternating else power_sgd
         compressor = min_size(min_elements, method(rank, seed))
-        return _told(compressor, min_elements=(min_elements, _SMALL), seed=(seed, 0))
+        return _finished(compressor, min_elements=(min_elements, _SMALL), seed=(seed, 0))
 
     @staticmethod
     def by_layer(
@@ -160,7 +160,7 @@ def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor
     compressor = exchange(codec, owner_feedback=feedback, seed=seed)
     if feedback:
         compressor = error_feedback(compressor)
-    return compressor._replace(name=f"{codec.name}(feedback={feedback})")
+    return only_floats(compressor)._replace(name=f"{codec.name}(feedback={feedback})")
 
 
 def _integers(
@@ -172,13 +172,16 @@ def _integers(
         )
     codec = codecs.integers(bits, block, stochastic=rounding == "stochastic")
     compressor = _quantised(codec, feedback, seed)
-    return _told(compressor, rounding=(rounding, "nearest"), seed=(seed, 0))
+    return _finished(compressor, rounding=(rounding, "nearest"), seed=(seed, 0))
 
 
-def _told(compressor: Compressor, **options: tuple[Any, Any]) -> Compressor:
-    """Add options, given as (value, default), to the name by which ranks compare compressors."""
+def _finished(compressor: Compressor, **options: tuple[Any, Any]) -> Compressor:
+    """Leave what is no float out, and add options to the name by which ranks compare compressors.
+
+    Options are given as (value, default).
+    """
     more = "".join(f", {k}={value!r}" for k, (value, usual) in options.items() if value != usual)
-    return compressor._replace(name=f"{compressor.name[:-1]}{more})")
+    return only_floats(compressor)._replace(name=f"{compressor.name[:-1]}{more})")
 
 
 def _check_whole(method: str, option: str, value: int, least: int = 0) -> None:
@@ -210,6 +213,11 @@ def as_compressor(value: Any) -> Compressor:
     """
     if isinstance(value, Compressor):
         return value
+    if value == Compression.by_layer:
+        raise CompressionError(
+            "compression=hvd.Compression.by_layer: call it, with a compressor by pattern of "
+            "parameters' names"
+        )
     if value in _METHODS:
         return value()  # type: ignore[no-any-return]
     if value is None or getattr(value, "__name__", "") == "NoneCompressor":

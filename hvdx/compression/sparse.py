@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from hvdx.comm import Allgather, Allreduce, Ranks, Work
 from hvdx.compression import draws
-from hvdx.compression.base import Compressor, Reduced, Spec, stateless
+from hvdx.compression.base import Compressor, Reduced, Spec
+from hvdx.compression.feedback import Feedback
 from hvdx.compression.state import Averaged, Owed
 from hvdx.ops import Ops
 
@@ -19,24 +20,29 @@ def top_k(density: float) -> Compressor:
     """Send the largest ``density`` of each parameter's elements, at least one.
 
     An element travels as float16 and the lower 16 bits of its index. All ranks send equally
-    many, so that sizes never have to be exchanged. Biased: to be wrapped in error feedback
-    (Stich et al., Sparsified SGD with Memory, 2018).
+    many, so that sizes never have to be exchanged. What is not sent is added to the next gradient
+    (Stich et al., Sparsified SGD with Memory, 2018); so is what float16 has lost.
     """
 
-    def reduce(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
-        shape, dtype = tuple(grad.shape), ops.dtype(grad)
-        if (yield Ranks()) == 1 or math.prod(shape) == 0:
-            return Reduced(grad, grad, state)
-        flat = ops.cast(ops.reshape(grad, (-1,)), "float32")
-        where = ops.largest(flat, chosen(math.prod(shape), density))
-        mean, own = yield from _gather(ops, flat, where)
-        return Reduced(
-            ops.cast(ops.reshape(mean, shape), dtype),
-            ops.cast(ops.reshape(own, shape), dtype),
-            state,
-        )
+    def init(ops: Ops, spec: Spec) -> Feedback:
+        return Feedback(ops.zeros(spec.shape, "float32"), None)
 
-    return Compressor(f"topk({density:g})", stateless, reduce)
+    def reduce(ops: Ops, grad: Any, state: Feedback) -> Work[Reduced]:
+        shape, dtype = tuple(grad.shape), ops.dtype(grad)
+        owed = ops.cast(grad, "float32") + state.residual
+        if math.prod(shape) == 0:
+            return Reduced(grad, None, state)
+        if (yield Ranks()) == 1:
+            return Reduced(ops.cast(owed, dtype), None, init(ops, Spec("", shape, dtype)))
+        flat = ops.reshape(owed, (-1,))
+        where = ops.largest(flat, chosen(math.prod(shape), density))
+        mean, sent = yield from _gather(ops, flat, where)
+        left = ops.reshape(ops.add_at(flat, where, -sent, over=True), shape)
+        residual = ops.finite_or(left, state.residual)
+        mean = ops.cast(ops.reshape(mean, shape), dtype)
+        return Reduced(mean, None, Feedback(residual, None))
+
+    return Compressor(f"topk({density:g})", init, reduce, stateful=True)
 
 
 class Velocity(NamedTuple):
@@ -73,20 +79,15 @@ def deep_gradient_compression(density: float, momentum: float, warmup_steps: int
                 return Reduced(grad, grad, state)
             flat = ops.reshape(owed, (-1,))
             where = ops.largest(flat, chosen(math.prod(shape), density))
-            mean, own = yield from _gather(ops, flat, where)
+            mean, sent = yield from _gather(ops, flat, where)
             rest = ops.reshape(pushed, (-1,))
-            rest = ops.add_at(rest, where, -ops.take(rest, where))
-            finite = ops.finite(owed)
-            left = owed - ops.reshape(own, shape)
+            rest = ops.add_at(rest, where, -ops.take(rest, where), over=True)
+            left = ops.add_at(flat, where, -sent, over=True)
             kept = Velocity(
-                ops.where(finite, ops.reshape(rest, shape), state.momentum),
-                ops.where(finite, left, state.owed),
+                ops.finite_or(ops.reshape(rest, shape), state.momentum),
+                ops.finite_or(ops.reshape(left, shape), state.owed),
             )
-            return Reduced(
-                ops.cast(ops.reshape(mean, shape), dtype),
-                ops.cast(ops.reshape(own, shape), dtype),
-                kept,
-            )
+            return Reduced(ops.cast(ops.reshape(mean, shape), dtype), None, kept)
 
         name = f"dgc(density={density:g}, momentum={momentum:g})"
         return Compressor(name, init, reduce, stateful=True, owns_momentum=True)
@@ -98,20 +99,20 @@ def deep_gradient_compression(density: float, momentum: float, warmup_steps: int
 
 
 def _gather(ops: Ops, flat: Any, where: Any) -> Work[tuple[Any, Any]]:
-    """Exchange the elements at ``where``; return the mean over ranks and the own part."""
+    """Exchange the elements at ``where``; return the mean over ranks, and what this rank sent."""
     ranks = yield Ranks()
     size, count = flat.shape[0], where.shape[0]
     data = _write(ops, where, ops.take(flat, where), size)
     everyone = ops.reshape((yield Allgather(data)), (ranks, data.shape[0]))
-    total = zeros = ops.zeros((size,), "float32")
+    total = ops.zeros((size,), "float32")
     for rank in range(ranks):  # in rank order: another order rounds otherwise
-        total = ops.add_at(total, *_read(ops, everyone[rank], count, size))
-    own = ops.add_at(zeros, *_read(ops, data, count, size))
-    return ops.scale(total, 1.0 / ranks), own
+        places, values = _read(ops, everyone[rank], count, size)
+        total = ops.add_at(total, places, ops.scale(values, 1.0 / ranks), over=True)
+    return total, _read(ops, data, count, size)[1]
 
 
 class Turn(NamedTuple):
-    """State of :func:`random_k`."""
+    """State of :func:`random_k` beside the residual."""
 
     draw: Any  # int64 scalar: the random number of the next step, equal on all ranks
 
@@ -120,28 +121,31 @@ def random_k(density: float, seed: int = 0) -> Compressor:
     """Send a comb of ``density`` of each parameter's elements, shifted at random each step.
 
     All ranks draw alike from (seed, parameter, step), so that no index travels and Horovod's
-    allreduce adds the values up. Every element's turn comes with equal probability. To be
-    wrapped in error feedback.
+    allreduce adds the values up. Every element's turn comes with equal probability; what is not
+    sent is added to the next gradient.
     """
 
-    def init(ops: Ops, spec: Spec) -> Turn:
-        return Turn(draws.first(ops, seed, spec.name))
+    def init(ops: Ops, spec: Spec) -> Feedback:
+        return Feedback(ops.zeros(spec.shape, "float32"), Turn(draws.first(ops, seed, spec.name)))
 
-    def reduce(ops: Ops, grad: Any, state: Turn) -> Work[Reduced]:
+    def reduce(ops: Ops, grad: Any, state: Feedback) -> Work[Reduced]:
         shape, dtype = tuple(grad.shape), ops.dtype(grad)
         size = math.prod(shape)
         if size == 0:
-            return Reduced(grad, grad, state)
+            return Reduced(grad, None, state)
+        draw = state.inner.draw
+        owed = ops.cast(grad, "float32") + state.residual
+        flat = ops.reshape(owed, (-1,))
         count = chosen(size, density)
-        comb = ops.arange(count) * (size // count)
-        where = ops.cast((comb + state.draw) % size, "int32")
-        values = ops.take(ops.reshape(grad, (-1,)), where)
+        where = ops.cast((ops.arange(count) * (size // count) + draw) % size, "int32")
+        values = ops.take(flat, where)
         means = yield Allreduce(values)
-        zeros = ops.zeros((size,), dtype)
+        mean = ops.add_at(ops.zeros((size,), "float32"), where, means, over=True)
+        left = ops.reshape(ops.add_at(flat, where, -values, over=True), shape)
         return Reduced(
-            ops.reshape(ops.add_at(zeros, where, means), shape),
-            ops.reshape(ops.add_at(zeros, where, values), shape),
-            Turn(draws.following(state.draw)),
+            ops.cast(ops.reshape(mean, shape), dtype),
+            None,
+            Feedback(ops.finite_or(left, state.residual), Turn(draws.following(draw))),
         )
 
     return Compressor(f"randomk({density:g})", init, reduce, stateful=True)

@@ -17,8 +17,8 @@ from hvdx.compression import (
     as_compressor,
     error_feedback,
     min_size,
+    momentum,
 )
-from hvdx.compression.exchange import Owner
 from hvdx.compression.feedback import Feedback
 from hvdx.compression.state import leaves, rebuilt
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
@@ -33,6 +33,8 @@ METHODS = {
     "int8": Compression.int8(),
     "int8 with feedback": Compression.int8(feedback=True),
     "int4": Compression.int4(),
+    "int8 at random": Compression.int8(rounding="stochastic"),
+    "int4 at random": Compression.int4(rounding="stochastic"),
     "onebit": Compression.onebit(),
     "topk": Compression.topk(0.02),
     "dgc": Compression.dgc(0.02),
@@ -40,7 +42,8 @@ METHODS = {
     "powersgd": Compression.powersgd(4),
     "powersgd in turns": Compression.powersgd(4, alternating=True),
 }
-WITH_FEEDBACK = [name for name in METHODS if name not in ("fp16", "bf16", "int8", "dgc")]
+WITHOUT_FEEDBACK = ("fp16", "bf16", "int8", "int8 at random", "dgc")
+WITH_FEEDBACK = [name for name in METHODS if name not in WITHOUT_FEEDBACK]
 SIZES = [1, 2, 3, 4]
 every = pytest.mark.parametrize("name", METHODS)
 
@@ -88,9 +91,9 @@ class Job:
     def owed(self) -> Any:
         """Return what error feedback still has to deliver to the mean."""
         owed = np.mean([state.residual for state in self.states], 0, dtype=np.float64)
-        owners = [s.inner.lost for s in self.states if isinstance(s.inner, Owner)]
-        if owners:
-            owed = owed + np.concatenate(owners)[: owed.size].reshape(owed.shape)
+        pieces = [x.tensor for s in self.states for x in leaves(s) if x.kind == "piece"]
+        if pieces:
+            owed = owed + np.concatenate(pieces)[: owed.size].reshape(owed.shape)
         return owed
 
 
@@ -103,7 +106,15 @@ def gradients(ranks: int, steps: int, shape: Any = SHAPE, seed: int = 0) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "bound"),
-    [("fp16", 1e-3), ("bf16", 5e-3), ("int8", 0.02), ("int8 with feedback", 0.02), ("int4", 0.3)],
+    [
+        ("fp16", 1e-3),
+        ("bf16", 5e-3),
+        ("int8", 0.02),
+        ("int8 with feedback", 0.02),
+        ("int4", 0.3),
+        ("int8 at random", 0.03),
+        ("int4 at random", 0.5),
+    ],
 )
 def test_the_mean_is_near(name, bound):
     """One step; the methods that send little deliver it over many: see the next test."""
@@ -387,6 +398,49 @@ def test_the_global_generators_are_left_alone():
     assert torch.equal(torch.random.get_rng_state(), before[1])
 
 
+def test_names_tell_what_must_be_equal_on_all_ranks():
+    for compressor, told in (
+        (Compression.topk(0.1, min_elements=7), "topk(0.1, min_elements=7)"),
+        (Compression.randomk(0.1, seed=3), "randomk(0.1, seed=3)"),
+        (Compression.powersgd(2, seed=3), "powersgd(rank=2, seed=3)"),
+        (Compression.dgc(warmup_steps=8), "dgc(density=0.001, momentum=0.9, warmup_steps=8)"),
+        (Compression.int8(rounding="stochastic"), "int8(feedback=False, rounding='stochastic')"),
+    ):
+        assert compressor.name == told
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32", "complex64"])
+def test_other_types(name, dtype):
+    """Floats are compressed in float32; what is no float travels raw."""
+    spec = Spec("w", SHAPE, dtype, 3)
+    states = [METHODS[name].init(OPS, spec) for _ in range(3)]
+    grads = (gradients(3, 1)[0] * 4).astype(dtype)
+    works = [METHODS[name].reduce(OPS, g, s) for g, s in zip(grads, states, strict=True)]
+    for result in in_step(works):
+        assert result.mean.shape == SHAPE
+        if "float" in dtype:
+            assert result.mean.dtype == dtype
+        else:
+            np.testing.assert_array_equal(result.mean, sum(grads) / np.asarray(3, dtype))
+
+
+def test_momentum_of_means():
+    """Like the optimizer's, for parameters beside those of deep gradient compression."""
+    job, velocity = Job(momentum(0.5, Compression.bf16), 2), 0.0
+    plain = Job(Compression.bf16, 2)
+    for grads in gradients(2, 3):
+        velocity = 0.5 * velocity + plain.step(list(grads))
+        np.testing.assert_array_equal(job.step(list(grads)), velocity)
+    grads[0][0] = np.nan
+    assert np.isnan(job.step(list(grads))).any() and np.isfinite(job.states[0].velocity).all()
+    assert job.compressor.owns_momentum
+    dgc = Job(Compression.dgc(momentum=0.5), 2, (40,))  # of vectors, which travel raw
+    grads = gradients(2, 1, (40,))[0]
+    means = [dgc.step(list(grads)) for _ in range(2)]
+    np.testing.assert_allclose(means[1], 1.5 * means[0], rtol=1e-6)
+
+
 def test_a_method_may_be_given_without_calling_it():
     assert repr(as_compressor(Compression.powersgd)) == "Compression.powersgd(rank=4)"
     assert as_compressor(Compression.bf16) is Compression.bf16
@@ -395,13 +449,27 @@ def test_a_method_may_be_given_without_calling_it():
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Compression.topk(0), "topk(density=0)"),
+        (lambda: Compression.topk(0), "topk(density=0): density must be above 0 and at most 1"),
         (lambda: Compression.topk(1.5), "topk(density=1.5)"),
-        (lambda: Compression.dgc(momentum=1), "dgc(momentum=1)"),
-        (lambda: Compression.dgc(warmup_steps=-1), "dgc(warmup_steps=-1)"),
+        (lambda: Compression.topk("1%"), "topk(density='1%')"),
+        (lambda: Compression.topk(float("nan")), "topk(density=nan)"),
+        (lambda: Compression.topk(min_elements=-1), "topk(min_elements=-1): min_elements must be"),
+        (lambda: Compression.dgc(momentum=1), "dgc(momentum=1): momentum must be 0 or more"),
+        (lambda: Compression.dgc(momentum="0.9"), "dgc(momentum='0.9')"),
+        (lambda: Compression.dgc(warmup_steps=-1), "dgc(warmup_steps=-1): warmup_steps must be an"),
+        (lambda: Compression.dgc(warmup_steps=1.5), "dgc(warmup_steps=1.5)"),
         (lambda: Compression.randomk(-1), "randomk(density=-1)"),
-        (lambda: Compression.powersgd(0), "powersgd(rank=0)"),
+        (lambda: Compression.powersgd(0), "powersgd(rank=0): rank must be an integer from 1"),
         (lambda: Compression.powersgd(2.5), "powersgd(rank=2.5)"),
+        (lambda: Compression.powersgd(True), "powersgd(rank=True)"),
+        (lambda: Compression.powersgd(min_elements=None), "powersgd(min_elements=None)"),
+        (lambda: Compression.int8(rounding="up"), "int8(rounding='up'): use 'nearest' or 'stoch"),
+        (lambda: Compression.int4(rounding=None), "int4(rounding=None)"),
+        (lambda: after(-1, Compression.topk()), "after(-1, Compression.topk(0.01)): steps must"),
+        (lambda: after(1, Compression.none, Compression.topk()), "must keep no state"),
+        (lambda: momentum(1.0), "momentum(momentum=1.0)"),
+        (lambda: momentum(0.9, Compression.dgc()), "applies momentum itself"),
+        (lambda: min_size(0.5, Compression.bf16), "min_elements=0.5"),
     ],
 )
 def test_options_out_of_range(make, told):

@@ -192,7 +192,7 @@ def _native(tensor: Any, work: Any) -> Any:
         ("onebit", {"residual": (48, 96), "inner.lost": (8,)}, "inner.lost has shape (8,)"),
         ("onebit", {}, "holds nothing, but .* inner.lost (2048,), residual (48, 96)"),
         ("topk", {"momentum": (48, 96), "owed": (48, 96)}, "holds momentum .* keeps residual"),
-        ("powersgd", {"residual": (48, 96)}, "inner (96, 4)"),
+        ("powersgd", {"residual": (48, 96)}, "inner (4, 96)"),
         ("int8", {"residual": (48, 96)}, "keeps nothing"),
     ],
 )
