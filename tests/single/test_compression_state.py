@@ -172,6 +172,21 @@ def _owed_by(job: Job, rank: int, name: str) -> Any:
     return np.stack([part[leaf.path] for leaf in kinds]) if kinds else 0.0
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_padding_adds_nothing_to_a_mean(ranks, feedback):
+    """Ranks' pieces are padded to whole blocks, and 1-bit codes decode padding to ±scale: that
+    counted in the scale of the mean, and where errors are kept, they grew a thousandfold a step.
+    """
+    compressor, shape = Compression.onebit(feedback=feedback), (24,)
+    states = [compressor.init(OPS, Spec("w", shape, "float32", ranks)) for _ in range(ranks)]
+    grad = np.where(np.arange(24) % 3, 1, -1).astype(np.float32)  # which needs no rounding
+    for _ in range(3):
+        results = in_step([compressor.reduce(OPS, grad, state) for state in states])
+        states = [result.state for result in results]
+        np.testing.assert_array_equal(results[0].mean, grad)
+
+
 def test_one_ranks_state_for_all_is_not_what_is_owed():
     """The negative control: a checkpoint that rank 0 alone has written, for all."""
     job = Job(METHODS["onebit"], 3)
