@@ -309,7 +309,7 @@ def test_states_that_do_not_fit_are_refused(hvd, change, told):
 
 
 def test_a_policy_chooses_by_parameter(hvd):
-    methods = {"weight": C.onebit(), "odd": C.fp16}
+    methods = {"weight": C.onebit(), "odd": C.int8()}
     prepared = []
 
     def prepare(adapter, specs, process_set):
@@ -323,7 +323,7 @@ def test_a_policy_chooses_by_parameter(hvd):
     assert prepared == [([*reversed(SHAPES)], hvd.size())]
     for name in SHAPES:
         alone = train(hvd, methods.get(name, C.none), grads)[name]
-        np.testing.assert_allclose(result[name], alone, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(result[name], alone, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_where_all_choose_none_buckets_travel_as_without_compression(hvd):
