@@ -45,8 +45,8 @@ def DistributedOptimizer(
     it returns: clip, log and unscale them as in a single process. ``scaler.step(optimizer)`` of
     a ``torch.amp.GradScaler`` finds infinities in the means, so that all ranks skip a step or
     none. The optimizer keeps its class, state, defaults and schedulers, and gains
-    ``synchronize()``, ``skip_synchronize()``, ``no_sync()``, ``set_backward_passes_per_step()``
-    and ``communication_seconds``.
+    ``synchronize()``, ``skip_synchronize()``, ``no_sync()``, ``set_backward_passes_per_step()``,
+    ``communication_seconds`` and what belongs to compression, below.
 
     Differences from Horovod's: the optimizer is not rebuilt, so that state is kept;
     ``zero_grad(set_to_none=...)`` works, at any time; a parameter that no rank used keeps
@@ -60,6 +60,25 @@ def DistributedOptimizer(
     changes are combined in ``step()``, tensor by tensor. Unlike Horovod's it needs no MPI, no
     power of two of ranks, and takes process sets. As with Horovod's, a ``GradScaler`` cannot be
     used with it, since ranks would skip steps each for itself.
+
+    A compressor may keep something from step to step: what it has not delivered yet, above all.
+    ``state_dict()`` stays that of the plain optimizer, which loads it and the other way round, as
+    scripts do in which rank 0 alone saves. What compressors keep differs from rank to rank and is
+    saved besides::
+
+        torch.save({"optimizer": optimizer.state_dict(),
+                    "compression": optimizer.compression_state()}, f"checkpoint.{hvd.rank()}")
+
+    ``optimizer.load_compression_state(state)``, before or after the first step, then goes on to
+    the last bit, with the same number of ranks. For any other number, or for one file, save what
+    ``optimizer.portable_compression_state()`` returns: all ranks call it, and it is equal on all,
+    of about the size of the model. Loaded on all ranks, or on one, what is owed is the same as
+    before but for rounding. Left out, training starts with nothing owed. Take states after
+    ``step()``; a parameter that a state does not know starts afresh. In elastic training the
+    ranks that are left bring what they owe by themselves; what a dead rank owed is lost.
+
+    With a ``GradScaler``, say ``optimizer.loss_scale = scaler.get_scale``: what is owed is then
+    kept unscaled, since the scale changes. A step that is skipped changes nothing that is kept.
 
     Args:
         optimizer: any first-order ``torch.optim.Optimizer`` of float16, bfloat16, float32 or

@@ -114,6 +114,10 @@ class Bucket:
             torch.mul(grad, self.scale, out=self.views[index])
         self.placed.add(index)
 
+    def idle(self, index: int) -> bool:
+        """Tell whether no rank has had this gradient, so that its mean will not be applied."""
+        return index in self._absent and not self.presence[index]
+
     def finite(self) -> bool:
         """Tell whether the means are."""
         # A sum takes a tenth of the time, but is infinite as well where it overflows.

@@ -429,9 +429,11 @@ class Reducer(Wrapper):
             works.append(self.kept.reduce(name, grad))
         results = yield from together([*works, none.reduce(ops, bucket.presence, None)], ops)
         bucket.presence.copy_(results.pop().mean)
-        for name, view, reduced in zip(bucket.names, bucket.views, results, strict=True):
-            view.copy_(reduced.mean if scale == 1.0 else reduced.mean * scale)
-            self.kept.await_settling(name, reduced.state)
+        for index, reduced in enumerate(results):
+            mean = reduced.mean if scale == 1.0 else reduced.mean * scale
+            bucket.views[index].copy_(mean)
+            if not bucket.idle(index):
+                self.kept.await_settling(bucket.names[index], reduced.state)
 
     def _loss_scale(self) -> float:
         """Return what the loss was multiplied by, as far as we were told."""
@@ -441,17 +443,32 @@ class Reducer(Wrapper):
     # -- what the compressor keeps
 
     def compression_state(self) -> dict[str, Any]:
-        """Return what this rank's compressor keeps; see :func:`DistributedOptimizer`."""
+        """Return what this rank's compressor keeps; see ``DistributedOptimizer``.
+
+        Returns:
+            ``parameters``: tensors by name and path, copies; ``kinds``: what each path means;
+            ``compressor``, ``step``, ``rank`` and ``ranks``: that all this belongs to.
+        """
         self.require_place()
         return self.kept.saved()
 
     def portable_compression_state(self) -> dict[str, Any]:
-        """Return what compressors keep, for any number of ranks; all ranks call it."""
+        """Return what compressors keep, for any number of ranks; all ranks call it.
+
+        Raises:
+            CompressionError: the ranks have changed, or some have loaded a state, and they have
+                not met since.
+        """
         self.require_place()
         return self.kept.portable()
 
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what either of the other two has returned."""
+        """Go on from what either of the other two has returned.
+
+        Raises:
+            CompressionError: the state is of another compressor, model or, where it is not
+                portable, number of ranks; the message names both.
+        """
         self.require_place()
         if not self.active:  # this rank trains alone
             return

@@ -109,10 +109,11 @@ def _two_phases(
     if owner is not None:
         piece = piece + owner.lost
     used = min(max(size - rank * columns, 0), columns)
-    everyone = yield Allgather(ops.reshape(write(piece[None], used, ranks + rank), (-1,)))
+    rows = _rows(ops, piece[:used], used, 1, columns)  # padding has decoded to anything
+    everyone = yield Allgather(ops.reshape(write(rows, used, ranks + rank), (-1,)))
     means = codec.decode(ops, ops.reshape(everyone, shape), columns)
     if owner is not None:
-        owner = Owner(ops.finite_or(piece - means[rank], owner.lost))
+        owner = Owner(ops.finite_or(rows[0] - means[rank], owner.lost))
 
     def own() -> Any:
         return ops.reshape(codec.decode(ops, data, columns), (-1,))[:size]

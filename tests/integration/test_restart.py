@@ -39,12 +39,12 @@ def step(net, optimizer, x):
 
 def train(steps, ranks):
     for number in steps:
-        for one, optimizer in (averaged, combined):
+        for one, optimizer in wrapped:
             step(one, optimizer, batch(number, hvd.rank()))
         step(*plain, torch.cat([batch(number, rank) for rank in range(ranks)]))
 
 def check():
-    for one, _ in (averaged, combined):
+    for one, _ in wrapped:
         told = hvd.allgather_object(hvd.parameter_hash(one))
         assert len(set(told)) == 1, told
     for p, q in zip(averaged[0].parameters(), plain[0].parameters()):
@@ -53,22 +53,25 @@ def check():
 def wrap():
     hvd.DistributedOptimizer(averaged[1], averaged[0])
     hvd.DistributedOptimizer(combined[1], combined[0], op=hvd.Adasum)
+    kept = hvd.Compression.randomk(0.5, min_elements=0)  # whose draws must be equal on all ranks
+    hvd.DistributedOptimizer(squeezed[1], squeezed[0], compression=kept)
 
-averaged, combined, plain = new(), new(), new()
+averaged, combined, squeezed, plain = new(), new(), new(), new()
+wrapped = averaged, combined, squeezed
 hvd.init(framework="torch")
 me = hvd.rank()
 if not LATE:
-    for net, _ in (averaged, combined):  # those that wrap() makes take their places
+    for net, _ in wrapped:  # those that wrap() makes take their places
         hvd.DistributedOptimizer(torch.optim.SGD(net.parameters(), 0.1), net)
     wrap()
     for _ in range(3):
         hvd.allreduce(torch.ones(1))
     train(range(3), 2)
     check()
-    for net, _ in (averaged, combined):
+    for net, _ in wrapped:
         loss(net, batch(9, me)).backward()  # given up
     hvd.shutdown()
-    for net, optimizer in (averaged, combined):
+    for net, optimizer in wrapped:
         try:
             optimizer.step()
         except hvd.NotInitializedError:
@@ -83,7 +86,7 @@ else:
     wrap()
     for number in range(3):
         step(*plain, torch.cat([batch(number, rank) for rank in range(2)]))
-for net, optimizer in (averaged, combined):
+for net, optimizer in wrapped:
     hvd.broadcast_parameters(net)
     hvd.broadcast_optimizer_state(optimizer)
 train(range(3, 6), 2)

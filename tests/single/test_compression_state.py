@@ -9,7 +9,7 @@ import pytest
 
 from hvdx.comm import in_step, together
 from hvdx.compression import Compression, CompressionError, Compressor, Spec, after
-from hvdx.compression.portable import portable, restored
+from hvdx.compression.portable import carried, portable, restored, shares
 from hvdx.compression.state import leaves
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 
@@ -137,6 +137,54 @@ def test_the_same_ranks_go_on_to_the_last_bit(method, ranks):
     again.load(saved)
     again.done = job.done
     assert again.run(20) == job.run(20)
+
+
+@every
+def test_ranks_that_are_left_bring_what_they_owe(method):
+    """Elastic training: of 4 ranks, 1 is lost; 3 go on with 2 new ones, which have nothing."""
+    job, new = Job(METHODS[method], 4), Job(METHODS[method], 5)
+    job.run(3)
+    left = {0: 1, 2: 0, 3: 3}  # place now: rank then
+    given = {place: _shares(job.states[rank], rank, 4) for place, rank in left.items()}
+    works = []
+    for place in range(5):
+        likes = new.states[place]
+        held = given.get(place, {name: {} for name in SHAPES})
+        works.append(together([carried(OPS, likes[n], held[n], place == 0) for n in SHAPES], OPS))
+    new.states = [dict(zip(SHAPES, own, strict=True)) for own in in_step(works)]
+    for name, owed in new.owed().items():
+        expected = job.owed()[name] - _owed_by(job, 2, name)
+        assert np.linalg.norm(owed - expected) <= 1e-6 * np.linalg.norm(expected), name
+    for state in new.states:  # new ranks learn what is equal on all
+        for name, own in state.items():
+            for new_leaf, old in zip(leaves(own), leaves(job.states[0][name]), strict=True):
+                if old.kind == "same":
+                    np.testing.assert_array_equal(new_leaf.tensor, old.tensor)
+
+
+def _shares(states: dict[str, Any], rank: int, ranks: int) -> dict[str, dict[str, Any]]:
+    return {name: shares(OPS, leaves(state), rank, ranks) for name, state in states.items()}
+
+
+def _owed_by(job: Job, rank: int, name: str) -> Any:
+    kinds = [leaf for leaf in leaves(job.states[rank][name]) if leaf.kind in ("owed", "averaged")]
+    part = _shares(job.states[rank], rank, 4)[name]
+    return np.stack([part[leaf.path] for leaf in kinds]) if kinds else 0.0
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_padding_adds_nothing_to_a_mean(ranks, feedback):
+    """Ranks' pieces are padded to whole blocks, and 1-bit codes decode padding to ±scale: that
+    counted in the scale of the mean, and where errors are kept, they grew a thousandfold a step.
+    """
+    compressor, shape = Compression.onebit(feedback=feedback), (24,)
+    states = [compressor.init(OPS, Spec("w", shape, "float32", ranks)) for _ in range(ranks)]
+    grad = np.where(np.arange(24) % 3, 1, -1).astype(np.float32)  # which needs no rounding
+    for _ in range(3):
+        results = in_step([compressor.reduce(OPS, grad, state) for state in states])
+        states = [result.state for result in results]
+        np.testing.assert_array_equal(results[0].mean, grad)
 
 
 def test_one_ranks_state_for_all_is_not_what_is_owed():
