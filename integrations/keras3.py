@@ -19,7 +19,7 @@ from keras.src.saving import object_registration
 
 from hvdx import world
 from hvdx.agreement import next_name
-from hvdx.compression import as_compressor, none
+from hvdx.compression import CompressionError, as_compressor, none
 from hvdx.compression.base import refuse_momentum
 from hvdx.frameworks import framework_of_kind
 from hvdx.integrations.keras3_averager import Averager, Options
@@ -308,20 +308,21 @@ class AveragingOptimizer:
             self._averager.settle(self._accumulated_gradients)  # type: ignore[attr-defined]
 
     def compression_state(self) -> dict[str, Any]:
-        """Return what the compressor keeps on this rank, as numbers and NumPy arrays.
+        """Return what the compressor keeps on this rank.
 
-        To be saved on every rank, since what is still owed differs between them. Loaded by as
-        many ranks, in their order, training goes on as if it had not been interrupted.
+        To be saved on every rank, since what is still owed to training differs between them.
+        Loaded by as many ranks, in their order, training goes on as if it had never stopped.
 
         Returns:
-            ``{"step": number, "parameters": {path of the parameter: {name: array}}}``.
+            Numbers, strings and NumPy arrays: under ``"parameters"`` arrays by path of the
+            parameter and name; ``"step"``; and whose state it is.
         """
-        return self._averager.states.told()
+        return self._averager.states.saved(self._averager.origin)
 
     def portable_compression_state(self) -> dict[str, Any]:
         """Return what any number of ranks can go on from, equal on all; a collective call.
 
-        What is owed to training is the same then, each rank's part of it is not.
+        What is owed is the same then; which rank owes how much of it is not.
         """
         return self._averager.portable_state()
 
@@ -329,14 +330,16 @@ class AveragingOptimizer:
         """Go on from what was saved; on all ranks, before or during training.
 
         Args:
-            state: this rank's, or the portable one.
+            state: this rank's own, or the portable one.
 
         Raises:
-            ValueError: it is nothing of the kind.
-            CompressionError: the compressor keeps other things; in the first step, if training
-                has not begun.
+            CompressionError: it is of another compressor or number of ranks, or nothing of the
+                kind; of another model: in the first step, unless training has begun before.
         """
-        self._averager.states.load(state)
+        try:
+            self._averager.states.load(state, self._averager.origin)
+        except CompressionError as error:
+            raise CompressionError(f"rank {world.rank()}: {error}") from None
 
     def build(self, variables: Any) -> None:
         """Make the optimizer's variables; a scaler around it learns to ask all ranks.
@@ -374,7 +377,7 @@ class AveragingScaler(AveragingOptimizer):
 
         Scales are powers of two, so that nothing is rounded.
         """
-        if not self._averager.options.compressor.stateful:
+        if not self._averager.remembers:
             return super()._averaged(grads, variables)
         given: Any = self
         scale = keras.ops.convert_to_tensor(

@@ -19,7 +19,7 @@ from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, none
 from hvdx.frameworks import Adapter
-from hvdx.integrations.keras3_state import States
+from hvdx.integrations.keras3_state import Origin, States
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
@@ -73,7 +73,7 @@ class Bucket:
     @property
     def remembers(self) -> bool:
         """Whether anything is kept from step to step."""
-        return any(each.stateful or each.phases for each in self.compressors)
+        return any(map(_remembers, self.compressors))
 
 
 class Layout(NamedTuple):
@@ -204,13 +204,21 @@ class Averager(abc.ABC):
         for total, mean in zip(sums, means, strict=True):
             total.assign(mean)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether compressors keep anything from step to step."""
+        return _remembers(self.options.compressor)
+
+    @property
+    def origin(self) -> Origin:
+        """This rank's place among those that take part, and how many they are."""
+        return self.adapter.place(self.options.process_set), self.ranks()
+
     def portable_state(self) -> dict[str, Any]:
         """Return what compressors of any number of ranks can go on from; a collective call."""
-        name = f"{self.options.name}.portable"
+        name, process_set = f"{self.options.name}.portable", self.options.process_set
         return self.states.portable(
-            functools.partial(
-                perform, self.adapter, name=name, process_set=self.options.process_set
-            )
+            functools.partial(perform, self.adapter, name=name, process_set=process_set)
         )
 
     def everywhere(self, condition: Any, purpose: str = "finite") -> Any:
@@ -470,6 +478,11 @@ class Averager(abc.ABC):
     def configuration(self, optimizer: Any) -> str:
         """Describe the optimizer's options, equal on ranks that train alike."""
         return json.dumps(_nameless(optimizer.get_config()), sort_keys=True, default=str)
+
+
+def _remembers(compressor: Compressor) -> bool:
+    choosing = compressor.policy is not None or compressor.prepare is not None
+    return compressor.stateful or bool(compressor.phases) or choosing
 
 
 def _nameless(tree: Any) -> Any:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
 
-from hvdx import world
-from hvdx.comm import Work, drive, together
+from hvdx.comm import drive, in_step, together
 from hvdx.compression import CompressionError, Compressor, Spec
-from hvdx.compression.portable import portable, restored
-from hvdx.compression.state import leaves
-from hvdx.ops import Ops
+from hvdx.compression.portable import pooled, restored
+from hvdx.compression.state import Leaf, leaves
+from hvdx.ops import NumpyOps, Ops
+
+Origin: TypeAlias = tuple[int, int]
+"""The rank that has kept something, and of how many."""
+
+PORTABLE: Origin = (0, 1)
+"""What the only rank of a job has kept is all that is owed: any number of ranks may start so."""
+
+_FIELDS = {"compressor", "step", "rank", "ranks", "kinds", "parameters"}
 
 
 class Kept(NamedTuple):
@@ -29,17 +36,22 @@ class Kept(NamedTuple):
 class States:
     """What the compressors of an optimizer keep, in plain tensors.
 
+    Args:
+        ops: the verbs of the tensors.
+        name: of the compressor that the user has asked for.
+
     Attributes:
         step: how many steps with finite means there were; equal on all ranks.
     """
 
     step: Any
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Ops, name: str) -> None:
         self.ops = ops
         self.step = 0
+        self._name = name
         self._kept: dict[str, Kept] = {}
-        self._loaded: dict[str, Mapping[str, Any]] = {}  # of parameters not met yet
+        self._loaded: dict[str, list[Leaf]] = {}  # arrays, of parameters not met yet
 
     def forget(self) -> None:
         """Begin anew with other ranks, but for the step."""
@@ -50,7 +62,7 @@ class States:
         """Make the first state of a parameter that has none yet, or take the one loaded."""
         if spec.name not in self._kept:
             kept = Kept(spec, compressor, device, None)
-            state = self._fresh(kept, self._loaded.pop(spec.name, {}))
+            state = self._fresh(kept, self._loaded.pop(spec.name, ()))
             self._kept[spec.name] = kept._replace(state=self.hold(kept, state))
 
     def __getitem__(self, name: str) -> Any:
@@ -68,9 +80,12 @@ class States:
                 self.replace(name, state)
             self.step += 1
 
-    def told(self) -> dict[str, Any]:
-        """Return all there is to save, as numbers and NumPy arrays."""
-        return self._told({name: leaves(self[name]) for name in self._kept})
+    # -- saved and loaded
+
+    def saved(self, origin: Origin) -> dict[str, Any]:
+        """Return what this rank, which is ``origin``, keeps, as numbers and NumPy arrays."""
+        held = self._held()
+        return self._spelt(origin, {name: _by_path(own) for name, own in held.items()})
 
     def portable(self, answer: Callable[[Any], Any]) -> dict[str, Any]:
         """Return what any number of ranks can go on from; a collective call.
@@ -78,52 +93,80 @@ class States:
         Args:
             answer: carries out requests of :mod:`hvdx.comm`.
         """
-        works = [portable(self.ops, self[name]) for name in self._kept]
-        everyone: Work[list[Any]] = together(works, self.ops)
-        tensors = [each.items() for each in drive(everyone, answer)]
-        return self._told(dict(zip(self._kept, tensors, strict=True)))
+        held = self._held()
+        works = [pooled(self.ops, self._tensors(own)) for own in held.values()]
+        found = drive(together(works, self.ops), answer)
+        return self._spelt(PORTABLE, dict(zip(held, found, strict=True)))
 
-    def _told(self, states: Mapping[str, Any]) -> dict[str, Any]:
-        arrays = {
-            name: {path: keras.ops.convert_to_numpy(tensor) for path, tensor, *_ in found}
-            for name, found in states.items()
-        }
-        kept = {name: found for name, found in arrays.items() if found}
-        return {"step": int(self.step), "parameters": kept}
-
-    def load(self, told: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`told` or :meth:`portable` returned.
+    def load(self, saved: Any, origin: Origin) -> None:
+        """Go on from what :meth:`saved` or :meth:`portable` has returned.
 
         Raises:
-            ValueError: it is nothing of the kind.
-            CompressionError: a state is not such as the compressor keeps.
+            CompressionError: it is of another compressor, model or number of ranks, or nothing
+                of the kind.
         """
-        if set(told) != {"step", "parameters"}:
-            raise ValueError(
-                f"no compression state: it has {sorted(told)} rather than 'step' and 'parameters'; "
-                "give what compression_state() returned"
+        if not isinstance(saved, Mapping) or not set(saved) >= _FIELDS:
+            raise CompressionError(
+                f"a {type(saved).__name__} without {', '.join(sorted(_FIELDS))} is not what "
+                "compression_state() has returned"
             )
-        fresh = {
-            name: self._fresh(kept, told["parameters"].get(name, {}))
-            for name, kept in self._kept.items()
-        }
+        if saved["compressor"] != self._name:
+            raise CompressionError(
+                f"the saved state is that of compression={saved['compressor']}, but the optimizer "
+                f"has compression={self._name}: give it the former, or leave the state out to "
+                "start afresh"
+            )
+        told = saved["rank"], saved["ranks"]
+        if told not in (PORTABLE, origin):
+            raise CompressionError(
+                f"the saved state is that of rank {told[0]} of {told[1]}, but this is rank "
+                f"{origin[0]} of {origin[1]}: for other ranks save what "
+                "portable_compression_state() returns"
+            )
+        given = leaves_of(saved)
+        fresh = {name: self._fresh(kept, given.pop(name, ())) for name, kept in self._kept.items()}
         for name, state in fresh.items():
             self.replace(name, state)
-        self._loaded = {n: found for n, found in told["parameters"].items() if n not in fresh}
-        self.count_from(int(told["step"]))
+        self._loaded = given
+        self.count_from(int(saved["step"]))
 
-    def _fresh(self, kept: Kept, arrays: Mapping[str, Any]) -> Any:
-        """Return a first state, or the one saved in ``arrays``."""
+    def _held(self) -> dict[str, list[Leaf]]:
+        """Return the leaves of all states, those that wait for their parameters among them."""
+        held = {**self._loaded, **{name: leaves(self[name]) for name in self._kept}}
+        return {name: held[name] for name in sorted(held) if held[name]}
+
+    def _spelt(self, origin: Origin, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {
+            "compressor": self._name,
+            "step": int(self.step),
+            "rank": origin[0],
+            "ranks": origin[1],
+            "kinds": {leaf.path: leaf.kind for own in self._held().values() for leaf in own},
+            "parameters": {
+                name: {path: np.array(keras.ops.convert_to_numpy(t)) for path, t in own.items()}
+                for name, own in found.items()
+            },
+        }
+
+    def _tensors(self, held: Iterable[Leaf]) -> list[Leaf]:
+        """Return leaves with tensors instead of NumPy arrays."""
+        return [
+            leaf._replace(tensor=self.ops.constant(np.array(leaf.tensor), leaf.tensor.dtype.name))
+            if isinstance(leaf.tensor, np.ndarray)
+            else leaf
+            for leaf in held
+        ]
+
+    def _fresh(self, kept: Kept, loaded: Sequence[Leaf]) -> Any:
+        """Return a first state, or the one loaded."""
         with self.beside(kept):
             first = kept.compressor.init(self.ops, kept.spec)
-            if not arrays:
+            if not loaded:
                 return first
-            tensors = {p: self.ops.constant(np.array(a), a.dtype.name) for p, a in arrays.items()}
             try:
-                return restored(first, tensors)
+                return restored(first, _by_path(self._tensors(loaded)))
             except CompressionError as error:
-                told = f"rank {world.rank()}, parameter {kept.spec.name!r}: {error}"
-                raise CompressionError(told) from None
+                raise CompressionError(f"parameter {kept.spec.name!r}: {error}") from None
 
     # -- how a backend keeps them
 
@@ -142,3 +185,22 @@ class States:
     def beside(self, kept: Kept) -> contextlib.AbstractContextManager[Any]:
         """Have tensors made where the parameter is."""
         return contextlib.nullcontext()
+
+
+def leaves_of(saved: Mapping[str, Any]) -> dict[str, list[Leaf]]:
+    """Return the leaves of all states in what :meth:`States.saved` has returned."""
+    return {
+        name: [Leaf(path, array, saved["kinds"][path]) for path, array in own.items()]
+        for name, own in saved["parameters"].items()
+    }
+
+
+def brought_together(everyone: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make of what :meth:`States.saved` has returned on every rank what is portable."""
+    ops, told = NumpyOps(), [leaves_of(saved) for saved in everyone]
+    found = {name: in_step([pooled(ops, own[name]) for own in told])[0] for name in told[0]}
+    return {**everyone[0], "rank": PORTABLE[0], "ranks": PORTABLE[1], "parameters": found}
+
+
+def _by_path(held: Iterable[Leaf]) -> dict[str, Any]:
+    return {leaf.path: leaf.tensor for leaf in held}

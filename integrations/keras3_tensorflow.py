@@ -32,8 +32,8 @@ class VariableStates(States):
     and no ``tf.Variable``, which a function that is traced again may not make.
     """
 
-    def __init__(self, ops: Ops) -> None:
-        super().__init__(ops)
+    def __init__(self, ops: Ops, name: str) -> None:
+        super().__init__(ops, name)
         with tf.init_scope(), tf.device("CPU:0"):
             self.step = ResourceVariable(0, trainable=False, dtype=tf.int64)
 
@@ -120,7 +120,7 @@ class TensorFlowAverager(Averager):
 
     def make_states(self) -> VariableStates:
         """See :meth:`Averager.make_states`."""
-        return VariableStates(self.ops)
+        return VariableStates(self.ops, self.options.compressor.name)
 
     def finite(self, tensors: list[Any]) -> Any:
         """See :meth:`Averager.finite`; looks at each element only where a sum is not finite."""

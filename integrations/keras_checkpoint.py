@@ -19,7 +19,8 @@ import keras
 import numpy as np
 
 from hvdx import world
-from hvdx.integrations.keras3 import averaging
+from hvdx.integrations.keras3 import AveragingOptimizer, averaging
+from hvdx.integrations.keras3_state import brought_together
 from hvdx.integrations.keras_sync import RankCallback
 from hvdx.replicas import allgather_object, broadcast_object, broadcast_parameters
 
@@ -87,17 +88,18 @@ class CheckpointCallback(RankCallback):
     """Write checkpoints on rank 0, and go on from the last one when the job starts again.
 
     A checkpoint is one ``.keras`` file, which plain Keras loads like any other, with what else
-    training needs in it: the epoch, the state of ``callbacks``, and every rank's random numbers
-    (Python's, NumPy's, torch's, and those of layers such as ``Dropout``). It appears under its
+    training needs in it: the epoch, the state of ``callbacks``, what compression keeps on every
+    rank (``compression_state()``), and every rank's random numbers (Python's, NumPy's, torch's,
+    and those of layers such as ``Dropout``). It appears under its
     name only when it is whole and on disk. Files that are damaged even so are passed over, with
     a warning, for the one before.
 
     ``fit`` then begins with the epoch after the checkpoint's, on all ranks with rank 0's weights
     (the running statistics of ``BatchNormalization`` too) and optimizer state, and counts
     ``epochs`` from the job's first start. Any number of ranks may go on; those that are new
-    start with random numbers of their own. On the TensorFlow backend ``fit(shuffle=True)``
-    shuffles arrays by a generator that cannot be saved: give a ``tf.data.Dataset`` for the same
-    order as without interruption.
+    start with random numbers of their own, and what compression owes is shared out anew. On the
+    TensorFlow backend ``fit(shuffle=True)`` shuffles arrays by a generator that cannot be saved:
+    give a ``tf.data.Dataset`` for the same order as without interruption.
 
     List it last, so that it saves what the other callbacks have decided after an epoch.
 
@@ -139,6 +141,7 @@ class CheckpointCallback(RankCallback):
         self._callbacks = callbacks
         self._found: dict[str, Any] | None = None
         self._fresh: list[dict[str, str]] | None = None
+        self._compression: list[dict[str, Any]] | None = None  # of each rank; rank 0 loads them
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Load the last checkpoint on rank 0 and give its content to all."""
@@ -156,6 +159,8 @@ class CheckpointCallback(RankCallback):
                 _build(self.model)
                 broadcast_parameters(self.model)
                 broadcast_parameters(self.model.optimizer)
+                _hand_out(self._compression, optimizer)
+                self._compression = None
                 self.model._initial_epoch = self._found["epoch"]
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -169,10 +174,16 @@ class CheckpointCallback(RankCallback):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint, if it is time; all ranks wait, and hear if that fails."""
         if (epoch + 1) % self.every == 0 or epoch + 1 == (self.params or {}).get("epochs"):
-            if optimizer := averaging(self.model.optimizer):
+            optimizer = averaging(self.model.optimizer)
+            if optimizer is not None:
                 optimizer.settle()
-            everyone = allgather_object(_random_state(self.model))
-            _from_root(lambda: self._write(epoch + 1, everyone), "write a checkpoint")
+            told = {
+                "format": 1,
+                "epoch": epoch + 1,
+                "random": allgather_object(_random_state(self.model)),
+                "compression": _collected(optimizer),
+            }
+            _from_root(lambda: self._write(told), "write a checkpoint")
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Let another ``fit`` begin where it wants to."""
@@ -202,10 +213,11 @@ class CheckpointCallback(RankCallback):
                     self.model.load_weights(path)
                 except (ValueError, UserWarning) as error:
                     raise ValueError(f"{path} does not fit this training: {error}") from None
+            self._compression = told.pop("compression", None)
             return told
         return None
 
-    def _write(self, epoch: int, everyone: list[dict[str, Any]]) -> None:
+    def _write(self, told: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         files = self._files()
         number = int(files[-1].stem.partition("-")[2]) + 1 if files else 1
@@ -215,11 +227,10 @@ class CheckpointCallback(RankCallback):
             {"class": type(callback).__name__, "state": _changed(_state(callback), prints)}
             for callback, prints in zip(self._others(), fresh, strict=True)
         ]
-        told = {"format": 1, "epoch": epoch, "callbacks": changed, "random": everyone}
         unfinished = path.with_name(f".{path.name}")
         _save(self.model, unfinished)
         with zipfile.ZipFile(unfinished, "a") as archive:
-            _write_told(archive, told)
+            _write_told(archive, {**told, "callbacks": changed})
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -245,6 +256,40 @@ class CheckpointCallback(RankCallback):
                 vars(callback).update(entry["state"])
         if world.rank() < len(told["random"]):
             _set_random_state(self.model, told["random"][world.rank()])
+
+
+def _collected(optimizer: AveragingOptimizer | None) -> list[dict[str, Any]] | None:
+    """Return on rank 0 what compression keeps on each rank; one travels after the other."""
+    if optimizer is None or not optimizer._averager.remembers:
+        return None
+    own = optimizer.compression_state()
+    everyone = []
+    for rank in range(world.size()):
+        state = broadcast_object(own if rank == world.rank() else None, rank)
+        if world.rank() == 0:
+            everyone.append(state)
+    return everyone
+
+
+def _hand_out(saved: list[dict[str, Any]] | None, optimizer: AveragingOptimizer | None) -> None:
+    """Give each rank what rank 0 has loaded: its own, or with other ranks what is portable."""
+    told = broadcast_object((saved[0]["compressor"], len(saved)) if saved else None)
+    if told is None:
+        return
+    now = "none" if optimizer is None else optimizer._averager.options.compressor.name
+    if optimizer is None or now != told[0]:
+        warnings.warn(
+            f"the checkpoint is of compression={told[0]}, and this training has {now}: what was "
+            "owed to training is lost",
+            stacklevel=3,
+        )
+    elif told[1] != world.size():
+        optimizer.load_compression_state(broadcast_object(saved and brought_together(saved)))
+    else:
+        for rank in range(world.size()):
+            state = broadcast_object(saved and saved[rank])
+            if rank == world.rank():
+                optimizer.load_compression_state(state)
 
 
 def _from_root(work: Any, purpose: str) -> Any:

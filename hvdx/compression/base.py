@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from hvdx.comm import Allreduce, Ranks, Work
 from hvdx.errors import HvdxError
@@ -12,6 +13,9 @@ from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
 _HALF_LIMIT = 60000.0  # float16 ends at 65504, and sums of halves round up on their way there
+
+
+Make = TypeVar("Make", bound=Callable[..., Any])
 
 
 class CompressionError(HvdxError, ValueError):
@@ -132,6 +136,28 @@ def name_hash(seed: int, name: str) -> int:
     """Return 31 random bits for (seed, parameter), equal on all ranks and in all versions."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
+
+
+def remembered(make: Make) -> Make:
+    """Have equal arguments make one and the same compressor.
+
+    States belong to a compressor, and a training loop may make its own anew in each step, as
+    Horovod's scripts do where they wrap a tape.
+    """
+    made: dict[Any, Compressor] = {}
+
+    @functools.wraps(make)
+    def find(*args: Any, **options: Any) -> Compressor:
+        key = args, tuple(sorted(options.items()))
+        try:
+            hash(key)
+        except TypeError:  # a list, say
+            return make(*args, **options)
+        if key not in made:
+            made[key] = make(*args, **options)
+        return made[key]
+
+    return find  # type: ignore[return-value]
 
 
 def stateless(ops: Ops, spec: Spec) -> None:

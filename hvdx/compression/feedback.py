@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hvdx.comm import Work
-from hvdx.compression.base import CompressionError, Compressor, Reduced, Spec, none
+from hvdx.compression.base import CompressionError, Compressor, Reduced, Spec, none, remembered
 from hvdx.compression.state import Owed
 from hvdx.ops import Ops
 
@@ -39,6 +39,7 @@ class Feedback(NamedTuple):
     inner: Any
 
 
+@remembered
 def error_feedback(compressor: Compressor) -> Compressor:
     """Add to each gradient what earlier steps left unsent (Seide et al. 2014; EF-SGD, 2019).
 
@@ -68,6 +69,7 @@ def _with_feedback(inner: Compressor) -> Compressor:
     return inner._replace(init=init, reduce=reduce, elementwise=False, stateful=True)
 
 
+@remembered
 def after(steps: int, inner: Compressor, first: Compressor = none) -> Compressor:
     """Use ``first`` for the first ``steps`` optimizer steps, then ``inner``.
 
@@ -97,6 +99,7 @@ def after(steps: int, inner: Compressor, first: Compressor = none) -> Compressor
     return _chosen_too(inner, inner._replace(name=name, phases=phases), wrap)
 
 
+@remembered
 def min_size(elements: int, compressor: Compressor, small: Compressor = none) -> Compressor:
     """Send parameters of fewer than ``elements``, and all with one dimension or none, raw.
 

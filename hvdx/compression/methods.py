@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hvdx.compression import codecs
-from hvdx.compression.base import CompressionError, Compressor, fp16, from_horovod, none
+from hvdx.compression.base import (
+    CompressionError,
+    Compressor,
+    fp16,
+    from_horovod,
+    none,
+    remembered,
+)
 from hvdx.compression.exchange import exchange
 from hvdx.compression.feedback import check_momentum, error_feedback, min_size, only_floats
 from hvdx.compression.feedback import momentum as with_momentum
@@ -197,6 +204,10 @@ def _check_density(method: str, density: float) -> None:
             f"Compression.{method}(density={density!r}): density must be above 0 and at most 1"
         )
 
+
+for _name, _kind in list(vars(Compression).items()):
+    if isinstance(_kind, staticmethod):
+        setattr(Compression, _name, staticmethod(remembered(_kind.__func__)))
 
 _METHODS: list[Callable[..., Compressor]] = [
     getattr(Compression, name)

@@ -345,8 +345,10 @@ def DistributedGradientTape(
         gradtape: any tape; before, while or after it records.
         device_dense: accepted for Horovod's sake and not needed.
         device_sparse: likewise.
-        compression: a stateless compressor of ``hvd.Compression``, or a Horovod ``Compressor``
-            class. Sparse gradients travel as they are.
+        compression: a compressor of ``hvd.Compression``, or a Horovod ``Compressor`` class.
+            Sparse gradients travel as they are. What it keeps from step to step belongs to the
+            sources, which must be variables, and to the compressor: tapes may come and go. It
+            cannot be saved, and a tape knows of no loss scale: ``hvd.DistributedOptimizer`` does.
         sparse_as_dense: make ``tf.IndexedSlices`` dense first. Else all ranks' rows are gathered.
         op: how gradients combine. Adasum needs Horovod with MPI.
         gradient_predivide_factor: with Average, divides before the sum and multiplies after.

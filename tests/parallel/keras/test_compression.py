@@ -10,6 +10,8 @@ import hvdx
 from hvdx.comm import in_step
 from hvdx.compression import Spec, after
 from hvdx.compression.state import leaves
+from hvdx.integrations import keras_checkpoint
+from hvdx.integrations.keras3_state import brought_together
 from hvdx.ops import NumpyOps
 
 C = hvdx.Compression
@@ -40,6 +42,10 @@ class Given(keras.layers.Layer):
     def call(self, x):
         flat = keras.ops.concatenate([keras.ops.reshape(w, (-1,)) for w in self.own])
         return keras.ops.sum(x * flat, axis=-1, keepdims=True)
+
+
+def optimizer_with(hvd, method):
+    return hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=METHODS[method])
 
 
 def given_gradients():
@@ -113,8 +119,7 @@ def assert_as_in_memory(hvd, method, model, optimizer, result, everyone):
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_fit(hvd, method):
     everyone = [gradients(rank) for rank in range(hvd.size())]
-    optimizer = keras.optimizers.SGD(1.0)
-    optimizer = hvd.DistributedOptimizer(optimizer, compression=METHODS[method])
+    optimizer = optimizer_with(hvd, method)
     model = given_gradients()
     several = {"steps_per_execution": 2} if method == "dgc" and GRAPHS else {}
     result = train(model, optimizer, everyone[hvd.rank()], **several)
@@ -126,8 +131,7 @@ def test_compiled_fit(hvd, method):
 @pytest.mark.parametrize("method", ["topk", "dgc", "after"])
 def test_loops(hvd, method, way):
     everyone = [gradients(rank) for rank in range(hvd.size())]
-    optimizer = keras.optimizers.SGD(1.0)
-    optimizer = hvd.DistributedOptimizer(optimizer, compression=METHODS[method])
+    optimizer = optimizer_with(hvd, method)
     model = given_gradients()
     result = train(model, optimizer, everyone[hvd.rank()], way)
     assert_as_in_memory(hvd, method, model, optimizer, result, everyone)
@@ -193,3 +197,83 @@ def test_ranks_with_other_compressors_are_told(hvd):
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=chosen)
     with pytest.raises(hvdx.MismatchError, match=r"topk\(0\.1\)"):
         train(given_gradients(), optimizer, gradients(0), "eager")
+
+
+@pytest.mark.parametrize("method", ["onebit", "randomk", "dgc"])
+def test_states_go_on(hvd, method):
+    """As many ranks go on exactly; what is portable is owed as before."""
+    grads = gradients(hvd.rank())
+    straight = train(given_gradients(), optimizer_with(hvd, method), grads, "eager")
+    first, second = optimizer_with(hvd, method), optimizer_with(hvd, method)
+    begun = train(given_gradients(), first, grads[:2], "eager")
+    saved = first.compression_state()
+    second.load_compression_state(saved)
+    rest = train(given_gradients(), second, grads[2:], "eager")
+    for whole, one, other in zip(straight, begun, rest, strict=True):
+        np.testing.assert_allclose(whole, one + other, atol=1e-6)
+    first.load_compression_state(second.compression_state())  # during training
+    assert first.compression_state()["step"] == 4
+
+    portable = second.portable_compression_state()
+    together = brought_together(hvd.allgather_object(second.compression_state()))
+    for name, tensors in portable["parameters"].items():
+        for path, array in tensors.items():
+            np.testing.assert_allclose(together["parameters"][name][path], array, atol=1e-6)
+    third = optimizer_with(hvd, method)
+    third.load_compression_state(portable)
+    train(given_gradients(), third, np.zeros_like(grads[:0]), "eager")
+    again = third.portable_compression_state()["parameters"]
+    for name, tensors in portable["parameters"].items():
+        for path, array in tensors.items():
+            np.testing.assert_allclose(again[name][path], array, atol=1e-6)
+
+
+@pytest.mark.ranks(2)
+def test_states_that_do_not_fit(hvd):
+    Error = hvdx.compression.CompressionError
+    optimizer = optimizer_with(hvd, "onebit")
+    train(given_gradients(), optimizer, gradients(0, 1), "eager")
+    saved = optimizer.compression_state()
+    with pytest.raises(Error, match=f"rank {hvd.rank()}: a dict without"):
+        optimizer.load_compression_state({"step": 1})
+    with pytest.raises(Error, match=r"of compression=topk\(0\.1\)"):
+        optimizer.load_compression_state({**saved, "compressor": "topk(0.1)"})
+    with pytest.raises(Error, match=r"that of rank 7 of 9, but this is rank \d of 2"):
+        optimizer.load_compression_state({**saved, "rank": 7, "ranks": 9})
+    saved["parameters"][f"{PATH}/odd"]["residual"] = np.zeros((7, 12), "float32")
+    with pytest.raises(Error, match=r"'sequential/given/odd': .*\(7, 12\).*\(7, 11\) here"):
+        optimizer.load_compression_state(saved)
+
+
+@pytest.mark.ranks(2)
+def test_checkpoints(hvd, tmp_path, monkeypatch):
+    folder, grads = hvdx.broadcast_object(str(tmp_path)), gradients(hvd.rank())
+
+    def fit(method, epochs, *folders):
+        model, optimizer = given_gradients(), optimizer_with(hvd, method)
+        model.compile(optimizer, lambda y, output: keras.ops.sum(output), run_eagerly=True)
+        callbacks = [hvd.callbacks.CheckpointCallback(each) for each in folders]
+        model.fit(grads, grads[:, :1], batch_size=1, shuffle=False, verbose=0, epochs=epochs,
+                  callbacks=callbacks)  # fmt: skip
+        return [v.numpy() for v in model.trainable_variables], optimizer.compression_state()
+
+    weights, saved = fit("onebit", 2)
+    fit("onebit", 1, folder)
+    resumed, state = fit("onebit", 2, folder)
+    for one, other in zip(weights, resumed, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert state["step"] == 2 * STEPS
+    for name, tensors in saved["parameters"].items():
+        np.testing.assert_array_equal(state["parameters"][name]["residual"], tensors["residual"])
+
+    everyone = hvdx.allgather_object(saved)
+    read = keras_checkpoint._read
+    monkeypatch.setattr(  # as if one rank had trained
+        keras_checkpoint, "_read", lambda path: {**read(path), "compression": [
+            brought_together(everyone)]})  # fmt: skip
+    _, state = fit("onebit", 2, folder)
+    for name, tensors in state["parameters"].items():
+        mean = np.mean([own["parameters"][name]["residual"] for own in everyone], 0)
+        np.testing.assert_allclose(tensors["residual"], mean, atol=1e-6)
+    with pytest.warns(UserWarning, match=r"the checkpoint is of compression=onebit.* owed .*lost"):
+        fit("topk", 2, folder)

@@ -1,0 +1,83 @@
+"""Compressors with state on a tape: the same as between ranks in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import hvdx
+from hvdx.comm import in_step
+from hvdx.compression import Spec, after
+from hvdx.integrations import tensorflow_tape
+from hvdx.ops import NumpyOps
+
+C = hvdx.Compression
+METHODS = {  # made anew by each tape, as scripts do
+    "onebit": C.onebit,
+    "randomk": lambda: C.randomk(0.2, min_elements=0),
+    "after": lambda: after(2, C.dgc(0.1, momentum=0.5, min_elements=0)),
+}
+SHAPES = [(24, 36), (7, 11)]
+STEPS = 4
+
+
+def gradients(rank: int) -> list[list[np.ndarray]]:
+    random = np.random.default_rng(rank)
+    return [[random.normal(size=s).astype("f4") for s in SHAPES] for _ in range(STEPS)]
+
+
+def in_memory(compressor: Any, everyone: list[list[list[np.ndarray]]]) -> list[np.ndarray]:
+    """Return the sums of the means over the steps."""
+    ops, size, sums = NumpyOps(), len(everyone), []
+    for place, shape in enumerate(SHAPES):
+        spec = Spec("Variable:0" + "#2" * place, shape, "float32", size)
+        states = [compressor.init(ops, spec) for _ in range(size)]
+        total = np.zeros(shape, "f4")
+        for step in range(STEPS):
+            works = [
+                compressor.at(step).reduce(ops, own[step][place], state)
+                for own, state in zip(everyone, states, strict=True)
+            ]
+            results = in_step(works)
+            states = [each.state for each in results]
+            total = total + results[0].mean
+        sums.append(total)
+    return sums
+
+
+@pytest.mark.parametrize("run", ["eager", "graph"])
+@pytest.mark.parametrize("method", METHODS)
+def test_as_between_ranks_in_memory(hvd, method, run):
+    everyone = [gradients(rank) for rank in range(hvd.size())]
+    variables = [tf.Variable(tf.zeros(shape)) for shape in SHAPES]
+
+    def step(grads):
+        with tf.GradientTape() as tape:
+            loss = tf.add_n([tf.reduce_sum(v * g) for v, g in zip(variables, grads, strict=True)])
+        tape = hvd.DistributedGradientTape(tape, compression=METHODS[method]())
+        return tape.gradient(loss, variables)
+
+    call = tf.function(step) if run == "graph" else step
+    plans = len(tensorflow_tape._plans)
+    for own in everyone[hvd.rank()]:
+        for variable, mean in zip(variables, call([tf.constant(g) for g in own]), strict=True):
+            variable.assign_add(mean)
+    assert len(tensorflow_tape._plans) == plans + 1  # found again by each tape
+    for variable, total in zip(variables, in_memory(METHODS[method](), everyone), strict=True):
+        np.testing.assert_allclose(variable, total, atol=1e-5)
+    assert len(set(hvd.allgather_object(b"".join(v.numpy().tobytes() for v in variables)))) == 1
+
+
+@pytest.mark.ranks(2)
+def test_what_a_tape_cannot_keep(hvd):
+    x = tf.constant(np.ones((3, 3), "f4"))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        y = tf.Variable(x)
+        loss = tf.reduce_sum(x * x) + tf.reduce_sum(y)
+    stateful = hvd.DistributedGradientTape(tape, compression=C.onebit)
+    with pytest.raises(hvdx.compression.CompressionError, match="source 1 is a tensor"):
+        stateful.gradient(loss, [y, x])
