@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvdx import buckets
+from hvdx import buckets, world
 from hvdx.comm import together
 from hvdx.compression import CompressionError, Compressor, Local, Reduced, Spec
-from hvdx.compression.state import leaves, rebuilt
+from hvdx.compression.local import anchored
+from hvdx.compression.portable import restored
+from hvdx.compression.state import leaves
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_reducer import release
@@ -115,7 +117,8 @@ class LocalStepper(Wrapper):
         rank's own between outer steps: save them on each, or call ``flush()`` before.
         """
         state = {
-            name: {leaf[0]: leaf[1] for leaf in leaves(kept)} for name, kept in self.states.items()
+            name: {leaf.path: leaf.tensor for leaf in leaves(kept)}
+            for name, kept in self.states.items()
         }
         counters = {"steps": self._steps, "rounds": self._rounds}
         return {**state, _OWN: {name: torch.tensor(value) for name, value in counters.items()}}
@@ -175,24 +178,23 @@ class LocalStepper(Wrapper):
         return Spec(each.name, tuple(parameter.shape), dtype_name(parameter.dtype), self.ranks)
 
     def _initial(self, member: Member) -> Any:
+        ops = ops_for(torch.Tensor)
         with torch.device(member.parameter.device):
-            state = member.outer.init(ops_for(torch.Tensor), self._spec(member))
-        return _anchored(state, member.parameter)
+            state = member.outer.init(ops, self._spec(member))
+        return anchored(ops, state, member.parameter.detach().clone())
 
     def _restored(self, member: Member, saved: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
         """Return the state of ``member`` that was saved."""
-        fresh = self._initial(member)
-        expected = {leaf[0]: leaf[1] for leaf in leaves(fresh)}
-        given = saved.get(member.name, {})
-        for path in [*expected, *(path for path in given if path not in expected)]:
-            one, other = (_described(each.get(path)) for each in (given, expected))
-            if one != other:
-                raise CompressionError(
-                    f"parameter {member.name!r}: the saved state has {path!r} {one}, but "
-                    f"{self.training} keeps {other}; it is of another model or method"
-                )
         device = member.parameter.device
-        return rebuilt(fresh, iter([given[path].to(device, copy=True) for path in expected]))
+        given = saved.get(member.name, {})
+        try:
+            return restored(
+                self._initial(member),
+                {path: tensor.to(device, copy=True) for path, tensor in given.items()},
+            )
+        except CompressionError as error:
+            told = f"rank {world.rank()}, parameter {member.name!r}: {error}"
+            raise CompressionError(told) from None
 
     # -- around step()
 
@@ -274,15 +276,3 @@ class LocalStepper(Wrapper):
         ]
         results: list[Reduced] = yield from together(works, ops)
         return list(zip(members, results, strict=True))
-
-
-def _anchored(state: Any, parameter: torch.Tensor) -> Any:
-    """Let a fresh state start from ``parameter``; local SGD keeps none."""
-    if state is None:
-        return None
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return state._replace(anchor=parameter.detach().to(wide, copy=True))
-
-
-def _described(tensor: torch.Tensor | None) -> str:
-    return "nothing" if tensor is None else f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"

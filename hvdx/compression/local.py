@@ -97,9 +97,8 @@ def outer_optimizer(inner: Compressor, lr: float, momentum: float) -> Compressor
     With m the momentum, kept from step to step, and g the outer gradient: m = momentum * m + g;
     anchor = anchor - lr * (g + momentum * m). All in float32 (float64 for such parameters).
 
-    ``init`` leaves ``anchor`` empty: engines put a copy of the parameter there. A parameter that
-    is not finite on some rank is not on any after the step, and the training has diverged for
-    all to see.
+    A first state's anchor is zero: :func:`anchored` puts the parameter there. A parameter that is
+    not finite on some rank is not on any after the step, for all to see that training diverged.
 
     Args:
         inner: averages outer gradients. Its phases are counted in outer steps.
@@ -115,11 +114,21 @@ def outer_optimizer(inner: Compressor, lr: float, momentum: float) -> Compressor
     )
 
 
+def anchored(ops: Ops, state: Any, parameter: Any) -> Any:
+    """Return ``state`` with ``parameter``, which is not to be changed in place, as its anchor.
+
+    Local SGD keeps no anchor, and no state.
+    """
+    if state is None:
+        return None
+    return state._replace(anchor=ops.cast(parameter, ops.dtype(state.anchor)))
+
+
 def _with_optimizer(lr: float, momentum: float, inner: Compressor) -> Compressor:
     def init(ops: Ops, spec: Spec) -> Outer:
         spec = spec._replace(dtype=_wide(spec.dtype))
-        zeros = ops.zeros(spec.shape, spec.dtype) if momentum else None
-        return Outer(None, zeros, inner.init(ops, spec))
+        zeros = ops.zeros(spec.shape, spec.dtype)
+        return Outer(zeros, zeros if momentum else None, inner.init(ops, spec))
 
     def reduce(ops: Ops, parameter: Any, state: Outer) -> Work[Reduced]:
         anchor, velocity = state.anchor, state.momentum

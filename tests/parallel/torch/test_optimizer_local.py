@@ -318,9 +318,9 @@ def test_what_is_refused():
     with pytest.raises(CompressionError, match="no counters"):
         ours.load_compression_state({"0.weight": {}})
     other = {**state, "2.bias": {**state["2.bias"], "anchor": torch.zeros(7)}}
-    with pytest.raises(CompressionError, match=r"'2\.bias'.*'anchor' float32 \(7,\).*float64"):
+    with pytest.raises(CompressionError, match=r"'2\.bias'.*anchor has shape \(7,\)"):
         ours.load_compression_state(other)
     plain, theirs = wrap(compression=C.local_sgd)
     theirs.load_compression_state(state)
-    with pytest.raises(CompressionError, match=r"'anchor' float64.*local_sgd.* keeps nothing"):
+    with pytest.raises(CompressionError, match=r"saved state holds anchor .* keeps nothing"):
         local_step(plain, theirs, *next(data()))
