@@ -19,6 +19,13 @@ from hvdx.integrations.pytorch_optimizer_wrapper import Options
 from hvdx.reduce_op import ReduceOp
 
 _METHODS = ("synchronize", "skip_synchronize", "set_backward_passes_per_step")
+_REDUCER_METHODS = (
+    *_METHODS,
+    "no_sync",
+    "compression_state",
+    "portable_compression_state",
+    "load_compression_state",
+)
 
 
 def DistributedOptimizer(
@@ -127,7 +134,7 @@ def DistributedOptimizer(
         stepper.set_backward_passes_per_step(backward_passes_per_step)
         stepper.attach(_METHODS)
     else:
-        Reducer(optimizer, options, backward_passes_per_step).attach((*_METHODS, "no_sync"))
+        Reducer(optimizer, options, backward_passes_per_step).attach(_REDUCER_METHODS)
     return optimizer
 
 

@@ -13,12 +13,12 @@ this is exact but for the rounding of a sum, and a job of N ranks saves one tens
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdx.comm import Allreduce, Rank, Ranks, Work
 from hvdx.compression.base import CompressionError
-from hvdx.compression.state import leaves, rebuilt
+from hvdx.compression.state import Leaf, leaves, rebuilt
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
@@ -32,22 +32,55 @@ def portable(ops: Ops, state: Any) -> Work[dict[str, Any]]:
         Tensors by path, as of :func:`hvdx.compression.state.leaves`, equal on all ranks; pieces
         are part of what is owed. To be given to :func:`restored`.
     """
+    return (yield from pooled(ops, leaves(state)))
+
+
+def pooled(ops: Ops, held: Sequence[Leaf]) -> Work[dict[str, Any]]:
+    """Do what :func:`portable` does with a state that is a list of leaves, as in a file."""
     rank, ranks = (yield Rank()), (yield Ranks())
-    tensors = shares(ops, state, rank, ranks)
-    for path, _, kind in leaves(state):
+    tensors = shares(ops, held, rank, ranks)
+    for path, _, kind in held:
         if kind in ("owed", "averaged"):
             tensors[path] = yield Allreduce(tensors[path], op=ReduceOp.Sum)
     return tensors
 
 
-def shares(ops: Ops, state: Any, rank: int, ranks: int) -> dict[str, Any]:
+def carried(ops: Ops, like: Any, given: Mapping[str, Any], lead: bool) -> Work[Any]:
+    """Bring together what ranks have left of a job that has ended, or of another compressor.
+
+    A collective, like :func:`portable`, for when not all of those ranks are here.
+
+    Args:
+        ops: the verbs of the tensors.
+        like: a first state for the ranks and the compressor there are now, from ``init``.
+        given: what :func:`shares` told of this rank's old state; nothing if it has none, or if
+            another rank gives the same.
+        lead: on one rank only, which has an old state: what is equal on all comes from it.
+
+    Returns:
+        This rank's state. All that is given and has a place in ``like`` is owed again.
+    """
+    tensors = {}
+    for path, first, kind in leaves(like):
+        if kind == "piece":
+            continue
+        own = given.get(path)
+        if own is None or tuple(own.shape) != tuple(first.shape):
+            own = first
+        if kind == "same" and not lead:
+            own = ops.zeros(tuple(first.shape), ops.dtype(first))
+        tensors[path] = yield Allreduce(own, op=ReduceOp.Sum)
+    return restored(like, tensors)
+
+
+def shares(ops: Ops, held: Sequence[Leaf], rank: int, ranks: int) -> dict[str, Any]:
     """Return by path what rank ``rank`` of ``ranks`` has in the sums that :func:`portable` makes.
 
     And, unchanged, what is equal on all ranks.
     """
     tensors: dict[str, Any] = {}
     owed = ""
-    for path, tensor, kind in leaves(state):
+    for path, tensor, kind in held:
         if kind == "piece":  # of what is owed, which every state has before them
             around = [rank * tensor.shape[0], (ranks - 1 - rank) * tensor.shape[0]]
             before, after = (ops.zeros((size,), "float32") for size in around)

@@ -7,7 +7,6 @@ that :mod:`hvdx.compression.portable` needs to know of a method.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
 
@@ -43,8 +42,7 @@ def leaves(state: Any, path: str = "", kind: str = "same") -> list[Leaf]:
     ]
 
 
-@functools.cache
-def _kinds(state: Any) -> dict[str, str]:
+def _kinds(state: type) -> dict[str, str]:
     """Return what each field's annotation says, "same" by default."""
     hints = get_type_hints(state, include_extras=True)
     return {field: getattr(hint, "__metadata__", ("same",))[0] for field, hint in hints.items()}
