@@ -62,6 +62,18 @@ def DistributedOptimizer(
     power of two of ranks, and takes process sets. As with Horovod's, a ``GradScaler`` cannot be
     used with it, since ranks would skip steps each for itself.
 
+    With ``compression=hvd.Compression.local_sgd(steps)`` or ``diloco(...)`` gradients are not
+    averaged either: each rank takes ``steps`` steps of its own (calls of ``step()``, also those
+    in which a ``GradScaler`` finds an overflow: that rank does without), and what they have
+    changed is averaged at the end of the last one. Parameters must be equal at the start; then
+    they are after each such round. ``optimizer.flush()``, on all ranks, ends a round early, as at
+    the end of training or before replicas are compared or saved. Gradients, clipping, closures,
+    ``backward_passes_per_step`` and the state of ``optimizer`` are each rank's own;
+    ``synchronize()``, ``skip_synchronize()`` and ``no_sync()`` do nothing. Buffers, such as
+    ``BatchNorm`` statistics, are not averaged: broadcast them before saving. A parameter that is
+    frozen is averaged as it was left, one added or unfrozen from then on. Where parameters are
+    replaced during training, ``optimizer.load_compression_state({})`` begins anew from them.
+
     Args:
         optimizer: any first-order ``torch.optim.Optimizer`` of float16, bfloat16, float32 or
             float64 parameters.
@@ -116,7 +128,7 @@ def DistributedOptimizer(
     world.core("torch")
     options = Options(
         _names(optimizer, named_parameters),
-        as_compressor(compression) if local is None else local.outer,
+        none if local is not None else as_compressor(compression),
         ReduceOp(op),
         _set_of_ranks(process_set),
         _checked_groups(groups),

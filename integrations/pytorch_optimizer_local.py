@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from hvdx import buckets, world
-from hvdx.comm import together
-from hvdx.compression import CompressionError, Compressor, Local, Reduced, Spec
-from hvdx.compression.local import anchored
-from hvdx.compression.portable import restored
-from hvdx.compression.state import leaves
+from hvdx.comm import Work, together
+from hvdx.compression import CompressionError, Local, Reduced, Spec
+from hvdx.compression.local import Outer
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_reducer import release
+from hvdx.integrations.pytorch_optimizer_states import PORTABLE, Kept
 from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper
 from hvdx.ops import ops_for
 
@@ -28,17 +27,10 @@ METHODS = (
     "set_backward_passes_per_step",
     "flush",
     "compression_state",
+    "portable_compression_state",
     "load_compression_state",
 )
-_OWN = ""  # in a saved state: what belongs to no parameter
-
-
-class Member(NamedTuple):
-    """A parameter and what reduces it; followed until the optimizer goes."""
-
-    name: str
-    parameter: torch.Tensor
-    outer: Compressor
+_ALONE = "steps alone"  # in a saved state
 
 
 class LocalStepper(Wrapper):
@@ -46,25 +38,28 @@ class LocalStepper(Wrapper):
 
     Only ``step()`` is followed: gradients, clipping, accumulation and closures are each rank's
     own affair. A round ends with the step whose number in it is ``training.steps``; parameters
-    are reduced in buckets, all of them at once.
+    are then reduced in buckets, all of them at once.
+
+    When ranks change (elastic training), a round begins from the parameters as they are then;
+    the outer momentum stays.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, options: Options, training: Local) -> None:
-        super().__init__(optimizer, options)
         self.training = training
-        self.states: dict[str, Any] = {}  # the outer compressor's, by parameter name
-        self._loaded: dict[str, dict[str, Any]] = {}  # of parameters yet to be followed
+        outer = training.outer(self._start)
+        super().__init__(optimizer, options._replace(compressor=outer))
+        self.kept = Kept(outer)
+        self._alone = 0  # steps since the last outer step
+        self._left = False  # a job, for another
+        self._loaded: Mapping[str, Any] = {}  # what was, by parameter name, since the last step
         self._hidden: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._scales_itself = False  # fused optimizers skip overflows by themselves
         self._empty()
 
     def _empty(self) -> None:
-        self.states = {}
-        self._members: list[Member] = []
+        self._members: dict[str, torch.Tensor] = {}  # by name, frozen later or not
         self._known: set[int] = set()  # ids of the members
-        self._outer: Compressor | None = None  # as prepared when ranks have met
-        self._steps = 0  # since the last outer step
-        self._rounds = 0  # outer steps so far
+        self._named: dict[str, torch.Tensor] = {}  # all that may have a state
 
     def attach(self, methods: Sequence[str]) -> None:
         """See :meth:`Wrapper.attach`."""
@@ -79,10 +74,13 @@ class LocalStepper(Wrapper):
         for each in self.named():  # refuses what cannot be averaged
             release(each.parameter)
         self._empty()
+        self.kept.join(self.adapter, self.options.process_set, self.name)
 
     def end(self) -> None:
         """See :meth:`Wrapper.end`."""
+        self.kept.leave()
         self._empty()
+        self._left = True
 
     # -- what a wrapped optimizer can do
 
@@ -106,45 +104,60 @@ class LocalStepper(Wrapper):
     def flush(self) -> None:
         """End the round early, if steps were taken since the last outer step; on all ranks."""
         self.require_place()
-        if self.active and self._steps:
+        if self.active and self._alone:
             self._outer_step()
 
-    def compression_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return ``{parameter name: {path: tensor}}``, with counters under the name ``""``.
+    def compression_state(self) -> dict[str, Any]:
+        """Return what this rank keeps; see :func:`DistributedOptimizer`.
 
-        What the outer optimizer keeps is the same on all ranks, and may be loaded by any number
-        of them; what error feedback keeps is each rank's own. The parameters themselves are each
-        rank's own between outer steps: save them on each, or call ``flush()`` before.
+        Anchors and the outer momentum are the same on all ranks; parameters, within a round, and
+        what error feedback holds back are each rank's own.
         """
-        state = {
-            name: {leaf.path: leaf.tensor for leaf in leaves(kept)}
-            for name, kept in self.states.items()
-        }
-        counters = {"steps": self._steps, "rounds": self._rounds}
-        return {**state, _OWN: {name: torch.tensor(value) for name, value in counters.items()}}
+        self.require_place()
+        return {**self.kept.saved(), _ALONE: self._alone}
 
-    def load_compression_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Go on from what :meth:`compression_state` has returned; on all ranks.
+    def portable_compression_state(self) -> dict[str, Any]:
+        """Return what any number of ranks can go on from; on all ranks, after ``flush()``.
+
+        Raises:
+            CompressionError: a round is under way, so that each rank has its own parameters.
+        """
+        self.require_place()
+        if self._alone:
+            raise CompressionError(
+                f"portable_compression_state() after {self._alone} steps of each rank alone: "
+                "parameters differ between ranks. Call optimizer.flush() before"
+            )
+        return {**self.kept.portable(), _ALONE: 0}
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what either of the other two has returned; on all ranks.
 
         An empty one begins anew: with parameters as they are then, and without momentum. That
         is for parameters that were replaced during training; what an outer step finds changed
         else counts as learnt.
 
         Raises:
-            CompressionError: it is of another model or method; told at once for parameters that
-                have been trained already, at the next ``step()`` for others.
+            CompressionError: it is of another model, method or number of ranks.
         """
-        if not state:
-            self.states = {each.name: self._initial(each) for each in self._members}
-            self._loaded, self._steps, self._rounds = {}, 0, 0
+        self.require_place()
+        if not self.active:
             return
-        given = {name: dict(tensors) for name, tensors in state.items()}
-        counters = given.pop(_OWN, {})
-        if set(counters) != {"steps", "rounds"}:
-            raise CompressionError(f"this is no state of {self.training}: it has no counters")
-        self.states = {each.name: self._restored(each, given) for each in self._members}
-        self._steps, self._rounds = int(counters["steps"]), int(counters["rounds"])
-        self._loaded = given
+        state = state or {
+            "compressor": self.options.compressor.name,
+            **{"step": 0, "rank": PORTABLE[0], "ranks": PORTABLE[1], "kinds": {}, "parameters": {}},
+        }
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        self._named = {
+            self.name_of(parameter, group, place): parameter
+            for group, options in enumerate(groups)
+            for place, parameter in enumerate(options["params"])
+        }
+        try:
+            self.kept.load(state, [self._spec(*each) for each in self._named.items()])
+        except CompressionError as error:
+            raise CompressionError(f"rank {world.rank()}: {error}") from None
+        self._alone, self._loaded = state.get(_ALONE, 0), state["parameters"]
 
     # -- which parameters
 
@@ -153,48 +166,42 @@ class LocalStepper(Wrapper):
         fresh = self.named(self._known)
         if not fresh:
             return
-        start = [each._replace(parameter=self._start(each)) for each in fresh]
-        self.meet(start, f"buckets of {buckets.limit_bytes()} bytes")
-        if self._outer is None:
-            outer = self.training.outer
-            if outer.prepare is not None:
-                specs = [self._spec(each) for each in fresh]
-                outer = outer.prepare(self.adapter, specs, self.options.process_set)
-            self._outer = outer
-        for each in fresh:
-            member = Member(*each, self._outer.of(self._spec(each)))
-            self.states[each.name] = (
-                self._restored(member, self._loaded) if self._loaded else self._initial(member)
-            )
-            self._members.append(member)
-            self._known.add(id(each.parameter))
+        first = not self._members
+        start = [each._replace(parameter=self._common(each)) for each in fresh]
+        self.meet(start, f"{self.training}, buckets of {buckets.limit_bytes()} bytes")
+        self._named.update(fresh)
+        self.kept.meet([self._spec(*each) for each in fresh])
+        self._members.update(fresh)
+        self._known.update(id(each.parameter) for each in fresh)
+        if first:
+            self._agree_on_round()
 
-    def _start(self, each: Named) -> torch.Tensor:
-        """Return what must be equal on all ranks: within a round, which is restored, the anchor."""
-        return self._loaded.get(each.name, {}).get("anchor", each.parameter)
+    def _common(self, each: Named) -> torch.Tensor:
+        """Return what must be equal on all ranks: the anchor, within a round that is resumed."""
+        anchor = self._loaded.get(each.name, {}).get("anchor", each.parameter)
+        return anchor.to(each.parameter.dtype)
 
-    def _spec(self, each: Named | Member) -> Spec:
-        parameter = each.parameter
-        return Spec(each.name, tuple(parameter.shape), dtype_name(parameter.dtype), self.ranks)
+    def _agree_on_round(self) -> None:
+        """Go on within a round that was loaded; begin one if ranks have changed."""
+        told = self._alone, bool(self._loaded), self._left
+        name = f"{self.name}.round{self._meetings}"
+        everyone = self.adapter.allgather_object(told, name, self.options.process_set)
+        loaded = any(loaded for _, loaded, _ in everyone)
+        self._alone = max(alone for alone, _, _ in everyone) if loaded else 0
+        if any(left for _, _, left in everyone) and not loaded:
+            for each, parameter in self._members.items():
+                state = self.kept.states[each]
+                if isinstance(state, Outer):
+                    anchor = parameter.detach().to(state.anchor.dtype, copy=True)
+                    self.kept.states[each] = state._replace(anchor=anchor)
+        self._left = False
 
-    def _initial(self, member: Member) -> Any:
-        ops = ops_for(torch.Tensor)
-        with torch.device(member.parameter.device):
-            state = member.outer.init(ops, self._spec(member))
-        return anchored(ops, state, member.parameter.detach().clone())
+    def _start(self, spec: Spec) -> torch.Tensor:
+        """Return a copy of the parameter ``spec``, where its anchor will be."""
+        return self._named[spec.name].detach().clone()
 
-    def _restored(self, member: Member, saved: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
-        """Return the state of ``member`` that was saved."""
-        device = member.parameter.device
-        given = saved.get(member.name, {})
-        try:
-            return restored(
-                self._initial(member),
-                {path: tensor.to(device, copy=True) for path, tensor in given.items()},
-            )
-        except CompressionError as error:
-            told = f"rank {world.rank()}, parameter {member.name!r}: {error}"
-            raise CompressionError(told) from None
+    def _spec(self, name: str, parameter: torch.Tensor) -> Spec:
+        return Spec(name, tuple(parameter.shape), dtype_name(parameter.dtype), self.ranks)
 
     # -- around step()
 
@@ -230,49 +237,41 @@ class LocalStepper(Wrapper):
         self._hidden = []
         self._loaded = {}
         if self.active:
-            self._steps += 1
-            if self._steps >= self.training.steps:
+            self._alone += 1
+            if self._alone >= self.training.steps:
                 self._outer_step()
 
     def _outer_step(self) -> None:
         """Replace all ranks' parameters by what the outer optimizer makes of them."""
         flights = [
-            Flight(self.adapter, self._reductions(members), name, self.options.process_set)
-            for name, members in self._layout()
+            Flight(self.adapter, self._reductions(names), bucket, self.options.process_set)
+            for bucket, names in self._layout()
         ]
         start = time.perf_counter()
         results = [result for flight in flights for result in flight.finish()]
-        for member, reduced in results:  # all have arrived, or nothing has changed
-            member.parameter.copy_(reduced.mean)
-            self.states[member.name] = reduced.state
-        self._steps = 0
-        self._rounds += 1
+        for name, reduced in results:  # all have arrived, or nothing has changed
+            self._members[name].copy_(reduced.mean)
+            self.kept.await_settling(name, reduced.state)
+        self.kept.settle(delivered=True)
+        self.kept.steps += 1
+        self._alone = 0
         optimizer: Any = self.optimizer
         if optimizer is not None:
             optimizer.communication_seconds += time.perf_counter() - start
 
-    def _layout(self) -> list[tuple[str, list[Member]]]:
-        """Return buckets of parameters, with the names of their collectives."""
+    def _layout(self) -> list[tuple[str, list[str]]]:
+        """Return the names of buckets and of the parameters in them."""
         entries = [
-            buckets.Entry(
-                each.name,
-                each.parameter.numel(),
-                dtype_name(each.parameter.dtype),
-                str(each.parameter.device),
-            )
-            for each in self._members
+            buckets.Entry(name, p.numel(), dtype_name(p.dtype), str(p.device))
+            for name, p in self._members.items()
         ]
         return [
-            (f"{self.name}.{index}", [self._members[place] for place in places])
+            (f"{self.name}.{index}", [entries[place].name for place in places])
             for index, places in enumerate(buckets.plan(entries, buckets.limit_bytes()))
         ]
 
-    def _reductions(self, members: list[Member]) -> Any:
+    def _reductions(self, names: list[str]) -> Work[list[tuple[str, Reduced]]]:
         """Reduce the parameters of a bucket, in rounds that they share."""
-        ops = ops_for(torch.Tensor)
-        works = [
-            each.outer.at(self._rounds).reduce(ops, each.parameter.detach(), self.states[each.name])
-            for each in members
-        ]
-        results: list[Reduced] = yield from together(works, ops)
-        return list(zip(members, results, strict=True))
+        works = [self.kept.reduce(name, self._members[name].detach()) for name in names]
+        results = yield from together(works, ops_for(torch.Tensor))
+        return list(zip(names, results, strict=True))

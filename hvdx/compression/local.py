@@ -6,7 +6,8 @@ parameters) is an *outer gradient*; an outer optimizer, SGD with Nesterov moment
 anchor along it, and all ranks go on from there.
 
 The outer step is a :class:`Compressor` of *parameters*: engines reduce these as they would
-gradients, and put the results in their place.
+gradients, and put the results in their place. What it keeps is saved, loaded and moved to other
+numbers of ranks as what other compressors keep.
 
 References:
     Stich: Local SGD Converges Fast and Communicates Little. ICLR 2019. arXiv:1805.09767.
@@ -18,12 +19,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 from hvdx.comm import Allreduce, Work
 from hvdx.compression.base import CompressionError, Compressor, Reduced, Spec, stateless
 from hvdx.compression.feedback import each_phase
 from hvdx.ops import Ops
+
+Start: TypeAlias = Callable[[Spec], Any]
+"""Returns the parameter as it is, in a tensor of its own or one that nobody changes in place."""
 
 
 class Local(NamedTuple):
@@ -34,7 +39,7 @@ class Local(NamedTuple):
 
     name: str
     steps: int  # of each rank alone between two outer steps
-    outer: Compressor  # of parameters; its state is None or an :class:`Outer`
+    outer: Callable[[Start], Compressor]  # of parameters, whose first values are asked for
 
     def __repr__(self) -> str:
         return f"Compression.{self.name}"
@@ -55,8 +60,8 @@ def local_sgd(steps: int) -> Local:
         CompressionError: ``steps`` is below 1.
     """
     _check_steps("local_sgd", steps)
-    name = f"local_sgd(steps={steps})"
-    return Local(name, steps, Compressor(name, stateless, _average))
+    average = Compressor("local_sgd", stateless, _average)
+    return Local(f"local_sgd(steps={steps})", steps, lambda start: average)
 
 
 def diloco(steps: int, lr: float, momentum: float, compressor: Compressor) -> Local:
@@ -80,8 +85,7 @@ def diloco(steps: int, lr: float, momentum: float, compressor: Compressor) -> Lo
         )
     told = f"steps={steps}, outer_lr={lr:g}, outer_momentum={momentum:g}"
     name = f"diloco({told}, compression={compressor.name})"
-    outer = outer_optimizer(compressor, lr, momentum)
-    return Local(name, steps, outer._replace(name=name))
+    return Local(name, steps, functools.partial(outer_optimizer, compressor, lr, momentum))
 
 
 def _check_steps(method: str, steps: Any) -> None:
@@ -91,44 +95,38 @@ def _check_steps(method: str, steps: Any) -> None:
         )
 
 
-def outer_optimizer(inner: Compressor, lr: float, momentum: float) -> Compressor:
+def outer_optimizer(inner: Compressor, lr: float, momentum: float, start: Start) -> Compressor:
     """Return the compressor that moves parameters along the mean of what ranks have changed.
 
     With m the momentum, kept from step to step, and g the outer gradient: m = momentum * m + g;
-    anchor = anchor - lr * (g + momentum * m). All in float32 (float64 for such parameters).
-
-    A first state's anchor is zero: :func:`anchored` puts the parameter there. A parameter that is
-    not finite on some rank is not on any after the step, for all to see that training diverged.
+    anchor = anchor - lr * (g + momentum * m). All in float32 (float64 for such parameters). A
+    parameter that is not finite on some rank is not on any after the step, for all to see.
 
     Args:
         inner: averages outer gradients. Its phases are counted in outer steps.
         lr: the outer learning rate.
         momentum: the outer momentum; 0 keeps none.
+        start: tells where anchors are at first; equal on all ranks.
     """
-    wrap = functools.partial(outer_optimizer, lr=lr, momentum=momentum)
+
+    def wrap(inner: Compressor) -> Compressor:
+        return outer_optimizer(inner, lr, momentum, start)
+
     policy, prepare = inner.policy, inner.prepare
-    outer = each_phase(inner, functools.partial(_with_optimizer, lr, momentum))
+    outer = each_phase(inner, functools.partial(_with_optimizer, lr, momentum, start))
     return outer._replace(
+        name=f"diloco of {inner.name}",
         policy=None if policy is None else lambda spec: wrap(policy(spec)),
         prepare=None if prepare is None else lambda *given: wrap(prepare(*given)),
     )
 
 
-def anchored(ops: Ops, state: Any, parameter: Any) -> Any:
-    """Return ``state`` with ``parameter``, which is not to be changed in place, as its anchor.
-
-    Local SGD keeps no anchor, and no state.
-    """
-    if state is None:
-        return None
-    return state._replace(anchor=ops.cast(parameter, ops.dtype(state.anchor)))
-
-
-def _with_optimizer(lr: float, momentum: float, inner: Compressor) -> Compressor:
+def _with_optimizer(lr: float, momentum: float, start: Start, inner: Compressor) -> Compressor:
     def init(ops: Ops, spec: Spec) -> Outer:
         spec = spec._replace(dtype=_wide(spec.dtype))
-        zeros = ops.zeros(spec.shape, spec.dtype)
-        return Outer(zeros, zeros if momentum else None, inner.init(ops, spec))
+        anchor = ops.cast(start(spec), spec.dtype)
+        zeros = anchor - anchor if momentum else None  # beside the parameter
+        return Outer(anchor, zeros, inner.init(ops, spec))
 
     def reduce(ops: Ops, parameter: Any, state: Outer) -> Work[Reduced]:
         anchor, velocity = state.anchor, state.momentum

@@ -19,7 +19,7 @@ from hvdx.compression import (
     as_local,
     error_feedback,
 )
-from hvdx.compression.local import Outer, anchored, outer_optimizer
+from hvdx.compression.local import Outer, outer_optimizer
 from hvdx.compression.state import leaves
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 
@@ -33,11 +33,11 @@ class Workers:
     """Ranks that move one parameter each, by what they are told, and take outer steps."""
 
     def __init__(self, training: Local, ranks: int, dtype: str = "float32") -> None:
-        self.outer, self.rounds = training.outer, 0
+        self.rounds = 0
         start = np.random.default_rng(1).normal(size=SHAPE).astype(dtype)
         self.parameters = [start.copy() for _ in range(ranks)]
-        spec = Spec("w", SHAPE, dtype, ranks)
-        self.states = [anchored(OPS, self.outer.init(OPS, spec), start) for _ in range(ranks)]
+        self.outer = training.outer(lambda spec: start)
+        self.states = [self.outer.init(OPS, Spec("w", SHAPE, dtype, ranks))] * ranks
 
     def round(self, moves: Any) -> Any:
         for parameter, move in zip(self.parameters, moves, strict=True):
@@ -144,9 +144,10 @@ def test_phases_count_outer_steps():
         asked.append(given)
         return Compression.bf16._replace(policy=lambda spec: Compression.fp16)
 
-    outer = outer_optimizer(Compression.none._replace(prepare=prepare), 0.7, 0.0)
+    method = Compression.none._replace(prepare=prepare)
+    outer = outer_optimizer(method, 0.7, 0.0, lambda spec: np.zeros(SHAPE, "f4"))
     chosen = outer.prepare("adapter", [], None).of(Spec("w", SHAPE, "float32", 2))
-    assert asked == [("adapter", [], None)] and chosen.name == "fp16"
+    assert asked == [("adapter", [], None)] and chosen.name == "diloco of fp16"
     assert isinstance(chosen.init(OPS, Spec("w", SHAPE, "float32", 2)), Outer)
 
 
@@ -155,8 +156,8 @@ def test_the_same_in_every_framework():
     start, change = (np.random.default_rng(i).normal(size=SHAPE).astype("f4") for i in (1, 2))
     results = []
     for ops, make in ((OPS, np.array), (TorchOps(), torch.tensor), (TensorFlowOps(), tf.constant)):
-        outer = Compression.diloco(2).outer
-        state = anchored(ops, outer.init(ops, Spec("w", SHAPE, "float32", 1)), make(start))
+        outer = Compression.diloco(2).outer(lambda spec, make=make: make(start))
+        state = outer.init(ops, Spec("w", SHAPE, "float32", 1))
         parameter = make(start - change)
         for _ in range(3):  # one rank: nothing is asked for but their number
             reduced = drive(outer.reduce(ops, parameter, state), lambda request: 1)
@@ -191,5 +192,5 @@ def test_names():
         "Compression.diloco(steps=32, outer_lr=0.7, outer_momentum=0.9, "
         "compression=int8(feedback=False))"
     )
-    assert as_local(Compression.local_sgd(4)) == Compression.local_sgd(4)
+    assert as_local(training := Compression.local_sgd(4)) is training
     assert as_local(Compression.int8) is None and as_local(Compression.none) is None
