@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -19,7 +19,8 @@ from keras.src.saving import object_registration
 
 from hvdx import world
 from hvdx.agreement import next_name
-from hvdx.compression import CompressionError, Compressor, as_compressor, none
+from hvdx.compression import as_compressor, none
+from hvdx.compression.base import refuse_momentum
 from hvdx.frameworks import framework_of_kind
 from hvdx.integrations.keras3_averager import Averager, Options
 from hvdx.reduce_op import ReduceOp
@@ -52,7 +53,8 @@ def DistributedOptimizer(
     state. A model compiled with it saves and loads as without hvdx. What is loaded from a file,
     and copies that Keras makes of models (``clone_model``, ``copy.deepcopy``, pickles), hold the
     user's plain optimizer, to be wrapped and compiled again: :func:`hvdx.keras.load_model` does.
-    The optimizer gains ``communication_seconds`` and ``register_local_var``.
+    The optimizer gains ``communication_seconds``, ``register_local_var``, and
+    ``compression_state``, ``portable_compression_state`` and ``load_compression_state``.
 
     Gradients travel in flat buckets (``HVDX_BUCKET_MB``), in a graph while later ones are
     computed. Where a rank has no gradient for a variable it sends zeros; a variable that no rank
@@ -71,6 +73,8 @@ def DistributedOptimizer(
         device_dense: accepted for Horovod's sake and not needed.
         device_sparse: likewise.
         compression: a compressor of ``hvd.Compression`` or a Horovod ``Compressor`` class.
+            What it keeps from step to step is no variable of the optimizer and not in Keras'
+            files; :class:`CheckpointCallback` saves it.
         sparse_as_dense: send sparse gradients (``tf.IndexedSlices``) in the dense buckets. Else
             they stay sparse: all ranks' rows are gathered, uncompressed, as in Horovod.
         gradient_predivide_factor: with Average, divides before the sum and multiplies after.
@@ -86,6 +90,7 @@ def DistributedOptimizer(
 
     Raises:
         TypeError: it is wrapped already, is no Keras 3 optimizer, or Keras runs on jax.
+        CompressionError: the compressor is unknown, or applies momentum as the optimizer does.
         ValueError: an option has no meaning here; the message names it.
         NotInitializedError: ``hvd.init()`` has not been called.
         MismatchError: at the first step, on every rank, where models, optimizers or options
@@ -105,9 +110,11 @@ def DistributedOptimizer(
     _check_groups(num_groups or groups)
     _check_passes(optimizer, backward_passes_per_step)
     backend = framework_of_kind("keras")
+    compressor, inner = as_compressor(compression), _innermost(optimizer)
+    refuse_momentum(compressor, type(inner).__name__, inner.get_config())
     options = Options(
         name or next_name("keras", process_set),
-        _stateless(as_compressor(compression)),
+        compressor,
         ReduceOp(op),
         gradient_predivide_factor,
         process_set,
@@ -123,15 +130,6 @@ def DistributedOptimizer(
     scaler = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     optimizer.__class__ = _class_with(AveragingScaler if scaler else AveragingOptimizer, optimizer)
     return optimizer
-
-
-def _stateless(compressor: Compressor) -> Compressor:
-    if compressor.stateful or compressor.phases:
-        raise CompressionError(
-            f"compression={compressor} keeps state from step to step, which Keras optimizers do "
-            "not carry yet: use none, fp16, bf16 or int8()"
-        )
-    return compressor
 
 
 def PartialDistributedOptimizer(
@@ -309,6 +307,37 @@ class AveragingOptimizer:
         if steps and self.built and int(self._iterations) % steps:  # type: ignore[attr-defined]
             self._averager.settle(self._accumulated_gradients)  # type: ignore[attr-defined]
 
+    def compression_state(self) -> dict[str, Any]:
+        """Return what the compressor keeps on this rank, as numbers and NumPy arrays.
+
+        To be saved on every rank, since what is still owed differs between them. Loaded by as
+        many ranks, in their order, training goes on as if it had not been interrupted.
+
+        Returns:
+            ``{"step": number, "parameters": {path of the parameter: {name: array}}}``.
+        """
+        return self._averager.states.told()
+
+    def portable_compression_state(self) -> dict[str, Any]:
+        """Return what any number of ranks can go on from, equal on all; a collective call.
+
+        What is owed to training is the same then, each rank's part of it is not.
+        """
+        return self._averager.portable_state()
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was saved; on all ranks, before or during training.
+
+        Args:
+            state: this rank's, or the portable one.
+
+        Raises:
+            ValueError: it is nothing of the kind.
+            CompressionError: the compressor keeps other things; in the first step, if training
+                has not begun.
+        """
+        self._averager.states.load(state)
+
     def build(self, variables: Any) -> None:
         """Make the optimizer's variables; a scaler around it learns to ask all ranks.
 
@@ -330,17 +359,41 @@ class AveragingOptimizer:
         if not self._averager.started and self._averager.ranks() > 1:
             _check_caller(self)
         if grads and len(grads) == len(variables):  # else Keras says what is wrong
-            grads = self._averager.average(self, grads, variables)
+            grads = self._averaged(grads, variables)
         super().apply(grads, trainable_variables)  # type: ignore[misc]
+
+    def _averaged(self, grads: list[Any], variables: list[Any]) -> list[Any]:
+        return self._averager.average(self, grads, variables)
 
 
 class AveragingScaler(AveragingOptimizer):
     """A ``LossScaleOptimizer`` that averages: an overflow anywhere reaches all with the mean."""
 
+    def _averaged(self, grads: list[Any], variables: list[Any]) -> list[Any]:
+        """Compress gradients without their scale: what is owed is paid under another one.
+
+        Scales are powers of two, so that nothing is rounded.
+        """
+        if not self._averager.options.compressor.stateful:
+            return super()._averaged(grads, variables)
+        given: Any = self
+        scale = keras.ops.convert_to_tensor(
+            given.dynamic_scale if given.built else given.initial_scale, "float32"
+        )
+        means = super()._averaged(_divided(grads, scale), variables)
+        return _divided(means, 1.0 / scale)
+
     def check_finite(self, grads: Sequence[Any]) -> Any:
         """Tell whether all are finite, asking all ranks where gradients stay on one of them."""
         finite = super().check_finite(grads)  # type: ignore[misc]
         return self._averager.everywhere(finite) if self._averager.local else finite
+
+
+def _divided(grads: list[Any], divisor: Any) -> list[Any]:
+    return [
+        None if grad is None else keras.ops.divide(grad, keras.ops.cast(divisor, grad.dtype))
+        for grad in grads
+    ]
 
 
 class AgreeingScaler:

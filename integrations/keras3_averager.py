@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
+import itertools
 import json
 import warnings
 import weakref
@@ -13,9 +15,11 @@ import keras
 
 from hvdx import buckets, collectives, world
 from hvdx.agreement import check_same
+from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import Compressor, Spec, none
 from hvdx.frameworks import Adapter
+from hvdx.integrations.keras3_state import States
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
@@ -37,23 +41,39 @@ class Bucket:
     """Gradients of one dtype and device that travel side by side.
 
     Attributes:
-        name: of its operations, equal on all ranks.
         members: places among the variables.
+        specs: of the members.
         shapes: of the members.
         sizes: of the members, in elements.
-        dtype: of all of them, as NumPy names it.
-        states: the compressor's, one per member; none for elementwise compressors.
+        compressors: of the members.
+        starts: steps, 0 first, from which on one of them works in another way.
         flat: what the engine keeps from step to step.
     """
 
-    def __init__(self, name: str, members: list[int], specs: list[Spec], states: list[Any]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, members: list[int], specs: list[Spec], compressors: list[Compressor]
+    ) -> None:
+        self._name = name
         self.members = members
+        self.specs = specs
         self.shapes = [spec.shape for spec in specs]
         self.sizes = [_elements(spec.shape) for spec in specs]
-        self.dtype = specs[0].dtype
-        self.states = states
+        self.compressors = compressors
+        self.starts = sorted({0, *(start for each in compressors for start, _ in each.phases)})
         self.flat: Any = None
+
+    def start(self, step: int) -> int:
+        """Return that of :attr:`starts` from which on gradients travel as in ``step``."""
+        return max(start for start in self.starts if start <= step)
+
+    def name(self, start: int) -> str:
+        """Name the operations of the steps from ``start`` on, equally on all ranks."""
+        return f"{self._name}.from{start}" if start else self._name
+
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is kept from step to step."""
+        return any(each.stateful or each.phases for each in self.compressors)
 
 
 class Layout(NamedTuple):
@@ -64,6 +84,7 @@ class Layout(NamedTuple):
     sparse: dict[int, str]  # place -> name of the operations that gather its rows
     local: frozenset[int]  # places whose gradients stay here
     idle: frozenset[int]  # places for which no rank had a gradient in the first step
+    remembers: bool  # whether compressors keep anything from step to step
 
 
 _averagers: weakref.WeakSet[Averager] = weakref.WeakSet()
@@ -94,6 +115,9 @@ class Averager(abc.ABC):
         self.options = options
         self.local: list[Any] = []
         self.broadcast_follows = False
+        self.states = self.make_states()
+        self._compressor: Compressor | None = None  # once it is prepared
+        self._names: dict[int, str] = {}  # of variables, by identity
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._unseen: set[tuple[int, ...]] = set()  # layouts whose replicas are yet to compare
         _averagers.add(self)
@@ -102,6 +126,9 @@ class Averager(abc.ABC):
         """Have the ranks agree again at the next step: others may have joined since."""
         self._layouts.clear()
         self._unseen.clear()
+        self._names.clear()
+        self._compressor = None
+        self.states.forget()
 
     @property
     def started(self) -> bool:
@@ -177,15 +204,27 @@ class Averager(abc.ABC):
         for total, mean in zip(sums, means, strict=True):
             total.assign(mean)
 
-    def everywhere(self, condition: Any) -> Any:
-        """Tell whether ``condition``, a boolean tensor, holds on every rank."""
+    def portable_state(self) -> dict[str, Any]:
+        """Return what compressors of any number of ranks can go on from; a collective call."""
+        name = f"{self.options.name}.portable"
+        return self.states.portable(
+            functools.partial(
+                perform, self.adapter, name=name, process_set=self.options.process_set
+            )
+        )
+
+    def everywhere(self, condition: Any, purpose: str = "finite") -> Any:
+        """Tell whether ``condition``, a boolean tensor, holds on every rank.
+
+        ``purpose`` names the operation: two of one name may not be under way.
+        """
         if self.ranks() == 1:
             return condition
         flag = keras.ops.cast(condition, "float32")
         least = self.adapter.allreduce(
             flag,
             op=ReduceOp.Min,
-            name=f"{self.options.name}.finite",
+            name=f"{self.options.name}.{purpose}",
             prescale_factor=1.0,
             postscale_factor=1.0,
             process_set=self.options.process_set,
@@ -209,6 +248,14 @@ class Averager(abc.ABC):
         """Return dense tensors of the variables' types, zeros where there is no gradient."""
 
     @abc.abstractmethod
+    def make_states(self) -> States:
+        """Return where compressors' states are kept; none yet."""
+
+    @abc.abstractmethod
+    def finite(self, tensors: list[Any]) -> Any:
+        """Tell whether all elements of all tensors are finite, as cheaply as can be."""
+
+    @abc.abstractmethod
     def is_tracing(self) -> bool:
         """Tell whether a graph is being made."""
 
@@ -228,32 +275,53 @@ class Averager(abc.ABC):
     def device(self, variable: Any) -> str:
         """Name the device of ``variable``, as far as it is known."""
 
-    def work(self, bucket: Bucket, grads: list[Any]) -> Work[list[Any]]:
-        """Average one bucket's gradients, as its compressor does."""
-        compressor, op, predivide = self.options[1:4]
-        factor = self.ranks() if op is ReduceOp.Sum and compressor is not none else predivide
+    def work(
+        self, bucket: Bucket, grads: list[Any], start: int
+    ) -> Work[tuple[list[Any], dict[str, Any]]]:
+        """Average one bucket's gradients as its compressors do in the steps from ``start`` on.
+
+        Returns:
+            The means, and what the compressors then keep, by parameter.
+        """
+        op, predivide = self.options.op, self.options.predivide
+        compressors = [each.at(start) for each in bucket.compressors]
+        chosen = compressors[0]
+        alike = all(each is chosen for each in compressors)
+        plain = alike and chosen is none
+        factor = self.ranks() if op is ReduceOp.Sum and not plain else predivide
         factor *= self.options.times
-        if compressor.elementwise:
+        if alike and chosen.elementwise:
             flat, in_place = self.pack(bucket, grads)
             if predivide != 1.0:
                 flat = self.ops.scale(flat, 1.0 / predivide)
-            if compressor is none:
+            if plain:
                 mean = yield Allreduce(flat, op=op, in_place=in_place)
             else:
-                mean = (yield from compressor.reduce(self.ops, flat, None)).mean
-            return self.unpack(bucket, self.ops.scale(mean, factor) if factor != 1.0 else mean)
+                mean = (yield from chosen.reduce(self.ops, flat, None)).mean
+            return self.unpack(bucket, self.ops.scale(mean, factor) if factor != 1.0 else mean), {}
         if predivide != 1.0:
             grads = [self.ops.scale(grad, 1.0 / predivide) for grad in grads]
+        names = [spec.name for spec in bucket.specs]
         results = yield from together(
             [
-                compressor.reduce(self.ops, grad, state)
-                for grad, state in zip(grads, bucket.states, strict=True)
+                compressor.reduce(self.ops, grad, self.states[name])
+                for compressor, grad, name in zip(compressors, grads, names, strict=True)
             ],
             self.ops,
         )
-        bucket.states = [result.state for result in results]
         means = [result.mean for result in results]
-        return [self.ops.scale(mean, factor) for mean in means] if factor != 1.0 else means
+        if factor != 1.0:
+            means = [self.ops.scale(mean, factor) for mean in means]
+        return means, {name: each.state for name, each in zip(names, results, strict=True)}
+
+    def all_finite(self, layout: Layout, means: list[Any], grads: list[Any]) -> Any:
+        """Tell whether means, and any gradients that stay on a rank, are finite on all ranks."""
+        dense = [mean for mean in means if mean is not None]
+        if not layout.local:
+            return self.finite(dense)
+        own = self.dense(layout, grads)
+        finite = self.finite([*dense, *(own[place] for place in layout.local)])
+        return self.everywhere(finite, "applied")
 
     def _agree(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> Layout:
         """Plan what travels how, after all ranks have said that they plan the same."""
@@ -261,7 +329,7 @@ class Averager(abc.ABC):
         local = self._local_places(variables)
         specs = {
             place: Spec(
-                getattr(variable, "path", variable.name),
+                self._name(variable),
                 tuple(variable.shape),
                 keras.backend.standardize_dtype(variable.dtype),
                 self.ranks(),
@@ -290,19 +358,51 @@ class Averager(abc.ABC):
         subject = "variables, optimizer or options of DistributedOptimizer"
         check_same(self.adapter, subject, entries, name, process_set)
         own = ["dense" if as_dense and grads[i] is not None else self.kind(grads[i]) for i in specs]
-        everyone = self.adapter.allgather_object(own, f"{name}.kinds", process_set)
-        kinds = {place: {k[i] for k in everyone} for i, place in enumerate(specs)}
+        step = int(self.states.step)  # of those that go on with others than before
+        everyone = self.adapter.allgather_object((step, own), f"{name}.kinds", process_set)
+        self.states.count_from(max(step for step, _ in everyone))
+        kinds = {place: {own[i] for _, own in everyone} for i, place in enumerate(specs)}
         prefix = f"{self.options.name}.{len(self._layouts)}"
         sparse = {
             p: f"{prefix}.rows.{i}" for i, p in enumerate(specs) if kinds[p] - {None} == {"sparse"}
         }
+        dense = {place: spec for place, spec in specs.items() if place not in sparse}
+        made = self._buckets(prefix, dense, variables)
         return Layout(
             variables,
-            self._buckets(prefix, {p: s for p, s in specs.items() if p not in sparse}, variables),
+            made,
             sparse,
             local,
             frozenset(place for place, found in kinds.items() if found == {None}),
+            any(bucket.remembers for bucket in made),
         )
+
+    def _name(self, variable: Any) -> str:
+        """Return the path of a variable, numbered where it is another's already."""
+        if id(variable) not in self._names:
+            path = name = getattr(variable, "path", variable.name)
+            taken = set(self._names.values())
+            numbers = itertools.count(2)
+            while name in taken:
+                name = f"{path}#{next(numbers)}"
+            self._names[id(variable)] = name
+        return self._names[id(variable)]
+
+    def _compressors(self, specs: dict[int, Spec], variables: list[Any]) -> dict[int, Compressor]:
+        """Choose each parameter's compressor; a collective call where one measures before."""
+        if self._compressor is None:
+            given, ask = self.options.compressor, self.options.compressor.prepare
+            everything = list(specs.values())
+            self._compressor = (
+                given if ask is None else ask(self.adapter, everything, self.options.process_set)
+            )
+        return {
+            # Where a gradient is a value to take over, as in float8 layers, nothing may be owed.
+            place: none
+            if getattr(variables[place], "overwrite_with_gradient", False)
+            else self._compressor.of(spec)
+            for place, spec in specs.items()
+        }
 
     def kind(self, grad: Any) -> str | None:
         """Say how a gradient would travel: ``dense``, ``sparse``, or None if there is none."""
@@ -356,16 +456,16 @@ class Averager(abc.ABC):
             ],
             buckets.limit_bytes(),
         )
-        return [
-            self._bucket(f"{prefix}.{number}", [order[i] for i in members], specs)
-            for number, members in enumerate(plan)
-        ]
-
-    def _bucket(self, name: str, members: list[int], specs: dict[int, Spec]) -> Bucket:
-        own = [specs[place] for place in members]
-        compressor = self.options.compressor
-        states = [] if compressor.elementwise else [compressor.init(self.ops, s) for s in own]
-        return Bucket(name, members, own, states)
+        compressors = self._compressors(specs, variables)
+        for place, compressor in compressors.items():
+            self.states.meet(specs[place], compressor, self.device(variables[place]))
+        made = []
+        for number, members in enumerate(plan):
+            places = [order[i] for i in members]
+            own = [specs[place] for place in places]
+            chosen = [compressors[place] for place in places]
+            made.append(Bucket(f"{prefix}.{number}", places, own, chosen))
+        return made
 
     def configuration(self, optimizer: Any) -> str:
         """Describe the optimizer's options, equal on ranks that train alike."""

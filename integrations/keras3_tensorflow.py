@@ -2,22 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 from keras.src.trainers.trainer import Trainer
-from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvdx import world
 from hvdx.collectives import perform
 from hvdx.comm import drive
+from hvdx.compression.state import leaves, rebuilt
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3 import averaging
 from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options
-from hvdx.ops import TensorFlowOps
+from hvdx.integrations.keras3_state import Kept, States
+from hvdx.integrations.tensorflow2 import refuse_xla
+from hvdx.ops import Ops, TensorFlowOps
 from hvdx.reduce_op import ReduceOp
+
+
+class VariableStates(States):
+    """Keeps tensors in variables, which graphs read and write.
+
+    They are no Keras variables and no attributes of the optimizer, whose files they would enter,
+    and no ``tf.Variable``, which a function that is traced again may not make.
+    """
+
+    def __init__(self, ops: Ops) -> None:
+        super().__init__(ops)
+        with tf.init_scope(), tf.device("CPU:0"):
+            self.step = ResourceVariable(0, trainable=False, dtype=tf.int64)
+
+    def __getitem__(self, name: str) -> Any:
+        """See :meth:`States.__getitem__`."""
+        return self.rebuilt(
+            name, [leaf.tensor.read_value() for leaf in leaves(self._kept[name].state)]
+        )
+
+    def rebuilt(self, name: str, tensors: list[Any]) -> Any:
+        """Return a state of the form of a parameter's."""
+        return rebuilt(self._kept[name].state, iter(tensors))
+
+    def settle(self, finite: Any, states: Mapping[str, Any]) -> None:
+        """See :meth:`States.settle`."""
+
+        def keep() -> Any:
+            for name, state in states.items():
+                self.replace(name, state)
+            self.step.assign_add(1, read_value=False)
+            return finite
+
+        tf.cond(finite, keep, lambda: finite)
+
+    def hold(self, kept: Kept, state: Any) -> Any:
+        """See :meth:`States.hold`."""
+        with self.beside(kept):
+            variables = [ResourceVariable(leaf.tensor, trainable=False) for leaf in leaves(state)]
+        return rebuilt(state, iter(variables))
+
+    def replace(self, name: str, state: Any) -> None:
+        """See :meth:`States.replace`."""
+        for own, new in zip(leaves(self._kept[name].state), leaves(state), strict=True):
+            own.tensor.assign(new.tensor, read_value=False)
+
+    def count_from(self, step: int) -> None:
+        """See :meth:`States.count_from`."""
+        self.step.assign(step)
+
+    def beside(self, kept: Kept) -> contextlib.AbstractContextManager[Any]:
+        """Leave placement to TensorFlow; but make nothing within a graph."""
+        scope: contextlib.AbstractContextManager[Any] = tf.init_scope()
+        return scope
 
 
 class TensorFlowAverager(Averager):
@@ -27,12 +86,13 @@ class TensorFlowAverager(Averager):
     but the update of its variables.
     """
 
+    states: VariableStates
+
     def __init__(self, adapter: Adapter, options: Options) -> None:
-        super().__init__(adapter, options)
         self.ops = TensorFlowOps()
-        # No Keras variable and no attribute of the optimizer: it is neither state nor saved.
+        super().__init__(adapter, options)
         with tf.init_scope(), tf.device("CPU:0"):
-            self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            self._seconds = ResourceVariable(0.0, trainable=False, dtype=tf.float64)
         self._graphs: dict[int, Any] = {}
         _leave_xla_out()
 
@@ -53,10 +113,24 @@ class TensorFlowAverager(Averager):
         return super().average(optimizer, grads, variables)
 
     @tf.autograph.experimental.do_not_convert
-    def everywhere(self, condition: Any) -> Any:
+    def everywhere(self, condition: Any, purpose: str = "finite") -> Any:
         """See :meth:`Averager.everywhere`."""
         self._refuse_xla()
-        return super().everywhere(condition)
+        return super().everywhere(condition, purpose)
+
+    def make_states(self) -> VariableStates:
+        """See :meth:`Averager.make_states`."""
+        return VariableStates(self.ops)
+
+    def finite(self, tensors: list[Any]) -> Any:
+        """See :meth:`Averager.finite`; looks at each element only where a sum is not finite."""
+        values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in tensors]
+        sums = tf.stack([tf.cast(tf.reduce_sum(value), tf.float32) for value in values])
+
+        def each() -> Any:
+            return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])
+
+        return tf.cond(tf.reduce_all(tf.math.is_finite(sums)), lambda: tf.constant(True), each)
 
     def reduce(self, layout: Layout, grads: list[Any]) -> list[Any]:
         """See :meth:`Averager.reduce`."""
@@ -93,11 +167,6 @@ class TensorFlowAverager(Averager):
         """Leave placement to TensorFlow, which copies where it must."""
         return ""
 
-    def configuration(self, optimizer: Any) -> str:
-        """See :meth:`Averager.configuration`; learning rates are read outside the graph."""
-        with tf.init_scope():
-            return super().configuration(optimizer)
-
     def dense(self, layout: Layout, grads: list[Any]) -> list[Any]:
         """See :meth:`Averager.dense`."""
         return [
@@ -116,17 +185,20 @@ class TensorFlowAverager(Averager):
         with tf.init_scope():  # values are read outside the graph being traced
             super()._compare(layout)
 
+    def _agree(self, optimizer: Any, grads: list[Any], variables: list[Any]) -> Layout:
+        with tf.init_scope():  # likewise
+            return super()._agree(optimizer, grads, variables)
+
     def _trace(self, layout: Layout, grads: list[Any]) -> list[Any]:
         own = [grad.values if place in layout.sparse else grad for place, grad in enumerate(grads)]
         with tf.control_dependencies(own):
             start = tf.timestamp()
         means: list[Any] = [None] * len(grads)
+        states: dict[str, Any] = {}
         for bucket in layout.buckets:
-            answer = functools.partial(
-                perform, self.adapter, name=bucket.name, process_set=self.options.process_set
-            )
-            work = self.work(bucket, [grads[place] for place in bucket.members])
-            for place, mean in zip(bucket.members, drive(work, answer), strict=True):
+            found, kept = self._averaged(bucket, [grads[place] for place in bucket.members])
+            states.update(kept)
+            for place, mean in zip(bucket.members, found, strict=True):
                 means[place] = mean
         for place, name in layout.sparse.items():
             means[place] = self._gathered(grads[place], name)
@@ -134,7 +206,38 @@ class TensorFlowAverager(Averager):
         with tf.control_dependencies([start, *(m for m in arrived if m is not None)]):
             end = tf.timestamp()
         self._seconds.assign_add(end - start)
+        if layout.remembers:
+            self.states.settle(self.all_finite(layout, means, grads), states)
         return means
+
+    def _averaged(self, bucket: Bucket, grads: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return a bucket's means, and what its compressors then keep, by parameter.
+
+        The step is known when the graph runs: it then takes one of several branches, the same on
+        all ranks, whose operations have names of their own.
+        """
+
+        def work(start: int) -> tuple[list[Any], dict[str, Any]]:
+            name = bucket.name(start)
+            answer = functools.partial(
+                perform, self.adapter, name=name, process_set=self.options.process_set
+            )
+            return drive(self.work(bucket, grads, start), answer)
+
+        if len(bucket.starts) == 1:
+            return work(0)
+        names = [spec.name for spec in bucket.specs]
+
+        def branch(start: int) -> list[Any]:
+            means, states = work(start)
+            kept = [states.get(name, self.states[name]) for name in names]
+            return [means, [[leaf.tensor for leaf in leaves(state)] for state in kept]]
+
+        past = tf.reduce_sum(tf.cast(self.states.step >= bucket.starts, tf.int32))
+        branches = [functools.partial(branch, start) for start in bucket.starts]
+        means, kept = tf.switch_case(past - 1, branches)
+        states = zip(names, kept, strict=True)
+        return means, {name: self.states.rebuilt(name, tensors) for name, tensors in states}
 
     def _gathered(self, rows: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
         """Return all ranks' rows, which the update adds up: so a sum of gradients, or the mean."""
@@ -149,13 +252,8 @@ class TensorFlowAverager(Averager):
         return tf.IndexedSlices(values, indices, rows.dense_shape)
 
     def _refuse_xla(self) -> None:
-        graph = tf.compat.v1.get_default_graph()
-        if self.ranks() > 1 and control_flow_util.GraphOrParentsInXlaContext(graph):
-            raise ValueError(
-                "XLA cannot compile Horovod's operations, and this step is being compiled by it: "
-                "use model.compile(..., jit_compile=False), or "
-                "hvd.callbacks.BroadcastGlobalVariablesCallback(0), which turns it off"
-            )
+        if self.ranks() > 1:
+            refuse_xla()
 
 
 def _dense(grad: Any, variable: Any) -> tf.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -9,16 +10,25 @@ import torch
 
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options
+from hvdx.integrations.keras3_state import Kept, States
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import TorchOps
+
+
+class TensorStates(States):
+    """Keeps tensors on the parameters' devices."""
+
+    def beside(self, kept: Kept) -> contextlib.AbstractContextManager[Any]:
+        """See :meth:`States.beside`."""
+        return torch.device(kept.device)
 
 
 class TorchAverager(Averager):
     """Sends all buckets at once, then waits; gradients come back as views of the buckets."""
 
     def __init__(self, adapter: Adapter, options: Options) -> None:
-        super().__init__(adapter, options)
         self.ops = TorchOps()
+        super().__init__(adapter, options)
         self.seconds = 0.0
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -28,23 +38,38 @@ class TorchAverager(Averager):
         return super().average(optimizer, grads, variables)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def everywhere(self, condition: Any) -> Any:
+    def everywhere(self, condition: Any, purpose: str = "finite") -> Any:
         """See :meth:`Averager.everywhere`."""
-        return super().everywhere(condition)
+        return super().everywhere(condition, purpose)
+
+    def make_states(self) -> TensorStates:
+        """See :meth:`Averager.make_states`."""
+        return TensorStates(self.ops)
+
+    def finite(self, tensors: list[Any]) -> bool:
+        """See :meth:`Averager.finite`; looks at each element only where a sum is not finite."""
+        sums = torch.stack([tensor.sum().float() for tensor in tensors])
+        return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in tensors)
 
     def reduce(self, layout: Layout, grads: list[Any]) -> list[Any]:
         """See :meth:`Averager.reduce`."""
         flights = []
         for bucket in layout.buckets:
             own = [_dense(grads[place], layout.variables[place].value) for place in bucket.members]
-            work = self.work(bucket, own)
-            flights.append(Flight(self.adapter, work, bucket.name, self.options.process_set))
-        start = time.perf_counter()
+            start = bucket.start(self.states.step)
+            work, name = self.work(bucket, own, start), bucket.name(start)
+            flights.append(Flight(self.adapter, work, name, self.options.process_set))
+        began = time.perf_counter()
         means: list[Any] = [None] * len(grads)
+        states: dict[str, Any] = {}
         for bucket, flight in zip(layout.buckets, flights, strict=True):
-            for place, mean in zip(bucket.members, flight.finish(), strict=True):
+            found, kept = flight.finish()
+            states.update(kept)
+            for place, mean in zip(bucket.members, found, strict=True):
                 means[place] = mean
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - began
+        if layout.remembers:
+            self.states.settle(self.all_finite(layout, means, grads), states)
         return means
 
     def pack(self, bucket: Bucket, grads: list[Any]) -> tuple[Any, bool]:

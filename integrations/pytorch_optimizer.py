@@ -10,7 +10,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdx import world
-from hvdx.compression import CompressionError, Compressor, as_compressor, as_local, fp16, none
+from hvdx.compression import as_compressor, as_local, fp16, none
+from hvdx.compression.base import refuse_momentum
 from hvdx.integrations.pytorch_optimizer_adasum import DeltaStepper
 from hvdx.integrations.pytorch_optimizer_local import METHODS as LOCAL_METHODS
 from hvdx.integrations.pytorch_optimizer_local import LocalStepper
@@ -134,7 +135,9 @@ def DistributedOptimizer(
         _checked_groups(groups),
         sparse_as_dense,
     )
-    _refuse_momentum(optimizer, options.compressor)
+    for place, group in enumerate(optimizer.param_groups):
+        kind = f"{type(optimizer).__name__} (group {place})"
+        refuse_momentum(options.compressor, kind, group)
     if local is not None:
         local_stepper = LocalStepper(optimizer, options, local)
         local_stepper.set_backward_passes_per_step(backward_passes_per_step)
@@ -165,19 +168,6 @@ def _refuse_optimizer(optimizer: Any) -> None:
             "LBFGS decides from each rank's own loss how often to evaluate, so that ranks would "
             "wait for each other for ever; use a first-order optimizer"
         )
-
-
-def _refuse_momentum(optimizer: torch.optim.Optimizer, compressor: Compressor) -> None:
-    if compressor.owns_momentum:
-        for place, group in enumerate(optimizer.param_groups):
-            for option in ("momentum", "betas"):
-                value = group.get(option)
-                if value and value != (0.0, 0.0):
-                    raise CompressionError(
-                        f"compression={compressor} applies momentum itself, and group {place} of "
-                        f"{type(optimizer).__name__} would do so once more ({option}={value}): "
-                        "use torch.optim.SGD(..., momentum=0)"
-                    )
 
 
 def _names(

@@ -61,7 +61,8 @@ def refuse_xla() -> None:
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         raise ValueError(
             "XLA cannot compile Horovod's operations, and this function is being compiled by it: "
-            "use tf.function(jit_compile=False), with Keras model.compile(..., jit_compile=False)"
+            "use tf.function(jit_compile=False), with Keras model.compile(..., jit_compile=False), "
+            "or hvd.callbacks.BroadcastGlobalVariablesCallback(0), which turns it off"
         )
 
 

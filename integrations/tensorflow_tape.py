@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvdx import collectives, world
 from hvdx.compression import CompressionError, Compressor, as_compressor, none
@@ -37,18 +36,13 @@ class TapeOptions(NamedTuple):
 
         Raises:
             ValueError: the options do not go together.
-            CompressionError: ``compression`` is none that hvdx knows, or keeps state.
+            CompressionError: ``compression`` is none that hvdx knows.
         """
         compressor = as_compressor(compression)
         if predivide != 1.0 and op != ReduceOp.Average:
             raise ValueError("gradient_predivide_factor needs op=hvd.Average")
         if compressor is not none and op not in (ReduceOp.Average, ReduceOp.Sum):
             raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum")
-        if compressor.stateful:
-            raise CompressionError(
-                f"compression={compressor} keeps state from step to step, and a tape has one step: "
-                "use hvd.DistributedOptimizer for it"
-            )
         own = world.own_set("tensorflow", process_set)
         return cls(compressor, ReduceOp(op), float(predivide), sparse_as_dense, own)
 
@@ -203,11 +197,25 @@ def average(options: TapeOptions, sources: Sequence[Any], grads: Sequence[Any]) 
         return list(grads)
     with tf.init_scope():
         legacy = not tf.executing_eagerly()
-    together = options.op in (ReduceOp.Average, ReduceOp.Sum)
-    known = all(source.shape.is_fully_defined() for source in sources)
-    if legacy or elastic() or not together or not known:
-        return [_alone(options, grad) for grad in grads]
-    return _plan(adapter, options, sources, grads).average(list(grads))
+    why = (
+        "in TensorFlow 1's graphs"
+        if legacy
+        else "in elastic training"
+        if elastic()
+        else f"with op=hvd.{options.op.name}"
+        if options.op not in (ReduceOp.Average, ReduceOp.Sum)
+        else "for shapes that are not known"
+        if not all(source.shape.is_fully_defined() for source in sources)
+        else None
+    )
+    if why is None:
+        return _plan(adapter, options, sources).average(list(grads))
+    if options.compressor.stateful:
+        raise CompressionError(
+            f"compression={options.compressor} keeps state from step to step, which a tape cannot "
+            f"{why}: use hvd.DistributedOptimizer for it"
+        )
+    return [_alone(options, grad) for grad in grads]
 
 
 def _alone(options: TapeOptions, grad: Any) -> Any:
@@ -236,9 +244,7 @@ def _start_anew() -> None:
     _numbers.clear()
 
 
-def _plan(
-    adapter: TensorFlowAdapter, options: TapeOptions, sources: Sequence[Any], grads: Sequence[Any]
-) -> _Plan:
+def _plan(adapter: TensorFlowAdapter, options: TapeOptions, sources: Sequence[Any]) -> _Plan:
     """Find the plan for these sources, or make it, which is a collective call.
 
     Variables are known by identity and not kept alive: their end is the end of the plan. Other
@@ -246,7 +252,7 @@ def _plan(
     """
     key = (options, *map(_identity, sources))
     if key not in _plans:
-        plan = _plans[key] = _Plan(adapter, options, sources, grads)
+        plan = _plans[key] = _Plan(adapter, options, sources)
         plan.alive = [
             weakref.ref(source, lambda _: _plans.pop(key, None))
             for source in sources
@@ -260,76 +266,34 @@ def _identity(source: Any) -> Any:
 
 
 class _Plan:
-    """How the gradients of one list of sources travel: what is sparse, and buckets of the rest.
-
-    A gradient is sparse if it is, or is missing, on every rank. A rank that misses one sends
-    zeros, or no rows.
-    """
+    """How the gradients of one list of sources travel, and what compressors keep of them."""
 
     alive: Sequence[Any] = ()
 
     def __init__(
-        self,
-        adapter: TensorFlowAdapter,
-        options: TapeOptions,
-        sources: Sequence[Any],
-        grads: Sequence[Any],
+        self, adapter: TensorFlowAdapter, options: TapeOptions, sources: Sequence[Any]
     ) -> None:
-        self.adapter, self.options = adapter, options
+        for place, source in enumerate(sources):
+            if options.compressor.stateful and not isinstance(source, tf.Variable):
+                raise CompressionError(
+                    f"compression={options.compressor} keeps state of each variable from step to "
+                    f"step, but source {place} is a tensor: use a tape without it for that"
+                )
         known = options.process_set.process_set_id if options.process_set is not None else 0
         _numbers[known] += 1  # ranks outside a set make no plans for it
-        self.name = f"hvdx.tape.{known}.{_numbers[known]}"
-        # In the sources' place, which the buckets would keep alive.
+        # In the sources' place, which the averager would keep alive.
         self.specs = [
             tf.TensorSpec(source.shape, source.dtype, getattr(source, "name", None) or "tensor")
             if tf.executing_eagerly() or isinstance(source, tf.Variable)
             else tf.TensorSpec(source.shape, source.dtype, "tensor")
             for source in sources
         ]
-        self.sparse = self._agree_on_sparse(grads)
-        self.dense = [place for place in range(len(grads)) if place not in self.sparse]
-        self.dense_specs = [self.specs[place] for place in self.dense]
-        self.averager = _averager(adapter, self.name, options)
-
-    def _agree_on_sparse(self, grads: Sequence[Any]) -> list[int]:
-        if self.options.sparse_as_dense:
-            return []
-        own = ["-" if g is None else "ds"[isinstance(g, tf.IndexedSlices)] for g in grads]
-        everyone = self.adapter.allgather_object(own, "hvdx.tape", self.options.process_set)
-        if len(set(map(len, everyone))) > 1:
-            return []  # the ranks disagree about more than that, as the buckets will find
-        kinds = [set(each) - {"-"} for each in zip(*everyone, strict=True)]
-        return [place for place, kind in enumerate(kinds) if kind == {"s"}]
+        self.averager = _averager(adapter, f"hvdx.tape.{known}.{_numbers[known]}", options)
 
     def average(self, grads: list[Any]) -> list[Any]:
         """Reduce this list of gradients, dense or sparse or None."""
-        if self.dense:
-            own = [grads[place] for place in self.dense]
-            means = self.averager.average(_Nobody(), own, self.dense_specs)
-            for place, mean in zip(self.dense, means, strict=True):
-                grads[place] = mean
-        for place in self.sparse:
-            slices = _slices(grads[place], self.specs[place])
-            grads[place] = self.adapter.allreduce(
-                slices,
-                op=self.options.op,
-                name=f"{self.name}.sparse.{place}",
-                prescale_factor=1.0,
-                postscale_factor=1.0,
-                process_set=self.options.process_set,
-            )
-        return grads
-
-
-def _slices(grad: Any, spec: tf.TensorSpec) -> tf.IndexedSlices:
-    shape = tf.constant(spec.shape.as_list(), tf.int64)
-    if grad is None:
-        none_ = tf.zeros([0, *spec.shape[1:]], spec.dtype)
-        return tf.IndexedSlices(none_, tf.zeros([0], tf.int64), shape)
-    if not isinstance(grad, tf.IndexedSlices):
-        grad = tf.IndexedSlices(grad, tf.range(spec.shape[0], dtype=tf.int64), shape)
-    # Ranks may have chosen int32 here and int64 there.
-    return tf.IndexedSlices(grad.values, tf.cast(grad.indices, tf.int64), shape)
+        means: list[Any] = self.averager.average(_Nobody(), grads, self.specs)
+        return means
 
 
 class _Nobody:
@@ -340,16 +304,10 @@ class _Nobody:
 
 def _averager(adapter: TensorFlowAdapter, name: str, options: TapeOptions) -> Any:
     """Make what averages for Keras' optimizer do so for a tape; imports Keras."""
-    module: Any = importlib.import_module("hvdx.integrations.keras3_tensorflow")
-
-    def create(next_creator: Any, **given: Any) -> Any:
-        """Make the averager's own variable, also where a graph is traced for the second time."""
-        return ResourceVariable(given["initial_value"], trainable=False, dtype=given["dtype"])
-
+    module: Any = importlib.import_module("hvdx.integrations.keras3_averager")
     chosen = {**options._asdict(), "name": name, "times": 1, "scale_local": True}
     known = module.Options(**{field: chosen[field] for field in module.Options._fields})
-    with tf.init_scope(), tf.variable_creator_scope(create):
-        return _averager_class()(adapter, known)
+    return _averager_class()(adapter, known)
 
 
 @functools.cache

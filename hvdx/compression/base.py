@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from hvdx.comm import Allreduce, Ranks, Work
@@ -99,6 +99,30 @@ class HorovodCompressor(Compressor):
     def decompress(self, tensor: Any, ctx: str) -> Any:
         """Return what :meth:`compress` was given, but for what the cast has lost."""
         return ops_for(type(tensor)).cast(tensor, ctx)
+
+
+def refuse_momentum(compressor: Compressor, optimizer: str, options: Mapping[str, Any]) -> None:
+    """Refuse an optimizer with momentum for a compressor that applies it.
+
+    Args:
+        compressor: any.
+        optimizer: what to call it in the message.
+        options: its own, by name.
+
+    Raises:
+        CompressionError: momentum would be applied twice.
+    """
+    for name in _MOMENTUM if compressor.owns_momentum else ():
+        value = options.get(name)
+        if value[0] if isinstance(value, (tuple, list)) else value:
+            raise CompressionError(
+                f"compression={compressor} applies momentum itself, and {optimizer} would do so "
+                f"once more ({name}={value}): use SGD(..., momentum=0)"
+            )
+
+
+#: What libraries call it.
+_MOMENTUM = ("momentum", "betas", "beta_1", "adam_beta_1")
 
 
 def name_hash(seed: int, name: str) -> int:

@@ -179,9 +179,6 @@ def test_options_that_have_no_meaning(hvd):
         hvd.DistributedGradientTape(tape, groups=0)
     with pytest.raises(ValueError, match="unknown compression"):
         hvd.DistributedGradientTape(tape, compression="fp16")
-    stateful = hvdx.Compression.none._replace(init=lambda ops, spec: 0)
-    with pytest.raises(ValueError, match="keeps state"):
-        hvd.DistributedGradientTape(tape, compression=stateful)
     with pytest.raises(ValueError, match="local_layers"):
         hvd.PartialDistributedGradientTape(tape, local_layers=[1])
     if not hvd.mpi_enabled():

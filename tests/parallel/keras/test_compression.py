@@ -1,0 +1,195 @@
+"""Compressors with state under Keras' optimizer: the same as between ranks in memory."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import hvdx
+from hvdx.comm import in_step
+from hvdx.compression import Spec, after
+from hvdx.compression.state import leaves
+from hvdx.ops import NumpyOps
+
+C = hvdx.Compression
+METHODS = {
+    "bf16": C.bf16,
+    "int8": C.int8(feedback=True),
+    "int4": C.int4(),
+    "onebit": C.onebit(),
+    "topk": C.topk(0.1, min_elements=0),
+    "randomk": C.randomk(0.2, min_elements=0),
+    "powersgd": C.powersgd(2, min_elements=0),
+    "dgc": C.dgc(0.1, momentum=0.5, warmup_steps=2, min_elements=0),
+    "after": after(2, C.onebit()),
+}
+SHAPES = {"weight": (24, 36), "bias": (24,), "odd": (7, 11)}
+STEPS = 4
+GRAPHS = keras.backend.backend() == "tensorflow"
+PATH = "sequential/given"
+
+
+class Given(keras.layers.Layer):
+    """Its weights' gradients are what it is called on."""
+
+    def build(self, shape):
+        make = self.add_weight
+        self.own = [make(shape=s, initializer="zeros", name=n) for n, s in SHAPES.items()]
+
+    def call(self, x):
+        flat = keras.ops.concatenate([keras.ops.reshape(w, (-1,)) for w in self.own])
+        return keras.ops.sum(x * flat, axis=-1, keepdims=True)
+
+
+def given_gradients():
+    keras.backend.clear_session(free_memory=False)  # equal names on all ranks and in all tests
+    size = sum(int(np.prod(s)) for s in SHAPES.values())
+    return keras.Sequential([keras.Input((size,)), Given()])
+
+
+def train(model, optimizer, grads, way="fit", **options):
+    """Train on one row of ``grads`` (step, element) per step."""
+    if way == "fit":
+        model.compile(optimizer, lambda y, output: keras.ops.sum(output), **options)
+        model.fit(grads, grads[:, :1], batch_size=1, shuffle=False, verbose=0)
+    else:
+        optimizer.build(model.trainable_variables)
+        apply = lambda gs: optimizer.apply(gs, model.trainable_variables)  # noqa: E731
+        if way == "graph":
+            import tensorflow as tf
+
+            apply = tf.function(apply)
+        for step in grads:
+            cut = np.split(step, np.cumsum([int(np.prod(s)) for s in SHAPES.values()])[:-1])
+            apply([keras.ops.convert_to_tensor(g.reshape(s))
+                   for g, s in zip(cut, SHAPES.values(), strict=True)])  # fmt: skip
+    return [variable.numpy() for variable in model.trainable_variables]
+
+
+def gradients(rank, steps=STEPS):
+    size = sum(int(np.prod(s)) for s in SHAPES.values())
+    return np.random.default_rng(rank).normal(size=(steps, size)).astype("float32")
+
+
+def in_memory(compressor, everyone):
+    """Return the weights and states after steps of rate 1 with gradients (rank, step, element)."""
+    size, ops = len(everyone), NumpyOps()
+    weights, kept, start = [], [], 0
+    for name, shape in SHAPES.items():
+        spec = Spec(f"{PATH}/{name}", shape, "float32", size)
+        states = [compressor.init(ops, spec) for _ in range(size)]
+        weight, count = np.zeros(shape, "float32"), int(np.prod(shape))
+        for step in range(len(everyone[0])):
+            now = compressor.at(step)
+            own = [grads[step, start : start + count].reshape(shape) for grads in everyone]
+            results = in_step(
+                [now.reduce(ops, g, state) for g, state in zip(own, states, strict=True)]
+            )
+            states = [each.state for each in results]
+            weight = weight - results[0].mean
+        weights.append(weight)
+        kept.append(states)
+        start += count
+    return weights, kept
+
+
+def assert_as_in_memory(hvd, method, model, optimizer, result, everyone):
+    weights, kept = in_memory(METHODS[method], everyone)
+    close = 1e-3 if method == "powersgd" else 1e-5
+    for one, other in zip(result, weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=close)
+    told = optimizer.compression_state()
+    assert told["step"] == (len(everyone[0]) if METHODS[method].stateful else 0)
+    for name, states in zip(SHAPES, kept, strict=True):
+        found = told["parameters"].get(f"{PATH}/{name}", {})
+        expected = leaves(states[hvd.rank()])
+        assert list(found) == [path for path, *_ in expected]
+        for path, tensor, *_ in expected:
+            np.testing.assert_allclose(found[path], tensor, atol=10 * close, err_msg=path)
+    assert len(set(hvd.allgather_object(hvd.parameter_hash(model)))) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_fit(hvd, method):
+    everyone = [gradients(rank) for rank in range(hvd.size())]
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=METHODS[method])
+    model = given_gradients()
+    several = {"steps_per_execution": 2} if method == "dgc" and GRAPHS else {}
+    result = train(model, optimizer, everyone[hvd.rank()], **several)
+    assert_as_in_memory(hvd, method, model, optimizer, result, everyone)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", ["eager"] + ["graph"] * GRAPHS)
+@pytest.mark.parametrize("method", ["topk", "dgc", "after"])
+def test_loops(hvd, method, way):
+    everyone = [gradients(rank) for rank in range(hvd.size())]
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=METHODS[method])
+    model = given_gradients()
+    result = train(model, optimizer, everyone[hvd.rank()], way)
+    assert_as_in_memory(hvd, method, model, optimizer, result, everyone)
+
+
+@pytest.mark.ranks(2)
+def test_accumulation_compresses_sums(hvd):
+    everyone = [gradients(rank) for rank in range(hvd.size())]
+    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=C.onebit())
+    result = train(given_gradients(), optimizer, everyone[hvd.rank()])
+    sums = [own.reshape(STEPS // 2, 2, -1).sum(1) for own in everyone]
+    weights, _ = in_memory(C.onebit(), sums)
+    for one, other in zip(result, weights, strict=True):
+        np.testing.assert_allclose(one, other / 2, atol=1e-5)  # Keras takes the mean of them
+    assert optimizer.compression_state()["step"] == 2
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("around", ["wrapped", "inside"])
+def test_an_overflow_leaves_states_alone(hvd, around):
+    """A step that loss scaling skips has delivered nothing; what is owed has no scale."""
+    everyone = [gradients(rank, 3) for rank in range(hvd.size())]
+    with_overflow = np.insert(everyone[hvd.rank()], 1, 1.0, axis=0)
+    if hvd.rank() == 0:
+        with_overflow[1, 5] = np.inf
+    inner = keras.optimizers.SGD(1.0)
+    scaling = {"initial_scale": 4.0, "dynamic_growth_steps": 2}
+    if around == "wrapped":
+        optimizer = hvd.DistributedOptimizer(
+            keras.optimizers.LossScaleOptimizer(inner, **scaling), compression=C.onebit()
+        )
+        averaging = optimizer
+    else:
+        averaging = hvd.DistributedOptimizer(inner, compression=C.onebit())
+        optimizer = keras.optimizers.LossScaleOptimizer(averaging, **scaling)
+    result = train(given_gradients(), optimizer, with_overflow)
+    weights, kept = in_memory(C.onebit(), everyone)
+    for one, other in zip(result, weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    told = averaging.compression_state()
+    assert told["step"] == 3
+    np.testing.assert_allclose(
+        told["parameters"][f"{PATH}/odd"]["residual"], kept[2][hvd.rank()].residual, atol=1e-5
+    )
+    assert float(optimizer.dynamic_scale) == 4.0  # halved, then doubled
+
+
+@pytest.mark.ranks(2)
+def test_momentum_twice_is_refused(hvd):
+    for optimizer, told in (
+        (keras.optimizers.SGD(0.1, momentum=0.9), r"SGD would .*momentum=0\.9"),
+        (keras.optimizers.Adam(0.1), r"Adam would .*beta_1=0\.9"),
+        (keras.optimizers.LossScaleOptimizer(keras.optimizers.Nadam(0.1)), r"beta_1=0\.9"),
+    ):
+        with pytest.raises(hvdx.compression.CompressionError, match=told):
+            hvd.DistributedOptimizer(optimizer, compression=C.dgc)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_with_other_compressors_are_told(hvd):
+    chosen = C.topk(0.1) if hvd.rank() == 0 else C.topk(0.2)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=chosen)
+    with pytest.raises(hvdx.MismatchError, match=r"topk\(0\.1\)"):
+        train(given_gradients(), optimizer, gradients(0), "eager")
