@@ -19,7 +19,7 @@ from keras.src.saving import object_registration
 
 from hvdx import world
 from hvdx.agreement import next_name
-from hvdx.compression import as_compressor, none
+from hvdx.compression import as_compressor, as_local, none
 from hvdx.compression.base import refuse_momentum
 from hvdx.frameworks import framework_of_kind
 from hvdx.integrations.keras3_averager import Averager, Options
@@ -28,6 +28,10 @@ from hvdx.reduce_op import ReduceOp
 _ENGINES = {
     "tensorflow": ("hvdx.integrations.keras3_tensorflow", "TensorFlowAverager"),
     "torch": ("hvdx.integrations.keras3_torch", "TorchAverager"),
+}
+_LOCAL_ENGINES = {
+    "tensorflow": ("hvdx.integrations.keras3_local_tensorflow", "TensorFlowRounds"),
+    "torch": ("hvdx.integrations.keras3_local_torch", "TorchRounds"),
 }
 
 
@@ -110,7 +114,14 @@ def DistributedOptimizer(
     _check_groups(num_groups or groups)
     _check_passes(optimizer, backward_passes_per_step)
     backend = framework_of_kind("keras")
-    compressor, inner = as_compressor(compression), _innermost(optimizer)
+    local = as_local(compression)
+    if local is not None and op != ReduceOp.Average:
+        raise ValueError(
+            f"DistributedOptimizer(op={ReduceOp.of(op).name}, compression={local}): what ranks "
+            "have learnt alone is averaged; use op=hvd.Average"
+        )
+    compressor = none if local is not None else as_compressor(compression)
+    inner = _innermost(optimizer)
     refuse_momentum(compressor, type(inner).__name__, inner.get_config())
     options = Options(
         name or next_name("keras", process_set),
@@ -122,13 +133,19 @@ def DistributedOptimizer(
         1 if average_aggregated_gradients else backward_passes_per_step,
         scale_local_gradients,
     )
-    module, averager = _ENGINES[backend]
+    module, averager = (_ENGINES if local is None else _LOCAL_ENGINES)[backend]
     engine = getattr(importlib.import_module(module), averager)
-    optimizer._averager = engine(world.core(backend), options)
+    scaler = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if local is None:
+        optimizer._averager = engine(world.core(backend), options)
+        mixin: type = AveragingScaler if scaler else AveragingOptimizer
+    else:
+        optimizer._averager = engine(world.core(backend), options, local)
+        rounds = importlib.import_module("hvdx.integrations.keras3_local")
+        mixin = rounds.LocalScaler if scaler else rounds.LocalOptimizer
     if backward_passes_per_step > 1:
         _innermost(optimizer).gradient_accumulation_steps = backward_passes_per_step
-    scaler = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    optimizer.__class__ = _class_with(AveragingScaler if scaler else AveragingOptimizer, optimizer)
+    optimizer.__class__ = _class_with(mixin, optimizer)
     return optimizer
 
 

@@ -125,6 +125,7 @@ def test_equals_simulated_workers(kind, training, outer, monkeypatch):
     assert ours.communication_seconds > 0
 
 
+@pytest.mark.ranks(2)
 def test_ranks_talk_in_outer_steps_only(monkeypatch):
     horovod, sent = world.core("torch").horovod, []
     for name in OPERATIONS:
