@@ -69,6 +69,16 @@ def DistributedOptimizer(
     (``jit_compile="auto"`` with a GPU), models with this optimizer train without;
     ``jit_compile=True`` is an error at the first step.
 
+    With ``compression=hvd.Compression.local_sgd(steps)`` or ``diloco(...)`` gradients are not
+    averaged: each rank makes ``steps`` updates of its own (those that its ``LossScaleOptimizer``
+    skips count too), and what they have changed is averaged with the last one. Variables must be
+    equal at the start; then they are after each such round. ``optimizer.flush()``, on all ranks,
+    ends a round early, as after ``fit``; ``CheckpointCallback`` does so before it saves. Metrics
+    within a round are of each rank's own model. Clipping, accumulation and the optimizer's state
+    stay each rank's own, as do variables that are not trained, such as statistics of
+    ``BatchNormalization``. Where variables are replaced during training,
+    ``optimizer.load_compression_state({})`` begins anew from them.
+
     Args:
         optimizer: any Keras 3 optimizer. For mixed float16, a ``LossScaleOptimizer`` that is
             wrapped itself costs least: where ``compile()`` puts one around the wrapped

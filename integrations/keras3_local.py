@@ -118,7 +118,7 @@ class Rounds(Averager):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was told; nothing: begin anew."""
-        given = dict(state) if state else {"step": 0, "parameters": {}}
+        given: dict[str, Any] = dict(state) if state else {"step": 0, "parameters": {}}
         counts = list(given.pop(_ALONE, []))
         self.states.load(given)
         for layout in self._layouts.values():

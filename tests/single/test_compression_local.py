@@ -105,7 +105,7 @@ def test_local_sgd_averages_parameters_and_keeps_nothing(dtype):
         (Compression.onebit, 0.25),
         (Compression.topk(0.1, min_elements=0), 0.2),
     ],
-    ids=repr,
+    ids=["int8", "int4", "onebit", "topk"],
 )
 def test_compressed_outer_gradients(inner, near):
     for ranks in (2, 4):

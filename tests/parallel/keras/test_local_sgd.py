@@ -147,26 +147,32 @@ def test_saved_and_restored(hvd, data, make_model, ways):
         assert (arrays["anchor"] == 1).all() and not arrays["momentum"].any()
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaler"])
-def test_accumulation_and_overflows(hvd, scaled):
-    """A round is of updates; a rank that must skip one comes to the outer step all the same."""
+@pytest.mark.parametrize("scaler", [None, "wrapped", "around"])
+def test_accumulation_and_overflows(hvd, scaler):
+    """A round is of updates; a rank that must skip one comes to the outer step all the same.
+
+    A scaler around the wrapped optimizer lets all ranks skip it.
+    """
     variable = keras.Variable(np.zeros(2, "float32"), name="v")
-    inner = keras.optimizers.SGD(1.0, gradient_accumulation_steps=None if scaled else 2)
-    optimizer = inner
-    if scaled:
-        optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
-    hvd.DistributedOptimizer(optimizer, compression=C.local_sgd(2))
+    inner = keras.optimizers.SGD(1.0, gradient_accumulation_steps=None if scaler else 2)
+    scaled = keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0) if scaler else inner
+    ours = scaled if scaler == "wrapped" else inner
+    hvd.DistributedOptimizer(ours, compression=C.local_sgd(2))
     for step in range(4):
-        bad = scaled and step == 1 and hvd.rank() == 0
-        grad = np.full(2, np.inf if bad else (4.0 if scaled else 1.0) * (hvd.rank() + 1), "f4")
-        optimizer.apply([keras.ops.convert_to_tensor(grad)], [variable])
+        bad = scaler and step == 1 and hvd.rank() == 0
+        grad = np.full(2, np.inf if bad else (4.0 if scaler else 1.0) * (hvd.rank() + 1), "f4")
+        scaled.apply([keras.ops.convert_to_tensor(grad)], [variable])
     mean = (hvd.size() + 1) / 2
-    if scaled:  # rank 0, whose gradients are 1, has done without one; its scale is 2 from then on
-        skipped = 2 * mean - 1 / hvd.size()
-        expected = skipped + 2 * mean + 2 * (2 - 1) / hvd.size()
+    if scaler == "wrapped":  # rank 0, whose gradients are 1, did without one; its scale is 2 since
+        expected = 4 * mean + (2 * 2 - 1 - 2 * 1) / hvd.size()
+    elif scaler:  # three steps were taken; the last one is of each rank alone
+        expected = 3 * mean + 2 * (hvd.rank() + 1)
     else:
         expected = 2 * mean
     np.testing.assert_allclose(variable.numpy(), -expected, rtol=1e-6)
+    ours.flush()
+    if scaler == "around":
+        np.testing.assert_allclose(variable.numpy(), -5 * mean, rtol=1e-6)
 
 
 @pytest.mark.ranks(2)

@@ -214,6 +214,27 @@ def test_portable_state_and_a_new_beginning():
     assert not state["momentum"].any() and not state["inner.residual"].any()
 
 
+def test_when_ranks_have_changed():
+    """As elastic training restarts: from parameters as they are, with the outer momentum."""
+    net, ours = distributed(C.diloco(2, compression=C.none))
+    batches = list(data(steps=6))
+    for x, y in batches[:3]:
+        local_step(net, ours, x, y)
+    before = ours.compression_state()["parameters"]["0.weight"]
+    ours.reducer.leave()
+    hvd.broadcast_parameters(net)
+    start = net[0].weight.detach().clone()
+    ours.reducer.join()
+    local_step(net, ours, *batches[3])
+    state = ours.compression_state()
+    assert state["steps alone"] == 1
+    after = state["parameters"]["0.weight"]
+    assert torch.equal(after["momentum"], before["momentum"])
+    assert torch.equal(after["anchor"], start) and not torch.equal(before["anchor"], start)
+    local_step(net, ours, *batches[4])
+    assert_replicas(net)
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_rank_that_skips_an_overflow_comes_to_the_outer_step(clip):
     """A GradScaler does not call step() then, unless the optimizer says that it can skip."""
