@@ -19,7 +19,7 @@ from keras.src.saving import object_registration
 
 from hvdx import world
 from hvdx.agreement import next_name
-from hvdx.compression import CompressionError, as_compressor, none
+from hvdx.compression import CompressionError, as_compressor, as_local, none
 from hvdx.compression.base import refuse_momentum
 from hvdx.frameworks import framework_of_kind
 from hvdx.integrations.keras3_averager import Averager, Options
@@ -28,6 +28,10 @@ from hvdx.reduce_op import ReduceOp
 _ENGINES = {
     "tensorflow": ("hvdx.integrations.keras3_tensorflow", "TensorFlowAverager"),
     "torch": ("hvdx.integrations.keras3_torch", "TorchAverager"),
+}
+_LOCAL_ENGINES = {
+    "tensorflow": ("hvdx.integrations.keras3_local_tensorflow", "TensorFlowRounds"),
+    "torch": ("hvdx.integrations.keras3_local_torch", "TorchRounds"),
 }
 
 
@@ -64,6 +68,16 @@ def DistributedOptimizer(
     XLA cannot compile Horovod's operations. Where Keras would choose it by itself
     (``jit_compile="auto"`` with a GPU), models with this optimizer train without;
     ``jit_compile=True`` is an error at the first step.
+
+    With ``compression=hvd.Compression.local_sgd(steps)`` or ``diloco(...)`` gradients are not
+    averaged: each rank makes ``steps`` updates of its own (those that its ``LossScaleOptimizer``
+    skips count too), and what they have changed is averaged with the last one. Variables must be
+    equal at the start; then they are after each such round. ``optimizer.flush()``, on all ranks,
+    ends a round early, as after ``fit``; ``CheckpointCallback`` does so before it saves. Metrics
+    within a round are of each rank's own model. Clipping, accumulation and the optimizer's state
+    stay each rank's own, as do variables that are not trained, such as statistics of
+    ``BatchNormalization``. Where variables are replaced during training,
+    ``optimizer.load_compression_state({})`` begins anew from them.
 
     Args:
         optimizer: any Keras 3 optimizer. For mixed float16, a ``LossScaleOptimizer`` that is
@@ -110,7 +124,14 @@ def DistributedOptimizer(
     _check_groups(num_groups or groups)
     _check_passes(optimizer, backward_passes_per_step)
     backend = framework_of_kind("keras")
-    compressor, inner = as_compressor(compression), _innermost(optimizer)
+    local = as_local(compression)
+    if local is not None and op != ReduceOp.Average:
+        raise ValueError(
+            f"DistributedOptimizer(op={ReduceOp.of(op).name}, compression={local}): what ranks "
+            "have learnt alone is averaged; use op=hvd.Average"
+        )
+    compressor = none if local is not None else as_compressor(compression)
+    inner = _innermost(optimizer)
     refuse_momentum(compressor, type(inner).__name__, inner.get_config())
     options = Options(
         name or next_name("keras", process_set),
@@ -122,13 +143,19 @@ def DistributedOptimizer(
         1 if average_aggregated_gradients else backward_passes_per_step,
         scale_local_gradients,
     )
-    module, averager = _ENGINES[backend]
+    module, averager = (_ENGINES if local is None else _LOCAL_ENGINES)[backend]
     engine = getattr(importlib.import_module(module), averager)
-    optimizer._averager = engine(world.core(backend), options)
+    scaler = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if local is None:
+        optimizer._averager = engine(world.core(backend), options)
+        mixin: type = AveragingScaler if scaler else AveragingOptimizer
+    else:
+        optimizer._averager = engine(world.core(backend), options, local)
+        rounds = importlib.import_module("hvdx.integrations.keras3_local")
+        mixin = rounds.LocalScaler if scaler else rounds.LocalOptimizer
     if backward_passes_per_step > 1:
         _innermost(optimizer).gradient_accumulation_steps = backward_passes_per_step
-    scaler = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    optimizer.__class__ = _class_with(AveragingScaler if scaler else AveragingOptimizer, optimizer)
+    optimizer.__class__ = _class_with(mixin, optimizer)
     return optimizer
 
 

@@ -92,6 +92,8 @@ class BroadcastGlobalVariablesCallback(RankCallback):
         """Broadcast what the first batch has built."""
         if not self.broadcast_done:
             self._broadcast()
+            if optimizer := averaging(self.model.optimizer):
+                optimizer._averager.begin_anew()
 
     def _needs_no_xla(self, model: Any) -> bool:
         # Whatever the optimizer: a train_step of one's own may use the tape.

@@ -10,9 +10,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdx import world
-from hvdx.compression import as_compressor, fp16, none
+from hvdx.compression import as_compressor, as_local, fp16, none
 from hvdx.compression.base import refuse_momentum
 from hvdx.integrations.pytorch_optimizer_adasum import DeltaStepper
+from hvdx.integrations.pytorch_optimizer_local import METHODS as LOCAL_METHODS
+from hvdx.integrations.pytorch_optimizer_local import LocalStepper
 from hvdx.integrations.pytorch_optimizer_reducer import Reducer
 from hvdx.integrations.pytorch_optimizer_wrapper import Options
 from hvdx.reduce_op import ReduceOp
@@ -80,6 +82,18 @@ def DistributedOptimizer(
     With a ``GradScaler``, say ``optimizer.loss_scale = scaler.get_scale``: what is owed is then
     kept unscaled, since the scale changes. A step that is skipped changes nothing that is kept.
 
+    With ``compression=hvd.Compression.local_sgd(steps)`` or ``diloco(...)`` gradients are not
+    averaged either: each rank takes ``steps`` steps of its own (calls of ``step()``, also those
+    in which a ``GradScaler`` finds an overflow: that rank does without), and what they have
+    changed is averaged at the end of the last one. Parameters must be equal at the start; then
+    they are after each such round. ``optimizer.flush()``, on all ranks, ends a round early, as at
+    the end of training or before replicas are compared or saved. Gradients, clipping, closures,
+    ``backward_passes_per_step`` and the state of ``optimizer`` are each rank's own;
+    ``synchronize()``, ``skip_synchronize()`` and ``no_sync()`` do nothing. Buffers, such as
+    ``BatchNorm`` statistics, are not averaged: broadcast them before saving. A parameter that is
+    frozen is averaged as it was left, one added or unfrozen from then on. Where parameters are
+    replaced during training, ``optimizer.load_compression_state({})`` begins anew from them.
+
     Args:
         optimizer: any first-order ``torch.optim.Optimizer`` of float16, bfloat16, float32 or
             float64 parameters.
@@ -125,10 +139,16 @@ def DistributedOptimizer(
     if num_groups != 0:
         warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
+    local = as_local(compression)
+    if local is not None and op != ReduceOp.Average:
+        raise ValueError(
+            f"DistributedOptimizer(op={ReduceOp.of(op).name}, compression={local}): what ranks "
+            "have learnt alone is averaged; use op=hvd.Average"
+        )
     world.core("torch")
     options = Options(
         _names(optimizer, named_parameters),
-        as_compressor(compression),
+        none if local is not None else as_compressor(compression),
         ReduceOp(op),
         _set_of_ranks(process_set),
         _checked_groups(groups),
@@ -137,7 +157,11 @@ def DistributedOptimizer(
     for place, group in enumerate(optimizer.param_groups):
         kind = f"{type(optimizer).__name__} (group {place})"
         refuse_momentum(options.compressor, kind, group)
-    if options.op == ReduceOp.Adasum:
+    if local is not None:
+        local_stepper = LocalStepper(optimizer, options, local)
+        local_stepper.set_backward_passes_per_step(backward_passes_per_step)
+        local_stepper.attach(LOCAL_METHODS)
+    elif options.op == ReduceOp.Adasum:
         if options.compressor not in (none, fp16):
             raise ValueError(f"op=hvd.Adasum takes no compression={options.compressor}")
         stepper = DeltaStepper(optimizer, options)

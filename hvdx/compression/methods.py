@@ -18,11 +18,22 @@ from hvdx.compression.base import (
 from hvdx.compression.exchange import exchange
 from hvdx.compression.feedback import check_momentum, error_feedback, min_size, only_floats
 from hvdx.compression.feedback import momentum as with_momentum
+from hvdx.compression.local import Local, diloco, local_sgd
 from hvdx.compression.policy import by_layer
 from hvdx.compression.powersgd import alternating_power_sgd, power_sgd
 from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
 
 _SMALL = 1024  # parameters of fewer elements travel raw where each is compressed alone
+
+
+def _quantised(codec: codecs.Codec, feedback: bool) -> Compressor:
+    compressor = exchange(codec, owner_feedback=feedback)
+    if feedback:
+        compressor = error_feedback(compressor)
+    return compressor._replace(name=f"{codec.name}(feedback={feedback})")
+
+
+_INT8 = _quantised(codecs.integers(8, 256), feedback=False)
 
 
 class Compression:
@@ -162,6 +173,35 @@ class Compression:
         """
         return by_layer(rules, default, as_compressor)
 
+    @staticmethod
+    def local_sgd(steps: int = 8) -> Local:
+        """Each rank trains alone for ``steps`` steps; then parameters are averaged.
+
+        Args:
+            steps: from 1, where plain SGD does as if gradients were averaged.
+        """
+        return local_sgd(steps)
+
+    @staticmethod
+    def diloco(
+        steps: int = 32,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
+        compression: Any = _INT8,
+    ) -> Local:
+        """Each rank trains alone for ``steps`` steps; an outer optimizer applies the changes.
+
+        Their mean over the ranks is the gradient of SGD with Nesterov momentum. Inner
+        optimizers, usually AdamW, keep their state to themselves.
+
+        Args:
+            steps: from 1.
+            outer_lr: above 0; 1 without momentum averages parameters.
+            outer_momentum: 0 or more and below 1.
+            compression: of the changes: any method but ``dgc``. Default: ``int8``.
+        """
+        return diloco(steps, outer_lr, outer_momentum, as_compressor(compression))
+
 
 def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
     compressor = exchange(codec, owner_feedback=feedback, seed=seed)
@@ -209,11 +249,18 @@ for _name, _kind in list(vars(Compression).items()):
     if isinstance(_kind, staticmethod):
         setattr(Compression, _name, staticmethod(remembered(_kind.__func__)))
 
-_METHODS: list[Callable[..., Compressor]] = [
+_METHODS: list[Callable[..., Any]] = [
     getattr(Compression, name)
     for name, kind in vars(Compression).items()
     if isinstance(kind, staticmethod)
 ]
+
+
+def as_local(value: Any) -> Local | None:
+    """Return the way of training alone that is meant by ``value``, None if it means another."""
+    if value in (Compression.local_sgd, Compression.diloco):
+        value = value()
+    return value if isinstance(value, Local) else None
 
 
 def as_compressor(value: Any) -> Compressor:
@@ -224,6 +271,11 @@ def as_compressor(value: Any) -> Compressor:
     """
     if isinstance(value, Compressor):
         return value
+    if (local := as_local(value)) is not None:
+        raise CompressionError(
+            f"compression={local} is a way of training, and no way to average one tensor: give it "
+            "to hvd.DistributedOptimizer alone, not to an operation, a tape or another method"
+        )
     if value == Compression.by_layer:
         raise CompressionError(
             "compression=hvd.Compression.by_layer: call it, with a compressor by pattern of "
