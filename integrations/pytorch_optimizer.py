@@ -10,13 +10,22 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdx import world
-from hvdx.compression import CompressionError, Compressor, as_compressor, fp16, none
+from hvdx.compression import CompressionError, Compressor, as_compressor, as_local, fp16, none
 from hvdx.integrations.pytorch_optimizer_adasum import DeltaStepper
+from hvdx.integrations.pytorch_optimizer_local import METHODS as LOCAL_METHODS
+from hvdx.integrations.pytorch_optimizer_local import LocalStepper
 from hvdx.integrations.pytorch_optimizer_reducer import Reducer
 from hvdx.integrations.pytorch_optimizer_wrapper import Options
 from hvdx.reduce_op import ReduceOp
 
 _METHODS = ("synchronize", "skip_synchronize", "set_backward_passes_per_step")
+_REDUCER_METHODS = (
+    *_METHODS,
+    "no_sync",
+    "compression_state",
+    "portable_compression_state",
+    "load_compression_state",
+)
 
 
 def DistributedOptimizer(
@@ -98,24 +107,34 @@ def DistributedOptimizer(
     if num_groups != 0:
         warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
+    local = as_local(compression)
+    if local is not None and op != ReduceOp.Average:
+        raise ValueError(
+            f"DistributedOptimizer(op={ReduceOp.of(op).name}, compression={local}): what ranks "
+            "have learnt alone is averaged; use op=hvd.Average"
+        )
     world.core("torch")
     options = Options(
         _names(optimizer, named_parameters),
-        as_compressor(compression),
+        as_compressor(compression) if local is None else local.outer,
         ReduceOp(op),
         _set_of_ranks(process_set),
         _checked_groups(groups),
         sparse_as_dense,
     )
     _refuse_momentum(optimizer, options.compressor)
-    if options.op == ReduceOp.Adasum:
+    if local is not None:
+        local_stepper = LocalStepper(optimizer, options, local)
+        local_stepper.set_backward_passes_per_step(backward_passes_per_step)
+        local_stepper.attach(LOCAL_METHODS)
+    elif options.op == ReduceOp.Adasum:
         if options.compressor not in (none, fp16):
             raise ValueError(f"op=hvd.Adasum takes no compression={options.compressor}")
         stepper = DeltaStepper(optimizer, options)
         stepper.set_backward_passes_per_step(backward_passes_per_step)
         stepper.attach(_METHODS)
     else:
-        Reducer(optimizer, options, backward_passes_per_step).attach((*_METHODS, "no_sync"))
+        Reducer(optimizer, options, backward_passes_per_step).attach(_REDUCER_METHODS)
     return optimizer
 
 

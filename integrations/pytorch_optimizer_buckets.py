@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 
 from hvdx.comm import Allgather, Allreduce, Together, Work
+from hvdx.compression import Compressor
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.reduce_op import ReduceOp
 
@@ -34,6 +35,7 @@ class Bucket:
             nothing in the same pass, and a pass of its own afterwards.
         ranks: that take part.
         full: what the number behind a gradient becomes where every rank has a dense one.
+        compressor: what reduces the flat tensor; None if each gradient is reduced alone.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Bucket:
         scale: float,
         ranks: int,
         full: int,
+        compressor: Compressor | None,
     ) -> None:
         self.index = index
         self.names = names
@@ -62,6 +65,7 @@ class Bucket:
         self._absent: list[int] = []
         self._sparse: list[int] = []
         self.flight: Flight | None = None
+        self.compressor = compressor
 
     def _lay_out(self) -> None:
         sizes = [size for size, _, _ in self._shapes]
@@ -109,6 +113,10 @@ class Bucket:
         with torch.no_grad():
             torch.mul(grad, self.scale, out=self.views[index])
         self.placed.add(index)
+
+    def finite(self) -> bool:
+        """Tell whether the means are."""
+        return bool(self.flat.isfinite().all())
 
     def begin(self) -> None:
         """Forget what an earlier backward pass left that has failed half-way."""
@@ -219,6 +227,10 @@ class SparseBucket:
 
     def place(self, index: int, parameter: torch.Tensor) -> None:
         """Do nothing: there is no place of its own."""
+
+    def finite(self) -> bool:
+        """See :meth:`Bucket.finite`."""
+        return bool(self._values.isfinite().all())
 
     def begin(self) -> None:
         """See :meth:`Bucket.begin`."""

@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdx import buckets, world
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import Compressor, Spec, none
+from hvdx.compression import CompressionError, Spec, none
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_backward import follow
 from hvdx.integrations.pytorch_optimizer_buckets import AnyBucket, Bucket, SparseBucket
+from hvdx.integrations.pytorch_optimizer_states import Kept
 from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper, retire
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
@@ -90,9 +91,7 @@ class Reducer(Wrapper):
         self, optimizer: torch.optim.Optimizer, options: Options, passes_per_step: int
     ) -> None:
         super().__init__(optimizer, options)
-        self.states: dict[str, Any] = {}  # the compressor's, by parameter name
-        self._coming: dict[str, Any] = {}  # what they become if the means are finite
-        self._steps = 0  # that the optimizer has taken
+        self.kept = Kept(options.compressor)
         self._lock = threading.RLock()  # each device has a thread of its own in backward
         self._held = False  # inside no_sync()
         self._skipped = False  # inside skip_synchronize()
@@ -117,6 +116,7 @@ class Reducer(Wrapper):
     def begin(self) -> None:
         """See :meth:`Wrapper.begin`."""
         self._empty()
+        self.kept.join(self.adapter, self.options.process_set, self.name)
         self._adopt()
 
     def end(self) -> None:
@@ -125,12 +125,14 @@ class Reducer(Wrapper):
             slot.free()
             if slot.lives and _slot_of(slot.parameter) is slot:
                 del _slots[slot.parameter]
+        self.kept.leave()
         self._empty()
 
     def attach(self, methods: Sequence[str]) -> None:
         """See :meth:`Wrapper.attach`."""
         super().attach(methods)
         optimizer: Any = self.optimizer
+        optimizer.loss_scale = None
         optimizer.register_load_state_dict_post_hook(self._loaded)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -232,6 +234,8 @@ class Reducer(Wrapper):
             limit,
             [[place for place in group if place not in sparse] for group in together_],
         )  # fmt: skip
+        dense = [slot for place, slot in enumerate(fresh) if place not in sparse]
+        self.kept.meet([self._spec(slot.name, slot.parameter) for slot in dense])
         made: list[AnyBucket] = []
         for members in layout:
             slots = [fresh[place] for place in members]
@@ -254,7 +258,8 @@ class Reducer(Wrapper):
         return [[places[each] for each in group if each in places] for group in groups]
 
     def _dense_bucket(self, index: int, slots: list[Slot]) -> Bucket:
-        plain = self.options.compressor is none
+        compressor = self.kept.shared(slot.name for slot in slots)
+        plain = compressor is none
         mean = self.options.op == ReduceOp.Average
         bucket = Bucket(
             index,
@@ -263,14 +268,10 @@ class Reducer(Wrapper):
             scale=1.0 / self.ranks if plain and mean else 1.0,
             ranks=self.ranks,
             full=1 if mean and not plain else self.ranks,
+            compressor=compressor,
         )
         for place, slot in enumerate(slots):
             slot.bucket, slot.index = bucket, place
-            if not self.options.compressor.elementwise and slot.name not in self.states:
-                shape, dtype = tuple(slot.parameter.shape), dtype_name(slot.parameter.dtype)
-                spec = Spec(slot.name, shape, dtype, self.ranks)
-                state = self.options.compressor.init(ops_for(torch.Tensor), spec)
-                self.states[slot.name] = state
         return bucket
 
     def _sparse_bucket(self, index: int, slot: Slot) -> SparseBucket:
@@ -386,16 +387,13 @@ class Reducer(Wrapper):
         Loss scaling skips a step that is not, on all ranks, and what was sent in it is not
         applied: error feedback must not count it as delivered.
         """
-        if self._coming:
-            dense = [bucket for bucket in self._aloft if isinstance(bucket, Bucket)]
-            if all(bool(bucket.flat.isfinite().all()) for bucket in dense):
-                self.states.update(self._coming)
-            self._coming = {}
+        if self.kept.unsettled:
+            self.kept.settle(delivered=all(bucket.finite() for bucket in self._aloft))
 
     def abandon(self) -> None:
         """Forget what is under way after an error, so that training can go on."""
         self._stale = True
-        self._coming = {}
+        self.kept.settle(delivered=False)
         for bucket in self.buckets:
             bucket.flight = None
             bucket.begin()
@@ -409,30 +407,67 @@ class Reducer(Wrapper):
 
     def _reduction(self, bucket: Bucket) -> Work[None]:
         """Replace the bucket's gradients by their means (or sums), as its compressor will."""
-        compressor = self.options.compressor.at(self._steps)
-        if compressor is none:  # a mean's 1/N is in the gradients already
+        if bucket.compressor is none:  # a mean's 1/N is in the gradients already
             yield Allreduce(bucket.flat, op=ReduceOp.Sum, in_place=True)
             return
         ops = ops_for(torch.Tensor)
-        if compressor.elementwise:
+        if bucket.compressor is not None:
+            compressor = bucket.compressor.at(self.kept.steps)
             reduced = yield from compressor.reduce(ops, bucket.flat, None)
             bucket.flat.copy_(reduced.mean)
         else:
-            yield from self._each(ops, bucket, compressor)
+            yield from self._each(ops, bucket)
         if self.options.op == ReduceOp.Sum:
             bucket.flat.mul_(self.ranks)
 
-    def _each(self, ops: Ops, bucket: Bucket, compressor: Compressor) -> Work[None]:
+    def _each(self, ops: Ops, bucket: Bucket) -> Work[None]:
         """Compress parameter by parameter, in rounds shared by the whole bucket."""
-        works = [
-            compressor.reduce(ops, view, self.states[name])
-            for name, view in zip(bucket.names, bucket.views, strict=True)
-        ]
+        scale = self._loss_scale()
+        works = []
+        for name, view in zip(bucket.names, bucket.views, strict=True):
+            grad = view if scale == 1.0 else _wide(view) * (1.0 / scale)
+            works.append(self.kept.reduce(name, grad))
         results = yield from together([*works, none.reduce(ops, bucket.presence, None)], ops)
         bucket.presence.copy_(results.pop().mean)
         for name, view, reduced in zip(bucket.names, bucket.views, results, strict=True):
-            view.copy_(reduced.mean)
-            self._coming[name] = reduced.state
+            view.copy_(reduced.mean if scale == 1.0 else reduced.mean * scale)
+            self.kept.await_settling(name, reduced.state)
+
+    def _loss_scale(self) -> float:
+        """Return what the loss was multiplied by, as far as we were told."""
+        told = getattr(self.optimizer, "loss_scale", None)
+        return float(told() if callable(told) else told or 1.0)
+
+    # -- what the compressor keeps
+
+    def compression_state(self) -> dict[str, Any]:
+        """Return what this rank's compressor keeps; see :func:`DistributedOptimizer`."""
+        self.require_place()
+        return self.kept.saved()
+
+    def portable_compression_state(self) -> dict[str, Any]:
+        """Return what compressors keep, for any number of ranks; all ranks call it."""
+        self.require_place()
+        return self.kept.portable()
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what either of the other two has returned."""
+        self.require_place()
+        if not self.active:  # this rank trains alone
+            return
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        specs = [
+            self._spec(self.name_of(parameter, group, place), parameter)
+            for group, options in enumerate(groups)
+            for place, parameter in enumerate(options["params"])
+        ]
+        try:
+            self.kept.load(state, specs)
+        except CompressionError as error:
+            raise CompressionError(f"rank {world.rank()}: {error}") from None
+
+    def _spec(self, name: str, parameter: torch.Tensor) -> Spec:
+        return Spec(name, tuple(parameter.shape), dtype_name(parameter.dtype), self.ranks)
 
     # -- around step()
 
@@ -467,7 +502,7 @@ class Reducer(Wrapper):
         self._stale = True
         self._asked = False
         self._passes = 0
-        self._steps += 1
+        self.kept.steps += 1
         for bucket in self.buckets:
             bucket.rounds = 0
 
@@ -475,3 +510,8 @@ class Reducer(Wrapper):
         """Forget passes of an accumulation that a checkpoint, once loaded, has overtaken."""
         self._passes = 0
         self._stale = True
+
+
+def _wide(grad: torch.Tensor) -> torch.Tensor:
+    """Return a gradient that can be divided by a loss scale: halves would lose small ones."""
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))

@@ -122,6 +122,10 @@ class Wrapper(abc.ABC):
     def after_step(self, optimizer: Any, args: Any, options: Any) -> None:
         """See ``torch.optim.Optimizer.register_step_post_hook``."""
 
+    def name_of(self, parameter: torch.Tensor, group: int, place: int) -> str:
+        """Return what messages call a parameter that has this place in the optimizer."""
+        return self.options.names.get(parameter, f"noname.{group}.{place}")
+
     def named(self, known: Collection[int] = ()) -> list[Named]:
         """Name the optimizer's parameters that are trained, save those whose id is ``known``.
 
@@ -132,7 +136,7 @@ class Wrapper(abc.ABC):
         """
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         found = [
-            Named(self.options.names.get(parameter, f"noname.{group}.{place}"), parameter)
+            Named(self.name_of(parameter, group, place), parameter)
             for group, options in enumerate(groups)
             for place, parameter in enumerate(options["params"])
             if id(parameter) not in known and parameter.requires_grad

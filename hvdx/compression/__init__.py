@@ -10,16 +10,19 @@ from hvdx.compression.base import (
     none,
 )
 from hvdx.compression.feedback import after, error_feedback, min_size
-from hvdx.compression.methods import Compression, as_compressor
+from hvdx.compression.local import Local
+from hvdx.compression.methods import Compression, as_compressor, as_local
 
 __all__ = [
     "Compression",
     "CompressionError",
     "Compressor",
+    "Local",
     "Reduced",
     "Spec",
     "after",
     "as_compressor",
+    "as_local",
     "error_feedback",
     "fp16",
     "from_horovod",

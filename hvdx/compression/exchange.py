@@ -9,12 +9,19 @@ decodes the same bytes, so that replicas stay equal to the last bit.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from hvdx.comm import Allgather, Alltoall, Rank, Ranks, Work
 from hvdx.compression.base import Compressor, Reduced, Spec
 from hvdx.compression.codecs import Codec
+from hvdx.compression.state import OwedPiece
 from hvdx.ops import Ops
+
+
+class Owner(NamedTuple):
+    """State of :func:`exchange` with owner feedback, between three ranks or more."""
+
+    lost: OwedPiece  # by writing this rank's piece of the mean; whole blocks of float32
 
 
 def exchange(codec: Codec, *, owner_feedback: bool = False) -> Compressor:
@@ -30,7 +37,8 @@ def exchange(codec: Codec, *, owner_feedback: bool = False) -> Compressor:
     def init(ops: Ops, spec: Spec) -> Any:
         if not owner_feedback or spec.ranks <= 2:
             return None
-        return ops.zeros((_columns(math.prod(spec.shape), spec.ranks, codec.block),), "float32")
+        columns = _columns(math.prod(spec.shape), spec.ranks, codec.block)
+        return Owner(ops.zeros((columns,), "float32"))
 
     def reduce(ops: Ops, grad: Any, state: Any) -> Work[Reduced]:
         shape, dtype = tuple(grad.shape), ops.dtype(grad)
@@ -72,13 +80,13 @@ def _two_phases(
         total = total + rows[row]
     piece = ops.scale(total, 1.0 / ranks)
     if owed is not None:
-        piece = piece + owed
+        piece = piece + owed.lost
     used = min(max(size - rank * columns, 0), columns)
     everyone = yield Allgather(ops.reshape(codec.encode(ops, piece[None], used), (-1,)))
     means = codec.decode(ops, ops.reshape(everyone, shape), columns)
     if owed is not None:
         lost = piece - means[rank]
-        owed = ops.where(ops.finite(lost), lost, owed)
+        owed = Owner(ops.where(ops.finite(lost), lost, owed.lost))
     own = codec.decode(ops, data, columns)
     return ops.reshape(means, (-1,))[:size], ops.reshape(own, (-1,))[:size], owed
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hvdx.comm import Work
 from hvdx.compression.base import Compressor, Reduced, Spec, none
+from hvdx.compression.state import Owed
 from hvdx.ops import Ops
 
 
@@ -21,7 +22,7 @@ def each_phase(inner: Compressor, change: Callable[[Compressor], Compressor]) ->
 class Feedback(NamedTuple):
     """State of :func:`error_feedback`."""
 
-    residual: Any  # what this rank has not sent yet, in the gradient's shape; float32
+    residual: Owed  # what this rank has not sent yet, in the gradient's shape; float32
     inner: Any
 
 

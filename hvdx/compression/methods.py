@@ -9,10 +9,21 @@ from hvdx.compression import codecs
 from hvdx.compression.base import CompressionError, Compressor, fp16, from_horovod, none
 from hvdx.compression.exchange import exchange
 from hvdx.compression.feedback import error_feedback, min_size
+from hvdx.compression.local import Local, diloco, local_sgd
 from hvdx.compression.powersgd import power_sgd
 from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
 
 _SMALL = 1024  # parameters of fewer elements travel raw where each is compressed alone
+
+
+def _quantised(codec: codecs.Codec, feedback: bool) -> Compressor:
+    compressor = exchange(codec, owner_feedback=feedback)
+    if feedback:
+        compressor = error_feedback(compressor)
+    return compressor._replace(name=f"{codec.name}(feedback={feedback})")
+
+
+_INT8 = _quantised(codecs.integers(8, 256), feedback=False)
 
 
 class Compression:
@@ -150,6 +161,35 @@ class Compression:
             raise CompressionError(f"Compression.auto(seconds={seconds!r}): must be above 0")
         return automatic(candidates(methods), seconds, verbose)
 
+    @staticmethod
+    def local_sgd(steps: int = 8) -> Local:
+        """Each rank trains alone for ``steps`` steps; then parameters are averaged.
+
+        Args:
+            steps: from 1, where plain SGD does as if gradients were averaged.
+        """
+        return local_sgd(steps)
+
+    @staticmethod
+    def diloco(
+        steps: int = 32,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
+        compression: Any = _INT8,
+    ) -> Local:
+        """Each rank trains alone for ``steps`` steps; an outer optimizer applies the changes.
+
+        Their mean over the ranks is the gradient of SGD with Nesterov momentum. Inner
+        optimizers, usually AdamW, keep their state to themselves.
+
+        Args:
+            steps: from 1.
+            outer_lr: above 0; 1 without momentum averages parameters.
+            outer_momentum: 0 or more and below 1.
+            compression: of the changes: any method but ``dgc``. Default: ``int8``.
+        """
+        return diloco(steps, outer_lr, outer_momentum, as_compressor(compression))
+
 
 def candidates(methods: Sequence[str | Compressor]) -> dict[str, Compressor]:
     """Return what ``Compression.auto`` may choose from, by name.
@@ -180,13 +220,6 @@ def _names() -> list[str]:
     return [name for name in vars(Compression) if not name.startswith("_")]
 
 
-def _quantised(codec: codecs.Codec, feedback: bool) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback)
-    if feedback:
-        compressor = error_feedback(compressor)
-    return compressor._replace(name=f"{codec.name}(feedback={feedback})")
-
-
 def _check_density(method: str, density: float) -> None:
     if not 0 < density <= 1:
         raise CompressionError(
@@ -194,11 +227,18 @@ def _check_density(method: str, density: float) -> None:
         )
 
 
-_METHODS: list[Callable[..., Compressor]] = [
+_METHODS: list[Callable[..., Any]] = [
     getattr(Compression, name)
     for name, kind in vars(Compression).items()
     if isinstance(kind, staticmethod)
 ]
+
+
+def as_local(value: Any) -> Local | None:
+    """Return the way of training alone that is meant by ``value``, None if it means another."""
+    if value in (Compression.local_sgd, Compression.diloco):
+        value = value()
+    return value if isinstance(value, Local) else None
 
 
 def as_compressor(value: Any) -> Compressor:
@@ -209,6 +249,11 @@ def as_compressor(value: Any) -> Compressor:
     """
     if isinstance(value, Compressor):
         return value
+    if (local := as_local(value)) is not None:
+        raise CompressionError(
+            f"compression={local} is a way of training, and no way to average one tensor: give it "
+            "to hvd.DistributedOptimizer alone, not to an operation, a tape or another method"
+        )
     if value in _METHODS:
         return value()  # type: ignore[no-any-return]
     if value is None or getattr(value, "__name__", "") == "NoneCompressor":

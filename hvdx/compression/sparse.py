@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from hvdx.comm import Allgather, Allreduce, Ranks, Work
 from hvdx.compression.base import Compressor, Reduced, Spec, name_hash, stateless
+from hvdx.compression.state import Averaged, Owed
 from hvdx.ops import Ops
 
 _HALF_LIMIT = 65504.0  # the largest float16
@@ -40,8 +41,8 @@ def top_k(density: float) -> Compressor:
 class Velocity(NamedTuple):
     """State of :func:`deep_gradient_compression`; both in the gradient's shape, float32."""
 
-    momentum: Any  # of what this rank has not sent since it last sent it
-    owed: Any  # what it has not sent
+    momentum: Averaged  # of what this rank has not sent since it last sent it
+    owed: Owed  # what it has not sent
 
 
 def deep_gradient_compression(density: float, momentum: float, warmup_steps: int = 0) -> Compressor:

@@ -1,25 +1,51 @@
-"""What a compressor keeps, as a flat list of named tensors: for variables, files, comparison."""
+"""What a compressor keeps, as a flat list of named tensors: for variables, files, comparison.
+
+A state is None, a tensor, or a named tuple of states. Its tensors are equal on all ranks, unless
+the named tuple declares the field as one of the three kinds below, by its annotation. That is all
+that :mod:`hvdx.compression.portable` needs to know of a method.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
+
+Owed: TypeAlias = Annotated[Any, "owed"]
+"""What this rank has still to deliver, in the parameter's shape: its mean over ranks counts."""
+
+Averaged: TypeAlias = Annotated[Any, "averaged"]
+"""This rank's part of something else of which the mean over ranks counts."""
+
+OwedPiece: TypeAlias = Annotated[Any, "piece"]
+"""Rank r's is piece r of a tensor, flat and padded, that is owed to the mean itself."""
 
 
-def leaves(state: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Return (path, tensor) for every tensor in ``state``, in an order that is always the same.
+class Leaf(NamedTuple):
+    """A tensor of a state."""
 
-    A state is None, a tensor, or a named tuple of states: ``inner.momentum`` is a path.
-    """
+    path: str  # inner.momentum; empty where the state is the tensor
+    tensor: Any
+    kind: str = "same"  # on all ranks; or "owed", "averaged", "piece"
+
+
+def leaves(state: Any, path: str = "", kind: str = "same") -> list[Leaf]:
+    """Return every tensor in ``state``, in an order that is always the same."""
     if state is None:
         return []
     if not hasattr(state, "_fields"):
-        return [(path, state)]
+        return [Leaf(path, state, kind)]
+    kinds = _kinds(type(state))
     return [
         leaf
         for field, value in zip(state._fields, state, strict=True)
-        for leaf in leaves(value, f"{path}.{field}" if path else field)
+        for leaf in leaves(value, f"{path}.{field}" if path else field, kinds[field])
     ]
+
+
+def _kinds(state: type) -> dict[str, str]:
+    """Return what each field's annotation says, "same" by default."""
+    hints = get_type_hints(state, include_extras=True)
+    return {field: getattr(hint, "__metadata__", ("same",))[0] for field, hint in hints.items()}
 
 
 def rebuilt(like: Any, tensors: Iterator[Any]) -> Any:

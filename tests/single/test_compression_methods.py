@@ -18,6 +18,7 @@ from hvdx.compression import (
     error_feedback,
     min_size,
 )
+from hvdx.compression.exchange import Owner
 from hvdx.compression.feedback import Feedback
 from hvdx.compression.state import leaves, rebuilt
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
@@ -86,8 +87,8 @@ class Job:
     def owed(self) -> Any:
         """Return what error feedback still has to deliver to the mean."""
         owed = np.mean([state.residual for state in self.states], 0, dtype=np.float64)
-        owners = [s.inner for s in self.states if isinstance(s.inner, np.ndarray)]
-        if owners and owners[0].ndim == 1 and len(self.states) > 2:
+        owners = [s.inner.lost for s in self.states if isinstance(s.inner, Owner)]
+        if owners:
             owed = owed + np.concatenate(owners)[: owed.size].reshape(owed.shape)
         return owed
 
@@ -376,8 +377,11 @@ def test_states_come_apart_and_together():
     compressor = Compression.onebit()
     state = compressor.init(NumpyOps(), Spec("w", (3, 5), "float32", 4))
     flat = leaves(state)
-    assert [path for path, _ in flat] == ["residual", "inner"]
-    again = rebuilt(state, iter([tensor + 1 for _, tensor in flat]))
+    assert [(leaf.path, leaf.kind) for leaf in flat] == [
+        ("residual", "owed"),
+        ("inner.lost", "piece"),
+    ]
+    again = rebuilt(state, iter([leaf.tensor + 1 for leaf in flat]))
     assert type(again) is type(state)
     np.testing.assert_array_equal(again.residual, np.ones((3, 5)))
     assert leaves(None) == [] and rebuilt(None, iter([])) is None

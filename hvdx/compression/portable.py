@@ -1,0 +1,126 @@
+"""Move what compressors keep to another number of ranks without losing what is owed.
+
+Each rank keeps what it has not delivered, and may keep what rounding its piece of the mean has
+lost. What training is still owed is the mean over ranks of the first plus all pieces of the
+second: one tensor of the parameter's shape. If every rank of a job of any size starts from that
+tensor, with no losses of its own, the same is owed. What else differs between ranks (DGC's
+momentum) becomes its mean; the rest is equal on all ranks already and is kept.
+
+Saving every rank's state and restoring it at the same number of ranks is exact to the last bit;
+this is exact but for the rounding of a sum, and a job of N ranks saves one tensor, not N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hvdx.comm import Allreduce, Rank, Ranks, Work
+from hvdx.compression.base import CompressionError
+from hvdx.compression.state import Leaf, leaves, rebuilt
+from hvdx.ops import Ops
+from hvdx.reduce_op import ReduceOp
+
+
+def portable(ops: Ops, state: Any) -> Work[dict[str, Any]]:
+    """Turn one parameter's state on each rank into one that any number of ranks can start from.
+
+    A collective: all ranks run it; :func:`hvdx.comm.together` does so for all parameters at once.
+
+    Returns:
+        Tensors by path, as of :func:`hvdx.compression.state.leaves`, equal on all ranks; pieces
+        are part of what is owed. To be given to :func:`restored`.
+    """
+    return (yield from pooled(ops, leaves(state)))
+
+
+def pooled(ops: Ops, held: Sequence[Leaf]) -> Work[dict[str, Any]]:
+    """Do what :func:`portable` does with a state that is a list of leaves, as in a file."""
+    rank, ranks = (yield Rank()), (yield Ranks())
+    tensors = shares(ops, held, rank, ranks)
+    for path, _, kind in held:
+        if kind in ("owed", "averaged"):
+            tensors[path] = yield Allreduce(tensors[path], op=ReduceOp.Sum)
+    return tensors
+
+
+def carried(ops: Ops, like: Any, given: Mapping[str, Any], lead: bool) -> Work[Any]:
+    """Bring together what ranks have left of a job that has ended, or of another compressor.
+
+    A collective, like :func:`portable`, for when not all of those ranks are here.
+
+    Args:
+        ops: the verbs of the tensors.
+        like: a first state for the ranks and the compressor there are now, from ``init``.
+        given: what :func:`shares` told of this rank's old state; nothing if it has none, or if
+            another rank gives the same.
+        lead: on one rank only, which has an old state: what is equal on all comes from it.
+
+    Returns:
+        This rank's state. All that is given and has a place in ``like`` is owed again.
+    """
+    tensors = {}
+    for path, first, kind in leaves(like):
+        if kind == "piece":
+            continue
+        own = given.get(path)
+        if own is None or tuple(own.shape) != tuple(first.shape):
+            own = first
+        if kind == "same" and not lead:
+            own = ops.zeros(tuple(first.shape), ops.dtype(first))
+        tensors[path] = yield Allreduce(own, op=ReduceOp.Sum)
+    return restored(like, tensors)
+
+
+def shares(ops: Ops, held: Sequence[Leaf], rank: int, ranks: int) -> dict[str, Any]:
+    """Return by path what rank ``rank`` of ``ranks`` has in the sums that :func:`portable` makes.
+
+    And, unchanged, what is equal on all ranks.
+    """
+    tensors: dict[str, Any] = {}
+    owed = ""
+    for path, tensor, kind in held:
+        if kind == "piece":  # of what is owed, which every state has before them
+            around = [rank * tensor.shape[0], (ranks - 1 - rank) * tensor.shape[0]]
+            before, after = (ops.zeros((size,), "float32") for size in around)
+            shape = tuple(tensors[owed].shape)
+            whole = ops.concat([before, tensor, after])[: math.prod(shape)]
+            tensors[owed] = tensors[owed] + ops.reshape(whole, shape)
+        else:
+            owed = path if kind == "owed" else owed
+            tensors[path] = tensor if kind == "same" else ops.scale(tensor, 1.0 / ranks)
+    return tensors
+
+
+def restored(like: Any, tensors: Mapping[str, Any]) -> Any:
+    """Return a state of the form of ``like``, made of tensors by path.
+
+    Args:
+        like: a first state for the ranks there are now, from ``init``.
+        tensors: the leaves of this rank's state, or what :func:`portable` returned. Tensors of
+            the framework of ``like``; they become part of the state.
+
+    Raises:
+        CompressionError: they are not of a state of this form; the message says what differs.
+    """
+    wanted = leaves(like)
+    unknown = sorted(set(tensors) - {leaf.path for leaf in wanted})
+    missing = [leaf.path for leaf in wanted if leaf.path not in tensors and leaf.kind != "piece"]
+    if unknown or missing:
+        raise CompressionError(
+            f"the saved state holds {_spelt(tensors)}, but the compressor keeps "
+            f"{_spelt({leaf.path: leaf.tensor for leaf in wanted})}"
+        )
+    for path, tensor, _ in wanted:
+        if path in tensors and tuple(tensors[path].shape) != tuple(tensor.shape):
+            raise CompressionError(
+                f"{path or 'the state'} has shape {tuple(tensors[path].shape)} in the saved "
+                f"state, but {tuple(tensor.shape)} here"
+            )
+    return rebuilt(like, iter([tensors.get(path, first) for path, first, _ in wanted]))
+
+
+def _spelt(tensors: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path or 'one tensor'} {tuple(t.shape)}" for path, t in
+                     sorted(tensors.items())) or "nothing"  # fmt: skip

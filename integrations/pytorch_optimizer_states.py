@@ -1,0 +1,295 @@
+"""What an optimizer's compressor keeps from step to step: made, settled, saved, loaded, moved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from hvdx.comm import Work
+from hvdx.compression import CompressionError, Compressor, Reduced, Spec
+from hvdx.compression.portable import carried, pooled, restored, shares
+from hvdx.compression.state import Leaf, leaves
+from hvdx.errors import MismatchError
+from hvdx.frameworks import Adapter
+from hvdx.integrations.pytorch_engine import Flight
+from hvdx.ops import ops_for
+
+Origin: TypeAlias = tuple[int, int]
+"""The rank that has kept something, and of how many."""
+
+PORTABLE: Origin = (0, 1)
+"""What the only rank of a job has kept is all that is owed: any number of ranks may start so."""
+
+_OPS = ops_for(torch.Tensor)
+
+
+class Kept:
+    """The states of a compressor, by parameter name.
+
+    Those that were loaded, and those left of a job that has ended (elastic training), wait until
+    ranks meet. Where every rank has its own, of the same number of ranks, or all have a portable
+    one, they are taken as they are; else what there is is brought together, so that it is owed
+    by the ranks there are now.
+
+    Args:
+        compressor: what the user has asked for.
+    """
+
+    def __init__(self, compressor: Compressor) -> None:
+        self._asked = self.compressor = compressor
+        self.steps = 0  # that the optimizer has taken
+        self.states: dict[str, Any] = {}
+        self._coming: dict[str, Any] = {}  # what they become if the means are finite
+        self._chosen: dict[str, Compressor] = {}
+        self._waiting: dict[str, list[Leaf]] = {}  # for their parameters' ranks to meet
+        self._origin: Origin | None = None  # of the states and what waits; None at the start
+        self._loaded = False
+        self._met = False
+        self._adapter: Adapter | None = None
+        self._place, self.ranks = PORTABLE
+        self._savings = 0
+
+    # -- places in a job
+
+    def join(self, adapter: Adapter, process_set: Any, name: str) -> None:
+        """Take a place among ranks, which have not met yet."""
+        self._adapter, self._process_set, self._name = adapter, process_set, name
+        self._place, self.ranks = adapter.place(process_set), adapter.ranks(process_set)
+        self._met = False
+        self._savings = 0
+
+    def leave(self) -> None:
+        """Keep what there is for the next ranks."""
+        self._waiting = self._held()
+        self.states, self._chosen, self._coming = {}, {}, {}
+        self.compressor = self._asked
+
+    def meet(self, specs: Sequence[Spec]) -> None:
+        """Make the states of parameters that are averaged from now on; on all ranks at once.
+
+        Raises:
+            MismatchError: ranks have loaded states of different steps.
+        """
+        assert self._adapter is not None
+        first, self._met = not self._met, True
+        if first and self._asked.prepare is not None:
+            self.compressor = self._asked.prepare(self._adapter, list(specs), self._process_set)
+        self._chosen.update({spec.name: self.compressor.of(spec) for spec in specs})
+        fresh = [spec for spec in specs if spec.name not in self.states]
+        made = {spec.name: self._chosen[spec.name].init(_OPS, spec) for spec in fresh}
+        if first and (self._asked.phases or not self._asked.elementwise):
+            made = self._agreed(made)
+        waiting = {name: self._waiting.pop(name) for name in made if name in self._waiting}
+        self.states.update({name: _filled(made[name], waiting.get(name)) for name in made})
+
+    def _agreed(self, made: dict[str, Any]) -> dict[str, Any]:
+        """Return ``made``, with what waits in it if that does not fit ranks as they are now."""
+        assert self._adapter is not None
+        fits = all(_fits(made[name], held) for name, held in self._waiting.items() if name in made)
+        told = (self._origin, self.steps, self._loaded, fits)
+        everyone = self._adapter.allgather_object(told, f"{self._name}.states", self._process_set)
+        loaded = {rank: steps for rank, (_, steps, own, _) in enumerate(everyone) if own}
+        if len(set(loaded.values())) > 1:
+            each = ", ".join(f"rank {rank}: {steps}" for rank, steps in loaded.items())
+            raise MismatchError(
+                f"ranks have loaded compression states of different steps ({each}); load those "
+                "of one checkpoint"
+            )
+        self.steps = max(steps for _, steps, _, _ in everyone)
+        self._loaded = False
+        origins = [origin for origin, _, _, _ in everyone]
+        if _in_order(origins) and all(fits for _, _, _, fits in everyone):
+            return made
+        return self._carried(made, origins)
+
+    def _carried(self, made: dict[str, Any], origins: list[Origin | None]) -> dict[str, Any]:
+        """Bring together what ranks have; each old rank's counts once."""
+        known = [origin for origin in origins if origin is not None]
+        for ranks in {ranks for _, ranks in known}:
+            lost = sorted(set(range(ranks)) - {rank for rank, of in known if of == ranks})
+            if lost and self._place == 0:
+                warnings.warn(
+                    f"what compression has held back of gradients of ranks {lost} of {ranks} is "
+                    "lost: none of the ranks there are now has their states",
+                    stacklevel=2,
+                )
+        mine = self._origin is not None and origins.index(self._origin) == self._place
+        lead = bool(known) and origins.index(known[0]) == self._place
+        waiting, self._waiting = self._waiting, {}
+        works = {}
+        for name, like in made.items():
+            held = _moved(waiting.get(name, []), like)
+            given = shares(_OPS, held, *self._origin) if mine and self._origin else {}
+            works[name] = carried(_OPS, like, given, lead)
+        self._origin = PORTABLE  # all have all of it
+        return self._flown(works, f"{self._name}.carried")
+
+    def _flown(self, works: Mapping[str, Work[Any]], name: str) -> dict[str, Any]:
+        """Run collectives for many parameters at once; Horovod fuses them."""
+        assert self._adapter is not None
+        flights = {
+            each: Flight(self._adapter, work, f"{name}.{index}", self._process_set)
+            for index, (each, work) in enumerate(works.items())
+        }
+        return {each: flight.finish() for each, flight in flights.items()}
+
+    # -- in training
+
+    def shared(self, names: Iterable[str]) -> Compressor | None:
+        """Return what may treat all these gradients as one flat tensor, if anything."""
+        chosen = {id(self._chosen[name]): self._chosen[name] for name in names}
+        only = next(iter(chosen.values()))
+        return only if len(chosen) == 1 and only.elementwise else None
+
+    def reduce(self, name: str, grad: torch.Tensor) -> Work[Reduced]:
+        """Start to reduce a parameter's gradient from the state it has."""
+        return self._chosen[name].at(self.steps).reduce(_OPS, grad, self.states[name])
+
+    def await_settling(self, name: str, state: Any) -> None:
+        """Note what the state becomes unless the step is skipped."""
+        self._coming[name] = state
+
+    def settle(self, delivered: bool) -> None:
+        """Take the new states; or not, if what they count as delivered will not be applied."""
+        if self._coming and delivered:
+            self.states.update(self._coming)
+            self._origin = (self._place, self.ranks)
+        self._coming = {}
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether there are new states."""
+        return bool(self._coming)
+
+    # -- saved and loaded
+
+    def saved(self) -> dict[str, Any]:
+        """Return this rank's state: see ``DistributedOptimizer``."""
+        tensors = {name: {leaf.path: leaf.tensor for leaf in own}
+                   for name, own in self._held().items()}  # fmt: skip
+        return self._spelt(tensors, self._origin or (self._place, self.ranks))
+
+    def portable(self) -> dict[str, Any]:
+        """Return the state that any number of ranks can start from; on all ranks at once.
+
+        Raises:
+            CompressionError: ranks have not met since some have loaded a state, or since their
+                number has changed.
+        """
+        if self._adapter is None or not (self._asked.phases or not self._asked.elementwise):
+            return {**self.saved(), "rank": PORTABLE[0], "ranks": PORTABLE[1]}
+        self._savings += 1
+        name = f"{self._name}.portable{self._savings}"
+        origins = self._adapter.allgather_object(self._origin, name, self._process_set)
+        if not _in_order(origins):
+            raise CompressionError(
+                f"ranks hold compression states of other ranks ({origins}, as rank and ranks): "
+                "call portable_compression_state() after the next step"
+            )
+        works = {each: pooled(_OPS, held) for each, held in sorted(self._held().items())}
+        return self._spelt(self._flown(works, name), PORTABLE)
+
+    def _held(self) -> dict[str, list[Leaf]]:
+        states = {name: leaves(state) for name, state in self.states.items()}
+        return {name: own for name, own in {**self._waiting, **states}.items() if own}
+
+    def _spelt(self, tensors: dict[str, dict[str, Any]], origin: Origin) -> dict[str, Any]:
+        return {
+            "compressor": self._asked.name,
+            "step": self.steps,
+            "rank": origin[0],
+            "ranks": origin[1],
+            "kinds": {leaf.path: leaf.kind for own in self._held().values() for leaf in own},
+            "parameters": {
+                name: {path: tensor.detach().clone() for path, tensor in own.items()}
+                for name, own in tensors.items()
+            },
+        }
+
+    def load(self, saved: Mapping[str, Any], specs: Iterable[Spec]) -> None:
+        """Go on from ``saved``; ``specs`` are those of all the optimizer's parameters.
+
+        Raises:
+            CompressionError: it is of another compressor, model or number of ranks.
+        """
+        known = {spec.name: spec for spec in specs}
+        self._refuse(saved, known)
+        kinds = saved["kinds"]
+        waiting = {
+            name: [Leaf(path, tensor, kinds[path]) for path, tensor in own.items()]
+            for name, own in saved["parameters"].items()
+        }
+        made = {}
+        for name, spec in known.items():
+            if self._asked.prepare is None or name in self.states:
+                like = self._chosen.get(name, self._asked.of(spec)).init(_OPS, spec)
+                made[name] = _named(name, like, waiting.get(name))
+        self.states = {name: made[name] for name in self.states}
+        self._waiting = {name: own for name, own in waiting.items() if name not in self.states}
+        self._coming = {}
+        self.steps = saved["step"]
+        self._origin = (saved["rank"], saved["ranks"])
+        self._loaded = True
+
+    def _refuse(self, saved: Any, known: Mapping[str, Spec]) -> None:
+        needed = {"compressor", "step", "rank", "ranks", "kinds", "parameters"}
+        if not isinstance(saved, Mapping) or not needed <= set(saved):
+            raise CompressionError(
+                f"a {type(saved).__name__} without {', '.join(sorted(needed))} is not what "
+                "compression_state() has returned"
+            )
+        if saved["compressor"] != self._asked.name:
+            raise CompressionError(
+                f"the saved state is that of compression={saved['compressor']}, but the optimizer "
+                f"has compression={self._asked.name}: give it the former, or leave the state out "
+                "to start afresh"
+            )
+        origin = saved["rank"], saved["ranks"]
+        if origin not in (PORTABLE, (self._place, self.ranks)):
+            raise CompressionError(
+                f"the saved state is that of rank {origin[0]} of {origin[1]}, but this is rank "
+                f"{self._place} of {self.ranks}: for other ranks save what "
+                "portable_compression_state() returns"
+            )
+        for name in saved["parameters"]:
+            if name not in known:
+                raise CompressionError(
+                    f"the saved state has parameter {name!r}, which this optimizer has not: it "
+                    "is that of another model"
+                )
+
+
+def _in_order(origins: Sequence[Origin | None]) -> bool:
+    """Tell whether every rank has its own state, all have a portable one, or none has any."""
+    own = [(rank, len(origins)) for rank in range(len(origins))]
+    return list(origins) in ([None] * len(origins), [PORTABLE] * len(origins), own)
+
+
+def _moved(held: Sequence[Leaf], like: Any) -> list[Leaf]:
+    """Return ``held`` on the device of ``like``."""
+    first = leaves(like)
+    return [leaf._replace(tensor=leaf.tensor.to(first[0].tensor.device)) for leaf in held if first]
+
+
+def _filled(like: Any, held: Sequence[Leaf] | None) -> Any:
+    if held is None:
+        return like
+    return restored(like, {leaf.path: leaf.tensor for leaf in _moved(held, like)})
+
+
+def _fits(like: Any, held: Sequence[Leaf]) -> bool:
+    try:
+        _filled(like, held)
+    except CompressionError:
+        return False
+    return True
+
+
+def _named(name: str, like: Any, held: Sequence[Leaf] | None) -> Any:
+    try:
+        return _filled(like, held)
+    except CompressionError as error:
+        raise CompressionError(f"parameter {name!r}: {error}") from None

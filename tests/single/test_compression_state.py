@@ -1,0 +1,204 @@
+"""What methods keep: saved, restored, and moved between numbers of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdx.comm import in_step, together
+from hvdx.compression import Compression, CompressionError, Compressor, Spec, after
+from hvdx.compression.portable import portable, restored
+from hvdx.compression.state import leaves
+from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
+
+OPS = NumpyOps()
+SHAPES = {"weight": (48, 96), "odd": (7, 11, 3), "bias": (48,)}
+METHODS = {
+    "none": Compression.none,
+    "fp16": Compression.fp16,
+    "bf16": Compression.bf16,
+    "int8": Compression.int8(),
+    "int8 with feedback": Compression.int8(feedback=True),
+    "int4": Compression.int4(),
+    "onebit": Compression.onebit(),
+    "topk": Compression.topk(0.02),
+    "dgc": Compression.dgc(0.02, min_elements=0),
+    "randomk": Compression.randomk(0.05),
+    "powersgd": Compression.powersgd(4, min_elements=0),
+    "after": after(1, Compression.onebit()),
+}
+every = pytest.mark.parametrize("method", METHODS)
+
+
+class Job:
+    """Ranks in this process that reduce the gradients of several parameters."""
+
+    def __init__(self, compressor: Compressor, ranks: int) -> None:
+        self.compressor, self.ranks, self.done = compressor, ranks, 0
+        self.states = [self.first() for _ in range(ranks)]
+
+    def first(self) -> dict[str, Any]:
+        specs = [Spec(name, shape, "float32", self.ranks) for name, shape in SHAPES.items()]
+        return {spec.name: self.compressor.of(spec).init(OPS, spec) for spec in specs}
+
+    def run(self, steps: int) -> list[list[bytes]]:
+        """Return the bytes of the means of each step, from gradients that depend on the step."""
+        told = []
+        for step in range(self.done, self.done + steps):
+            compressor = self.compressor.at(step)
+            random = np.random.default_rng(step)
+            works = []
+            for states in self.states:
+                grads = [random.normal(size=s).astype(np.float32) for s in SHAPES.values()]
+                works.append(
+                    together(
+                        [
+                            compressor.reduce(OPS, grad, states[name])
+                            for name, grad in zip(SHAPES, grads, strict=True)
+                        ],
+                        OPS,
+                    )
+                )
+            results = in_step(works)
+            self.states = [
+                {name: one.state for name, one in zip(SHAPES, own, strict=True)} for own in results
+            ]
+            told.append([one.mean.tobytes() for one in results[0]])
+        self.done += steps
+        return told
+
+    def owed(self) -> dict[str, Any]:
+        """Return what training is owed, by the definition: means, and owners' pieces."""
+        result = {}
+        for name, shape in SHAPES.items():
+            ranks = [leaves(own[name]) for own in self.states]
+            parts = [
+                np.mean([leaf.tensor for leaf in same], 0, dtype=np.float64)
+                for same in zip(*ranks, strict=True)
+                if same[0].kind in ("owed", "averaged")
+            ]
+            total = np.stack(parts) if parts else np.zeros((1, *shape))
+            for same in zip(*ranks, strict=True):
+                if same[0].kind == "piece":
+                    whole = np.concatenate([leaf.tensor for leaf in same])
+                    total[0] += whole[: total[0].size].reshape(shape)
+            result[name] = total
+        return result
+
+    def saved(self) -> list[dict[str, dict[str, Any]]]:
+        """Return the portable state of every parameter, as each rank has it."""
+        works = [together([portable(OPS, s) for s in own.values()], OPS) for own in self.states]
+        return [dict(zip(SHAPES, own, strict=True)) for own in in_step(works)]
+
+    def load(self, saved: list[dict[str, dict[str, Any]]]) -> None:
+        self.states = [
+            {name: restored(like, own[name]) for name, like in self.first().items()}
+            for own in saved
+        ]
+
+
+@every
+def test_another_number_of_ranks_is_owed_the_same(method):
+    """Gate: 4, 2, 3, 4 ranks, and 1; training goes on in between."""
+    job = Job(METHODS[method], 4)
+    job.run(3)
+    owes = any(np.any(each) for each in job.owed().values())
+    assert owes == (method not in ("none", "fp16", "bf16", "int8"))
+    for ranks in (2, 3, 4, 1, 3):
+        owed, saved = job.owed(), job.saved()
+        for name, tensors in saved[0].items():
+            for other in saved[1:]:
+                assert {p: t.tobytes() for p, t in other[name].items()} == {
+                    p: t.tobytes() for p, t in tensors.items()
+                }
+        job = Job(METHODS[method], ranks)
+        job.load([saved[0]] * ranks)
+        job.done = 3
+        for name, tensor in job.owed().items():
+            assert np.linalg.norm(tensor - owed[name]) <= 1e-6 * np.linalg.norm(owed[name]), name
+        job.run(2)
+
+
+@every
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_ranks_go_on_to_the_last_bit(method, ranks):
+    job = Job(METHODS[method], ranks)
+    job.run(3)
+    saved = [
+        {
+            name: {leaf.path: leaf.tensor.copy() for leaf in leaves(state)}
+            for name, state in s.items()
+        }
+        for s in job.states
+    ]
+    again = Job(METHODS[method], ranks)
+    again.load(saved)
+    again.done = job.done
+    assert again.run(20) == job.run(20)
+
+
+def test_one_ranks_state_for_all_is_not_what_is_owed():
+    """The negative control: a checkpoint that rank 0 alone has written, for all."""
+    job = Job(METHODS["onebit"], 3)
+    job.run(3)
+    owed, mine = job.owed()["weight"], job.states[0]
+    job.states = [mine] * 3
+    assert np.linalg.norm(job.owed()["weight"] - owed) > 0.1 * np.linalg.norm(owed)
+
+
+def test_a_portable_state_is_one_tensor_of_the_parameters_shape():
+    job = Job(METHODS["onebit"], 4)
+    job.run(1)
+    shapes = {name: {p: t.shape for p, t in own.items()} for name, own in job.saved()[0].items()}
+    assert shapes == {name: {"residual": shape} for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("make", [TorchOps, TensorFlowOps])
+def test_in_every_framework(make):
+    """The verbs that NumPy hides: states of torch and TensorFlow tensors."""
+    tensor = {
+        TorchOps: lambda: pytest.importorskip("torch").tensor,
+        TensorFlowOps: lambda: pytest.importorskip("tensorflow").constant,
+    }[make]()
+    job = Job(METHODS["onebit"], 3)
+    job.run(2)
+    ops = make()
+    spec = Spec("weight", SHAPES["weight"], "float32", 3)
+    works = []
+    for own in job.states:
+        like = METHODS["onebit"].init(ops, spec)
+        state = restored(like, {leaf.path: tensor(leaf.tensor) for leaf in leaves(own["weight"])})
+        works.append(_native(tensor, portable(ops, state)))
+    result = np.asarray(in_step(works)[0]["residual"])
+    np.testing.assert_array_equal(result, job.saved()[0]["weight"]["residual"])
+
+
+def _native(tensor: Any, work: Any) -> Any:
+    reply = None
+    while True:
+        try:
+            reply = yield work.send(reply)
+            reply = tensor(reply) if isinstance(reply, np.ndarray) else reply
+        except StopIteration as done:
+            return done.value
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors", "told"),
+    [
+        ("onebit", {"residual": (48, 95)}, "residual has shape (48, 95) .* but (48, 96) here"),
+        ("onebit", {"residual": (48, 96), "inner.lost": (8,)}, "inner.lost has shape (8,)"),
+        ("onebit", {}, "holds nothing, but .* inner.lost (2048,), residual (48, 96)"),
+        ("topk", {"momentum": (48, 96), "owed": (48, 96)}, "holds momentum .* keeps residual"),
+        ("powersgd", {"residual": (48, 96)}, "inner (96, 4)"),
+        ("int8", {"residual": (48, 96)}, "keeps nothing"),
+    ],
+)
+def test_a_state_of_another_form_is_refused(method, tensors, told):
+    like = METHODS[method].init(OPS, Spec("weight", (48, 96), "float32", 3))
+    with pytest.raises(CompressionError) as error:
+        restored(like, {path: np.zeros(shape, "f4") for path, shape in tensors.items()})
+    for part in told.split(" .* "):
+        assert part in str(error.value)
