@@ -112,7 +112,10 @@ def variant(name: str) -> tuple[Any, Any]:
         named = module.named_parameters()
         return module, horovod.DistributedOptimizer(optimizer, named_parameters=named, **fp16)
     if library == "ddp":
-        module = nn.parallel.DistributedDataParallel(module)
+        # With several buckets the hook for PowerSGD starts operations from the threads that end
+        # others, in an order that differs between ranks: Gloo then mixes them up and aborts.
+        one = {"bucket_cap_mb": 64} if option.startswith("powersgd") else {}
+        module = nn.parallel.DistributedDataParallel(module, **one)
         _add_hook(module, option)
         return module, optimizer
     import hvdx as hvd
