@@ -127,7 +127,12 @@ def launch(script: str, ranks: int, arguments: list[str]) -> list[Row]:
         result = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "hvdx", "run", "-np", str(ranks), "--", sys.executable]
         subprocess.run([*command, script, *arguments, "--worker", str(result)], check=True)
-        return [Row(**row) for row in json.loads(result.read_text())]
+        return load(result)
+
+
+def load(file: Path) -> list[Row]:
+    """Read what a rank has left."""
+    return [Row(**row) for row in json.loads(file.read_text())]
 
 
 def leave(rows: list[Row], file: str) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-HELPERS = {"run.py", "harness.py", "keras_fit.py"}  # optimizer.py runs keras_fit.py
+HELPERS = {"run.py", "harness.py", "rig.py", "keras_fit.py"}  # optimizer.py runs keras_fit.py
 
 
 def main() -> int:

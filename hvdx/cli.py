@@ -1,4 +1,4 @@
-"""The ``hvdx`` command: ``install``, ``doctor`` and ``run``.
+"""The ``hvdx`` command: ``install``, ``doctor``, ``run`` and ``bench``.
 
 Each command imports its module only when called: ``hvdx --help`` loads no framework.
 """
@@ -103,6 +103,72 @@ def run(arguments: tuple[str, ...]) -> None:
     from hvdx.launch import run_command
 
     sys.exit(run_command(list(arguments)))
+
+
+@main.group()
+def bench() -> None:
+    """Measure what training depends on."""
+
+
+@bench.command("link")
+@click.option(
+    "-np",
+    "ranks",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Ranks to start, unless inside of a job.",
+)
+@click.option(
+    "--framework",
+    type=click.Choice(["torch", "tensorflow"]),
+    help="Whose Horovod core; torch where both are installed.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="For the network.",
+)
+@click.option(
+    "--megabytes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=25.0,
+    show_default=True,
+    help="Of the model for which to choose.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(["safe", "balanced", "bold"]),
+    default="bold",
+    show_default=True,
+    help="Which methods to look at.",
+)
+@click.option(
+    "--json",
+    "file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Also write the numbers to FILE.",
+)
+def bench_link(
+    ranks: int,
+    framework: str | None,
+    seconds: float,
+    megabytes: float,
+    budget: str,
+    file: str | None,
+) -> None:
+    """Print what the network costs, what compressing costs, and what would be quickest.
+
+    Inside of a job (`hvdx run -np 4 -H h1:2,h2:2 -- hvdx bench link`) that job's network is
+    measured; outside of one, two ranks are started here.
+    """
+    from hvdx.link_report import Wanted
+    from hvdx.link_report import bench_link as measure
+
+    sys.exit(measure(Wanted(framework, seconds, megabytes, budget, file), ranks))
 
 
 if __name__ == "__main__":

@@ -130,6 +130,12 @@ class Adapter(Protocol):
     def broadcast_optimizer(self, optimizer: Any, root_rank: int, process_set: Any) -> None:
         """Give ``optimizer`` the root's state and options."""
 
+    def carry_out(self, work: Any, name: str, process_set: Any) -> Any:
+        """Run a generator of the requests of :mod:`hvdx.comm`; return its result.
+
+        Collectives are called ``<name>/<phase>``; ``name`` must be equal on all ranks.
+        """
+
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one small integer per rank under a name that every framework's core shares."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hvdx.agreement import check_same, next_name
+from hvdx.comm import Work
 from hvdx.integrations import pytorch_engine
 from hvdx.integrations.pytorch_collectives import Collectives, dtype_name
 from hvdx.objects import pickled, unpickled
@@ -112,6 +113,10 @@ class TorchAdapter(Collectives):
             self.broadcast_tensors(named, root_rank, f"{name}.state", process_set)
         if not is_root:
             optimizer.load_state_dict(state)
+
+    def carry_out(self, work: Work[Any], name: str, process_set: Any) -> Any:
+        """Run a generator of requests."""
+        return pytorch_engine.Flight(self, work, name, process_set).finish()
 
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one integer per rank; the core puts ``allgather.`` before the name."""

@@ -16,6 +16,8 @@ from horovod.tensorflow import mpi_ops
 from tensorflow.python.ops import control_flow_util, resource_variable_ops
 
 from hvdx import world
+from hvdx.collectives import perform
+from hvdx.comm import Work, drive
 from hvdx.errors import MismatchError
 from hvdx.integrations.tensorflow_watch import in_graph
 from hvdx.mismatch import explain, is_mismatch
@@ -560,6 +562,10 @@ class TensorFlowAdapter:
     def broadcast_optimizer(self, optimizer: Any, root_rank: int, process_set: Any) -> None:
         """Refuse: TensorFlow's optimizers are Keras's, which broadcast as variables."""
         raise TypeError(f"{type(optimizer).__name__} is no Keras 3 optimizer")
+
+    def carry_out(self, work: Work[Any], name: str, process_set: Any) -> Any:
+        """Run a generator of requests, one after the other."""
+        return drive(work, functools.partial(perform, self, name=name, process_set=process_set))
 
     @watched
     def agree(self, number: int, name: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hvdx.compression import codecs
@@ -174,6 +174,38 @@ class Compression:
         return by_layer(rules, default, as_compressor)
 
     @staticmethod
+    def auto(
+        budget: str = "balanced",
+        methods: Sequence[str | Compressor] | None = None,
+        seconds: float = 1.0,
+        verbose: bool = True,
+    ) -> Compressor:
+        """What is quickest on this network, for each parameter; none where nothing pays.
+
+        Measures the network and the methods when the optimizer's ranks first meet, and prints
+        on rank 0 what it found. All ranks use what they have agreed on until training ends.
+
+        Args:
+            budget: how much error is allowed. ``"safe"``: fp16, bf16, int8; ``"balanced"``:
+                also int4, powersgd and onebit; ``"bold"``: also topk and randomk.
+            methods: names, or compressors, to choose from instead; those that err least first:
+                of methods that are equally quick the first is taken.
+            seconds: what measuring the network may take, roughly.
+            verbose: print.
+        """
+        from hvdx.compression.auto import BUDGETS, automatic
+
+        if methods is None:
+            if budget not in BUDGETS:
+                raise CompressionError(
+                    f"Compression.auto(budget={budget!r}): use one of {', '.join(BUDGETS)}"
+                )
+            methods = BUDGETS[budget]
+        if not seconds > 0:
+            raise CompressionError(f"Compression.auto(seconds={seconds!r}): must be above 0")
+        return automatic(candidates(methods), seconds, verbose)
+
+    @staticmethod
     def local_sgd(steps: int = 8) -> Local:
         """Each rank trains alone for ``steps`` steps; then parameters are averaged.
 
@@ -201,6 +233,35 @@ class Compression:
             compression: of the changes: any method but ``dgc``. Default: ``int8``.
         """
         return diloco(steps, outer_lr, outer_momentum, as_compressor(compression))
+
+
+def candidates(methods: Sequence[str | Compressor]) -> dict[str, Compressor]:
+    """Return what ``Compression.auto`` may choose from, by name.
+
+    Raises:
+        CompressionError: something in ``methods`` cannot be chosen.
+    """
+    if isinstance(methods, (str, Compressor)) or not methods:
+        raise CompressionError(
+            f"Compression.auto(methods={methods!r}): give a list of methods, such as "
+            "['fp16', 'powersgd']"
+        )
+    found: dict[str, Compressor] = {}
+    for method in methods:
+        known = isinstance(method, str) and method in _names() and method != "auto"
+        made = as_compressor(getattr(Compression, str(method)) if known else method)
+        if made.prepare or made.policy or made.owns_momentum or made.phases:
+            raise CompressionError(
+                f"Compression.auto(methods=...): it cannot choose {made}, which changes more "
+                "than how a gradient travels"
+            )
+        if made is not none:
+            found[method if isinstance(method, str) else made.name] = made
+    return found
+
+
+def _names() -> list[str]:
+    return [name for name in vars(Compression) if not name.startswith("_")]
 
 
 def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
@@ -287,7 +348,7 @@ def as_compressor(value: Any) -> Compressor:
         return none
     if callable(getattr(value, "compress", None)) and callable(getattr(value, "decompress", None)):
         return from_horovod(value)
-    known = ", ".join(f"hvd.Compression.{n}" for n in vars(Compression) if not n.startswith("_"))
+    known = ", ".join(f"hvd.Compression.{name}" for name in _names())
     raise CompressionError(
         f"unknown compression={value!r}; use one of {known}, or a class with static "
         "compress(tensor) -> (tensor, context) and decompress(tensor, context)"

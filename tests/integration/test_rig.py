@@ -1,0 +1,89 @@
+"""The rig of the benchmarks: hosts on slow links, on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import rig
+
+pytest.importorskip("horovod")
+torch = pytest.importorskip("torch")
+
+BENCHMARKS = Path(rig.__file__).parent
+WIDTH = 1024
+#: Trains a layer on one bit an element and prints what host 0 sent, in bytes a step.
+TRAIN = f"""
+import time
+import torch
+import hvdx as hvd
+from compression import idle_rate, sent
+
+torch.set_num_threads(1)
+hvd.init(framework="torch")
+layer = torch.nn.Linear({WIDTH}, {WIDTH}, bias=False)
+optimizer = hvd.DistributedOptimizer(
+    torch.optim.SGD(layer.parameters(), lr=0.1), layer, compression=hvd.Compression.onebit()
+)
+data = torch.randn(8, {WIDTH})
+
+def steps(count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        layer(data).square().mean().backward()
+        optimizer.step()
+    hvd.barrier()
+
+steps(2)
+idle = idle_rate(0.5)
+before, start = sent(), time.perf_counter()
+steps(20)
+talk = idle * (time.perf_counter() - start)
+if hvd.rank() == 0:
+    print("sent", (sent() - before - talk) / 20)
+hvd.shutdown()
+"""
+
+
+@pytest.fixture
+def net():
+    """Two hosts at 100 Mbit/s."""
+    reason = rig.missing()
+    if reason:
+        pytest.skip(f"no rig here: {reason}")
+    with rig.network(2, megabits=100) as made:
+        yield made
+
+
+def test_one_bit_an_element_travels(net, tmp_path, capfd):
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    environ = {"PYTHONPATH": str(BENCHMARKS), "OMP_NUM_THREADS": "1"}
+    assert rig.run(net, [sys.executable, str(script)], environ) == 0
+    sent = float(capfd.readouterr().out.split("sent")[1])
+    right = WIDTH * WIDTH * (1 / 8 + 4 / 1024)  # signs, and a scale for each 1024
+    # Headers take 5 %, agreements and acknowledgements some kilobytes.
+    assert right < sent < 1.08 * right + 10_000
+    assert net.sent(0) > 20 * sent  # the switch counts alike
+
+
+def test_what_a_killed_run_left_is_removed():
+    reason = rig.missing()
+    if reason:
+        pytest.skip(f"no rig here: {reason}")
+    make = "import rig, os; rig.Network(2, 100); os._exit(0)"
+    subprocess.run([sys.executable, "-c", make], cwd=BENCHMARKS, check=True)
+    assert _spaces()
+    with rig.network(2):
+        pass
+    assert not _spaces()
+
+
+def _spaces() -> list[str]:
+    listed = rig._run("ip", "netns", "list").splitlines()
+    mine = [line.split()[0] for line in listed if line.startswith(rig.PREFIX)]
+    return [name for name in mine if not Path(f"/proc/{name.split('-')[1]}").exists()]
