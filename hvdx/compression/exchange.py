@@ -51,7 +51,7 @@ def exchange(codec: Codec, *, owner_feedback: bool = False) -> Compressor:
 def _one_phase(ops: Ops, codec: Codec, flat: Any, size: int) -> Work[tuple[Any, Any]]:
     columns = _columns(size, 1, codec.block)
     rank = yield Rank()
-    data = codec.encode(ops, _rows(ops, flat, size, 1, columns), size)
+    data = codec.encode(ops, _rows(ops, flat, 1, columns), size)
     everyone = yield Allgather(ops.reshape(data, (-1,)))
     rows = codec.decode(ops, ops.reshape(everyone, (2, codec.row_bytes(columns))), columns)
     mean = ops.scale(rows[0] + rows[1], 0.5)
@@ -64,20 +64,21 @@ def _two_phases(
     columns = _columns(size, ranks, codec.block)
     shape = (ranks, codec.row_bytes(columns))
     rank = yield Rank()
-    data = codec.encode(ops, _rows(ops, flat, size, ranks, columns), size)
+    data = codec.encode(ops, _rows(ops, flat, ranks, columns), size)
     pieces = yield Alltoall(ops.reshape(data, (-1,)))
     rows = codec.decode(ops, ops.reshape(pieces, shape), columns)
     total = rows[0]
     for row in range(1, ranks):  # in rank order: another order rounds otherwise
         total = total + rows[row]
-    piece = ops.scale(total, 1.0 / ranks)
+    used = min(max(size - rank * columns, 0), columns)
+    # What padding decodes to is not always zero: a sign has no zero.
+    piece = _padded(ops, ops.scale(total, 1.0 / ranks)[:used], columns)
     if owed is not None:
         piece = piece + owed
-    used = min(max(size - rank * columns, 0), columns)
     everyone = yield Allgather(ops.reshape(codec.encode(ops, piece[None], used), (-1,)))
     means = codec.decode(ops, ops.reshape(everyone, shape), columns)
     if owed is not None:
-        lost = piece - means[rank]
+        lost = _padded(ops, (piece - means[rank])[:used], columns)
         owed = ops.where(ops.finite(lost), lost, owed)
     own = codec.decode(ops, data, columns)
     return ops.reshape(means, (-1,))[:size], ops.reshape(own, (-1,))[:size], owed
@@ -88,11 +89,14 @@ def _columns(size: int, rows: int, block: int) -> int:
     return -(-size // (rows * block)) * block
 
 
-def _rows(ops: Ops, flat: Any, size: int, rows: int, columns: int) -> Any:
-    padding = rows * columns - size
-    if padding:
-        flat = ops.concat([flat, ops.zeros((padding,), "float32")])
-    return ops.reshape(flat, (rows, columns))
+def _rows(ops: Ops, flat: Any, rows: int, columns: int) -> Any:
+    return ops.reshape(_padded(ops, flat, rows * columns), (rows, columns))
+
+
+def _padded(ops: Ops, flat: Any, size: int) -> Any:
+    """Append zeros to float32 until there are ``size``."""
+    padding = size - flat.shape[0]
+    return ops.concat([flat, ops.zeros((padding,), "float32")]) if padding else flat
 
 
 def _like(ops: Ops, flat: Any, shape: tuple[int, ...], dtype: str) -> Any:
