@@ -14,7 +14,7 @@ import keras
 from hvdx import buckets, collectives, world
 from hvdx.agreement import check_same
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import Compressor, Spec, none
+from hvdx.compression import FORMAT, Compressor, Spec, none
 from hvdx.frameworks import Adapter
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
@@ -282,7 +282,8 @@ class Averager(abc.ABC):
         entries = {
             "operations": self.options.name,
             "optimizer": f"{type(optimizer).__name__} {self.configuration(optimizer)}",
-            "options": f"op={self.options.op.name}, compression={self.options.compressor}, "
+            "options": f"op={self.options.op.name}, compression={self.options.compressor} "
+            f"(wire format {FORMAT}), "
             f"gradient_predivide_factor={self.options.predivide}, buckets of {limit} bytes, "
             f"sparse_as_dense={self.options.sparse_as_dense}, gradients times {self.options.times}",
             **each,

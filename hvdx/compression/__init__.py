@@ -1,6 +1,7 @@
 """Gradient compression, written once for all frameworks."""
 
 from hvdx.compression.base import (
+    FORMAT,
     CompressionError,
     Compressor,
     Reduced,
@@ -13,6 +14,7 @@ from hvdx.compression.feedback import after, error_feedback, min_size
 from hvdx.compression.methods import Compression, as_compressor
 
 __all__ = [
+    "FORMAT",
     "Compression",
     "CompressionError",
     "Compressor",
