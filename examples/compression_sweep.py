@@ -27,7 +27,7 @@ class Curve(NamedTuple):
     megabytes: list[float]  # sent by a rank, in mean, since training began
     seconds: list[float]  # since the end of the first epoch
     losses: list[float]  # on the test set
-    accuracy: float  # on the test set, in the end
+    accuracies: list[float]  # likewise
 
 
 def options(description: str | None, framework: str) -> argparse.ArgumentParser:
@@ -122,7 +122,7 @@ def show(curves: list[Curve], title: str, file: str) -> None:
         less = f"{most / sent:.1f}x" if sent else "-"
         print(
             f"{curve.method:28}{sent:9.2f}{less:>9}{curve.seconds[-1]:9.2f}"
-            f"{curve.losses[-1]:8.4f}{curve.accuracy:10.4f}"
+            f"{curve.losses[-1]:8.4f}{curve.accuracies[-1]:10.4f}"
         )
     draw(curves, title, file)
     print(f"drawn: {file}", flush=True)

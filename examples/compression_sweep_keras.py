@@ -43,7 +43,7 @@ def train(name: str, told: argparse.Namespace) -> Curve:
     hvd.broadcast_parameters(model)
 
     shapes = {value.path: tuple(value.shape) for value in model.trainable_variables}
-    steps, elapsed, curve = 0, 0.0, Curve(name, [], [], [], 0.0)
+    steps, elapsed, curve = 0, 0.0, Curve(name, [], [], [], [])
     for epoch in range(told.epochs):
         start = time.perf_counter()
         model.fit(images, labels, batch_size=told.batch_size, verbose=0)
@@ -54,7 +54,8 @@ def train(name: str, told: argparse.Namespace) -> Curve:
         curve.megabytes.append(megabytes(compressor, shapes, hvd.size(), steps))
         curve.seconds.append(elapsed)
         curve.losses.append(tested["loss"])
-    return curve._replace(accuracy=tested["accuracy"])
+        curve.accuracies.append(tested["accuracy"])
+    return curve
 
 
 def main() -> None:

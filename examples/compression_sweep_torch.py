@@ -39,7 +39,7 @@ def train(name: str, told: argparse.Namespace) -> Curve:
 
     shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
     shuffle = torch.Generator().manual_seed(told.seed)
-    steps, elapsed, curve = 0, 0.0, Curve(name, [], [], [], 0.0)
+    steps, elapsed, curve = 0, 0.0, Curve(name, [], [], [], [])
     for epoch in range(told.epochs):
         model.train()
         start = time.perf_counter()
@@ -54,11 +54,12 @@ def train(name: str, told: argparse.Namespace) -> Curve:
         with torch.no_grad():
             logits = model(test_images)
             loss = nn.functional.cross_entropy(logits, test_labels).item()
+            accuracy = (logits.argmax(1) == test_labels).float().mean().item()
         curve.megabytes.append(megabytes(compressor, shapes, hvd.size(), steps))
         curve.seconds.append(elapsed)
         curve.losses.append(loss)
-    accuracy = (logits.argmax(1) == test_labels).float().mean().item()
-    return curve._replace(accuracy=accuracy)
+        curve.accuracies.append(accuracy)
+    return curve
 
 
 def main() -> None:

@@ -153,10 +153,9 @@ def test_collectives_are_those_of_the_table(row):
         assert asked == re.findall(r"(\w+) `(\w+)`", cell), ranks
 
 
-def test_every_method_is_in_the_table():
-    told = re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE)
-    public = [name for name in vars(Compression) if not name.startswith("_")]
-    assert sorted(told) == sorted(public)
+def test_every_method_is_told():
+    public = {name for name in vars(Compression) if not name.startswith("_")}
+    assert public <= set(re.findall(r"`(\w+)`", DOCUMENT))
 
 
 def test_the_number_of_the_format():
