@@ -17,7 +17,7 @@ from hvdx import buckets, collectives, world
 from hvdx.agreement import check_same
 from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import Compressor, Spec, none
+from hvdx.compression import FORMAT, Compressor, Spec, none
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_state import Origin, States
 from hvdx.ops import Ops
@@ -361,7 +361,8 @@ class Averager(abc.ABC):
         entries = {
             "operations": self.options.name,
             "optimizer": f"{type(optimizer).__name__} {self.configuration(optimizer)}",
-            "options": f"op={self.options.op.name}, compression={self.options.compressor}, "
+            "options": f"op={self.options.op.name}, compression={self.options.compressor} "
+            f"(wire format {FORMAT}), "
             f"gradient_predivide_factor={self.options.predivide}, buckets of {limit} bytes, "
             f"sparse_as_dense={self.options.sparse_as_dense}, gradients times {self.options.times}",
             **each,

@@ -13,7 +13,7 @@ import torch
 
 from hvdx import world
 from hvdx.agreement import check_same, next_name
-from hvdx.compression import Compressor
+from hvdx.compression import FORMAT, Compressor
 from hvdx.frameworks import Adapter
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_optimizer_start import warn_of_differences
@@ -173,7 +173,7 @@ class Wrapper(abc.ABC):
         }
         entries["options"] = (
             f"{self._kind}, op={self.options.op.name}, "
-            f"compression={self.options.compressor}, {more}"
+            f"compression={self.options.compressor} (wire format {FORMAT}), {more}"
         )
         subject = "parameters or options of DistributedOptimizer"
         check_same(self.adapter, subject, entries, name, process_set)

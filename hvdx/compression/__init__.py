@@ -1,6 +1,7 @@
 """Gradient compression, written once for all frameworks."""
 
 from hvdx.compression.base import (
+    FORMAT,
     CompressionError,
     Compressor,
     Reduced,
@@ -14,6 +15,7 @@ from hvdx.compression.local import Local
 from hvdx.compression.methods import Compression, as_compressor, as_local
 
 __all__ = [
+    "FORMAT",
     "Compression",
     "CompressionError",
     "Compressor",

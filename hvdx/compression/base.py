@@ -12,6 +12,7 @@ from hvdx.errors import HvdxError
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
+FORMAT = 1  # of what travels (docs/wire-format.md); ranks compare it
 _HALF_LIMIT = 60000.0  # float16 ends at 65504, and sums of halves round up on their way there
 
 

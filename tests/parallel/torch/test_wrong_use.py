@@ -61,6 +61,18 @@ def test_different_models_are_not_trained():
     assert optimizer.communication_seconds == 0
 
 
+def test_another_wire_format_is_not_spoken(monkeypatch):
+    """Ranks of two releases: they would read each other's bytes as other numbers."""
+    wrapper = "hvdx.integrations.pytorch_optimizer_wrapper"
+    if other():
+        monkeypatch.setattr(f"{wrapper}.FORMAT", 1000)
+    model = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hvd.DistributedOptimizer(optimizer, model, compression=hvd.Compression.int8)
+    with pytest.raises(hvd.MismatchError, match=r"int8.*wire format 1\).*rank 1: .*format 1000\)"):
+        model(torch.ones(1, 3)).sum().backward()
+
+
 def test_different_optimizers_are_not_trained():
     model = torch.nn.Linear(2, 2)
     kind = torch.optim.Adam if other() else torch.optim.SGD

@@ -1,0 +1,168 @@
+"""docs/wire-format.md is true: NumPy, PyTorch and TensorFlow write the bytes that it shows."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdx.comm import Rank, Ranks, Together, Work, answer_in_memory, together
+from hvdx.compression import FORMAT, Compression, Compressor, Spec
+from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow encountered")
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "wire-format.md").read_text()
+BLOCKS = re.findall(r"^```vector\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+
+
+class Vector:
+    """One example: what ranks hold, what they send, what they get."""
+
+    def __init__(self, block: str) -> None:
+        self.lines = dict(re.split(r"\s+", line, maxsplit=1) for line in block.splitlines())
+        self.alike = "codec" in self.lines  # a codec alone: what two equal ranks gather
+        name, *options = self.lines["codec" if self.alike else "method"].split()
+        self.title = " ".join([name, *options])
+        told: dict[str, Any] = {key: float(x) for key, x in (o.split("=") for o in options)}
+        if self.alike and name != "bf16":  # feedback adds 0 to -0
+            told["feedback"] = False
+        self.compressor = method(name, **told)
+        self.ranks = 2 if self.alike else int(self.lines["ranks"])
+
+    def gradients(self, rank: int) -> list[np.ndarray]:
+        flat = numbers(self.lines["values" if self.alike else f"values[{rank}]"])
+        if "shape" in self.lines:
+            return [flat.reshape([int(side) for side in self.lines["shape"].split()])]
+        if "sizes" not in self.lines:
+            return [flat]
+        sizes = [int(size) for size in self.lines["sizes"].split()]
+        return np.split(flat, np.cumsum(sizes)[:-1])
+
+    def expected(self) -> dict[str, bytes]:
+        if self.alike:
+            return {f"allgather[{rank}]": octets(self.lines["bytes"]) for rank in range(2)}
+        kinds = ("alltoall", "allgather", "allreduce")
+        return {key: octets(told) for key, told in self.lines.items() if key.startswith(kinds)}
+
+    def mean(self) -> np.ndarray:
+        return numbers(self.lines["decoded" if self.alike else "mean"])
+
+
+def method(name: str, **options: Any) -> Compressor:
+    """Return a method by its name in the document; nothing is too small for it."""
+    found: Any = getattr(Compression, name)
+    if isinstance(found, Compressor):
+        return found
+    if name in ("topk", "dgc", "randomk", "powersgd"):
+        options["min_elements"] = 0
+    return found(**options)
+
+
+def repeated(text: str) -> list[str]:
+    """Return the words of ``text``, a word ``x*3`` three times."""
+    words = [word.partition("*") for word in text.replace("|", " ").split()]
+    return [word for word, _, count in words for _ in range(int(count or 1))]
+
+
+def numbers(text: str) -> np.ndarray:
+    return np.array(repeated(text), np.float32)
+
+
+def octets(text: str) -> bytes:
+    return bytes.fromhex("".join(repeated(text)))
+
+
+@pytest.fixture(params=["numpy", "torch", "tensorflow"])
+def framework(request: pytest.FixtureRequest) -> Any:
+    """Return the verbs and the function that makes a tensor."""
+    if request.param == "numpy":
+        return NumpyOps(), np.array
+    pytest.importorskip(request.param)
+    library = sys.modules[request.param]
+    if request.param == "torch":
+        return TorchOps(), library.tensor
+    return TensorFlowOps(), library.constant
+
+
+def run(works: list[Work[Any]], tensor: Any) -> tuple[list[Any], list[Any]]:
+    """Run a generator per rank; return their results, and all (rank, request, bytes)."""
+    replies: list[Any] = [None] * len(works)
+    results, seen = [], []
+    while True:
+        requests = []
+        for work, reply in zip(works, replies, strict=True):
+            try:
+                requests.append(work.send(reply))
+            except StopIteration as done:
+                results.append(done.value)
+        if not requests:
+            return results, seen
+        replies = answer_in_memory(requests)
+        if isinstance(requests[0], (Rank, Ranks)):
+            continue
+        for rank, request in enumerate(requests):
+            parts = request.requests if isinstance(request, Together) else [request]
+            seen += [(rank, part, np.asarray(part.tensor).tobytes()) for part in parts]
+        replies = [
+            [*map(tensor, reply)] if isinstance(reply, list) else tensor(reply) for reply in replies
+        ]
+
+
+def named(rank: int, request: Any) -> str:
+    return f"{type(request).__name__.lower()}[{rank}]"
+
+
+@pytest.mark.parametrize("vector", [*map(Vector, BLOCKS)], ids=lambda vector: vector.title)
+def test_bytes_are_those_of_the_document(vector, framework):
+    ops, tensor = framework
+    reduce, works = vector.compressor.reduce, []
+    for rank in range(vector.ranks):
+        each = []
+        for grad in vector.gradients(rank):
+            spec = Spec(vector.lines.get("name", ""), grad.shape, "float32", vector.ranks)
+            each.append(reduce(ops, tensor(grad), vector.compressor.init(ops, spec)))
+        works.append(together(each, ops))
+    results, seen = run(works, tensor)
+    sent = {named(rank, request): data for rank, request, data in seen}
+    assert len(sent) == len(seen), "a collective more than the document shows"
+    expected = vector.expected()
+    assert {key: data.hex(" ") for key, data in sent.items()} == {
+        key: data.hex(" ") for key, data in expected.items()
+    }
+    for result in results:
+        means = [np.asarray(reduced.mean).reshape(-1) for reduced in result]
+        np.testing.assert_array_equal(np.concatenate(means), vector.mean())
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"^\| `(\w+)` \|(.*?)\|(.*?)\|", DOCUMENT, re.MULTILINE), ids=lambda r: r[0]
+)
+def test_collectives_are_those_of_the_table(row):
+    name, *cells = row
+    compressor, ops, shape = method(name), NumpyOps(), (64, 64)
+    for ranks, cell in zip((2, 3), cells, strict=True):
+        state = compressor.init(ops, Spec("w", shape, "float32", ranks))
+        grad = np.ones(shape, np.float32)
+        _, seen = run([compressor.reduce(ops, grad, state) for _ in range(ranks)], np.array)
+        asked = [(type(r).__name__.lower(), r.phase) for rank, r, _ in seen if rank == 0]
+        assert asked == re.findall(r"(\w+) `(\w+)`", cell), ranks
+
+
+def test_every_method_is_told():
+    public = {name for name in vars(Compression) if not name.startswith("_")}
+    assert public <= set(re.findall(r"`(\w+)`", DOCUMENT))
+
+
+def test_the_number_of_the_format():
+    assert f"**format {FORMAT}**" in DOCUMENT
+    assert re.findall(r"^\| (\d+) \|", DOCUMENT, re.MULTILINE)[-1] == str(FORMAT)
+
+
+def test_examples_were_found():
+    """And none lost to a slip of the parser."""
+    assert len(BLOCKS) == DOCUMENT.count("```vector\n") >= 15
