@@ -26,11 +26,11 @@ from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
 _SMALL = 1024  # parameters of fewer elements travel raw where each is compressed alone
 
 
-def _quantised(codec: codecs.Codec, feedback: bool) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback)
+def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
+    compressor = exchange(codec, owner_feedback=feedback, seed=seed)
     if feedback:
         compressor = error_feedback(compressor)
-    return compressor._replace(name=f"{codec.name}(feedback={feedback})")
+    return only_floats(compressor)._replace(name=f"{codec.name}(feedback={feedback})")
 
 
 _INT8 = _quantised(codecs.integers(8, 256), feedback=False)
@@ -262,13 +262,6 @@ def candidates(methods: Sequence[str | Compressor]) -> dict[str, Compressor]:
 
 def _names() -> list[str]:
     return [name for name in vars(Compression) if not name.startswith("_")]
-
-
-def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback, seed=seed)
-    if feedback:
-        compressor = error_feedback(compressor)
-    return only_floats(compressor)._replace(name=f"{codec.name}(feedback={feedback})")
 
 
 def _integers(
