@@ -625,8 +625,10 @@ class TensorFlowOps:
     def quantise(self, x: Any, factor: Any, limit: int, dtype: str, noise: Any = None) -> Any:
         """See :meth:`Ops.quantise`."""
         scaled = x * factor if noise is None else x * factor + noise
-        scaled = self._tf.where(self._tf.math.is_finite(scaled), scaled, 0.0)
-        whole = self._tf.clip_by_value(self._tf.round(scaled), -limit, limit)
+        # Twice as quick as where and clip_by_value.
+        finite = self._tf.cast(self._tf.math.is_finite(scaled), self._tf.float32)
+        whole = self._tf.round(self._tf.math.multiply_no_nan(scaled, finite))
+        whole = self._tf.maximum(self._tf.minimum(whole, float(limit)), -float(limit))
         return self._tf.cast(whole, dtype)
 
     def noise(self, key: Any, like: Any, start: int = 0) -> Any:
@@ -761,9 +763,30 @@ class TensorFlowOps:
             bound = tf.math.top_k(bits[::_SAMPLED], _aim(size, count)).values[-1]
             passing = tf.cast(tf.where(bits >= bound)[:, 0], tf.int32)
             found = tf.cond(tf.size(passing) >= count, lambda: passing, lambda: found)
-        # top_k gives equals in the order of their indices.
-        order = tf.math.top_k(tf.gather(bits, found), count, sorted=True).indices
-        return tf.reshape(tf.sort(tf.gather(found, order)), [count])
+        close = tf.gather(bits, found)
+        least = self._least(close, count)
+        equal = tf.cast(close == least, tf.int32)
+        spare = count - tf.math.count_nonzero(close > least, dtype=tf.int32)
+        chosen = (close > least) | ((equal > 0) & (tf.cumsum(equal) <= spare))
+        return tf.reshape(tf.boolean_mask(found, chosen), [count])
+
+    def _least(self, bits: Any, count: Any) -> Any:
+        """Return the least of the ``count`` largest int32 that are not negative: by counting.
+
+        First by their upper 16 bits, then, among those equal there, by their lower 15.
+        """
+        tf = self._tf
+
+        def place(numbers: Any, size: int, count: Any) -> tuple[Any, Any]:
+            each = tf.math.bincount(numbers, minlength=size, maxlength=size)
+            reached = tf.cumsum(each, reverse=True)
+            found = tf.math.count_nonzero(reached >= count, dtype=tf.int32) - 1
+            return found, count - (reached[found] - each[found])
+
+        upper = tf.bitwise.right_shift(bits, 15)
+        high, rest = place(upper, 2**16, count)
+        lower = tf.boolean_mask(tf.bitwise.bitwise_and(bits, 2**15 - 1), upper == high)
+        return high * 2**15 + place(lower, 2**15, rest)[0]
 
     def take(self, x: Any, where: Any) -> Any:
         """See :meth:`Ops.take`."""

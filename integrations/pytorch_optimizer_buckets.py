@@ -15,7 +15,10 @@ import torch
 
 from hvdx.comm import Allgather, Allreduce, Together, Work
 from hvdx.compression import Compressor
+from hvdx.compression.rows import gather_rows, row_codec
+from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
+from hvdx.ops import ops_for
 from hvdx.reduce_op import ReduceOp
 
 
@@ -210,10 +213,18 @@ class SparseBucket:
         parameter: of at least one dimension.
         scale: what values are multiplied by: 1/N for a mean.
         ranks: that take part.
+        compressor: says how values travel.
     """
 
     def __init__(
-        self, index: int, name: str, parameter: torch.Tensor, *, scale: float, ranks: int
+        self,
+        index: int,
+        name: str,
+        parameter: torch.Tensor,
+        *,
+        scale: float,
+        ranks: int,
+        compressor: Compressor,
     ) -> None:
         self.index = index
         self.names = [name]
@@ -222,6 +233,8 @@ class SparseBucket:
         self._shape = parameter.shape
         self._scale = scale
         self._ranks = ranks
+        dtype = dtype_name(parameter.dtype)
+        self._codec = row_codec(compressor, tuple(parameter.shape), dtype) if ranks > 1 else None
         self.waiting = 1
         self.summed: set[int] = set()
         self.rounds = 0
@@ -273,13 +286,20 @@ class SparseBucket:
 
     def reduction(self) -> Work[None]:
         """Gather all ranks' rows."""
+        presence = Allreduce(self._present, "presence", op=ReduceOp.Sum)
+        if self._codec is not None:
+            ops = ops_for(torch.Tensor)
+            self._rows, self._values, (self._present,) = yield from gather_rows(
+                ops, self._codec, self._rows, self._values, presence
+            )
+            return
         dtype = self._values.dtype
         payload = self._values.view(torch.int16) if dtype == torch.bfloat16 else self._values
         self._rows, values, self._present = yield Together(
             (
                 Allgather(self._rows, "rows"),
                 Allgather(payload, "values"),
-                Allreduce(self._present, "presence", op=ReduceOp.Sum),
+                presence,
             )
         )
         self._values = values.view(dtype)

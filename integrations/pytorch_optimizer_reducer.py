@@ -276,7 +276,15 @@ class Reducer(Wrapper):
 
     def _sparse_bucket(self, index: int, slot: Slot) -> SparseBucket:
         scale = 1.0 / self.ranks if self.options.op == ReduceOp.Average else 1.0
-        bucket = SparseBucket(index, slot.name, slot.parameter, scale=scale, ranks=self.ranks)
+        compressor = self.kept.compressor.of(self._spec(slot.name, slot.parameter))
+        bucket = SparseBucket(
+            index,
+            slot.name,
+            slot.parameter,
+            scale=scale,
+            ranks=self.ranks,
+            compressor=compressor,
+        )
         slot.bucket = bucket
         return bucket
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from hvdx.comm import Allreduce, Ranks, Work
+from hvdx.compression import codecs
+from hvdx.compression.codecs import Codec
 from hvdx.errors import HvdxError
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
@@ -74,6 +76,9 @@ class Compressor(NamedTuple):
     prepare: Callable[[Any, list[Spec], Any], Compressor] | None = None
     """``prepare(adapter, specs, process_set)`` returns what to use instead. All ranks call it at
     the same moment, with equal ``specs``, before the first reduction: it may measure."""
+
+    rows: Callable[[int], Codec] | None = None
+    """What writes the rows, of so many numbers each, of sparse gradients; None: they travel raw."""
 
     def __repr__(self) -> str:
         return f"Compression.{self.name}"
@@ -186,7 +191,9 @@ def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
 
 
 none = HorovodCompressor("none", stateless, _identity, elementwise=True)
-fp16 = HorovodCompressor("fp16", stateless, _half, elementwise=True)
+fp16 = HorovodCompressor(
+    "fp16", stateless, _half, elementwise=True, rows=lambda columns: codecs.float16()
+)
 
 
 def from_horovod(kind: Any) -> Compressor:

@@ -23,6 +23,7 @@ _INFINITE = 0x7F800000  # bits of infinity; NaN lie above
 #: The smallest biased exponent of a scale: below, products would meet subnormals, which some
 #: libraries flush to zero and others do not.
 _FLOOR = 2
+_HALF_LIMIT = 65504.0  # the largest float16
 
 
 class Codec(NamedTuple):
@@ -47,13 +48,26 @@ def bfloat16() -> Codec:
     """Two bytes an element: float32 without its last 16 bits, rounded to nearest even."""
 
     def encode(ops: Ops, rows: Any, used: int) -> Any:
-        return ops.reshape(ops.bfloat16_bytes(ops.reshape(rows, (-1,))), (rows.shape[0], -1))
+        return ops.reshape(ops.bfloat16_bytes(ops.reshape(rows, (-1,))), (-1, 2 * rows.shape[1]))
 
     def decode(ops: Ops, data: Any, columns: int) -> Any:
-        values = ops.from_bfloat16_bytes(ops.reshape(data, (-1,)))
-        return ops.reshape(values, (data.shape[0], columns))
+        return ops.reshape(ops.from_bfloat16_bytes(ops.reshape(data, (-1,))), (-1, columns))
 
     return Codec("bf16", 1, lambda columns: 2 * columns, encode, decode)
+
+
+def float16() -> Codec:
+    """Two bytes an element: float16, where finite numbers saturate at ±65504."""
+
+    def encode(ops: Ops, rows: Any, used: int) -> Any:
+        halves = ops.cast(ops.clip(ops.reshape(rows, (-1,)), -_HALF_LIMIT, _HALF_LIMIT), "float16")
+        return ops.reshape(ops.to_bytes(halves), (-1, 2 * rows.shape[1]))
+
+    def decode(ops: Ops, data: Any, columns: int) -> Any:
+        halves = ops.from_bytes(ops.reshape(data, (-1,)), "float16")
+        return ops.reshape(ops.cast(halves, "float32"), (-1, columns))
+
+    return Codec("fp16", 1, lambda columns: 2 * columns, encode, decode)
 
 
 def integers(bits: int, block: int, *, stochastic: bool = False) -> Codec:
@@ -136,33 +150,32 @@ def _in_blocks(
     that begin with block ``start``; ``read(ops, scales, codes)`` is the way back.
     """
 
-    def row_bytes(columns: int) -> int:
-        return columns // block * scale_bytes + columns * bits // 8
+    def widths(columns: int) -> tuple[int, int]:
+        return columns // block * scale_bytes, columns * bits // 8
 
     def encode(ops: Ops, rows: Any, used: int, *key: Any) -> Any:
-        count = rows.shape[0]
         blocks = ops.reshape(rows, (-1, block))
         parts = [
             write(ops, blocks[piece], piece.start or 0, used, *key)
             for piece in ops.pieces(blocks, block)
         ]
-        scales, codes = (
-            part[0] if len(part) == 1 else ops.concat(list(part))
-            for part in zip(*parts, strict=True)
-        )
-        return ops.concat([ops.reshape(scales, (count, -1)), ops.reshape(codes, (count, -1))], 1)
+        whole = [
+            ops.reshape(part[0] if len(part) == 1 else ops.concat(list(part)), (-1, width))
+            for part, width in zip(zip(*parts, strict=True), widths(rows.shape[1]), strict=True)
+        ]
+        return ops.concat(whole, axis=1)
 
     def decode(ops: Ops, data: Any, columns: int) -> Any:
-        count, split = data.shape[0], columns // block * scale_bytes
+        split = widths(columns)[0]
         scales = ops.reshape(data[:, :split], (-1, scale_bytes))
         codes = ops.reshape(data[:, split:], (-1, block * bits // 8))
         parts = [
             read(ops, ops.reshape(scales[piece], (-1,)), ops.reshape(codes[piece], (-1,)))
             for piece in ops.pieces(codes, block)
         ]
-        return ops.reshape(ops.concat(parts) if len(parts) > 1 else parts[0], (count, columns))
+        return ops.reshape(ops.concat(parts) if len(parts) > 1 else parts[0], (-1, columns))
 
-    return Codec(name, block, row_bytes, encode, decode)
+    return Codec(name, block, lambda columns: sum(widths(columns)), encode, decode)
 
 
 def _roomier(ops: Ops, top: Any, exponent: Any, bits: int) -> Any:

@@ -26,22 +26,15 @@ from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
 _SMALL = 1024  # parameters of fewer elements travel raw where each is compressed alone
 
 
-def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback, seed=seed)
-    if feedback:
-        compressor = error_feedback(compressor)
-    return only_floats(compressor)._replace(name=f"{codec.name}(feedback={feedback})")
-
-
-_INT8 = _quantised(codecs.integers(8, 256), feedback=False)
-
-
 class Compression:
     """The compressors of hvdx, by name: ``compression=hvd.Compression.powersgd(rank=4)``.
 
     A method that takes options may be given without calling it, for its defaults. Gradients
     are compressed in float32; those that are no floats, as complex ones, travel raw. Infinities
     and NaN reach all ranks, and leave error feedback as it was.
+
+    Of sparse gradients the rows are gathered, under ``fp16`` and ``bf16`` with 2 bytes a number,
+    under the other methods, but ``none``, with 8 bits.
 
     - ``none``: the gradient as it is.
     - ``fp16``: float16 on the wire. Divides before it sums and saturates at ±60000, where
@@ -51,7 +44,7 @@ class Compression:
 
     none = none
     fp16 = fp16
-    bf16 = only_floats(exchange(codecs.bfloat16()))
+    bf16 = only_floats(exchange(codecs.bfloat16()))._replace(rows=lambda columns: codecs.bfloat16())
 
     @staticmethod
     def int8(feedback: bool = False, rounding: str = "nearest", seed: int = 0) -> Compressor:
@@ -219,7 +212,7 @@ class Compression:
         steps: int = 32,
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
-        compression: Any = _INT8,
+        compression: Any = None,
     ) -> Local:
         """Each rank trains alone for ``steps`` steps; an outer optimizer applies the changes.
 
@@ -230,9 +223,10 @@ class Compression:
             steps: from 1.
             outer_lr: above 0; 1 without momentum averages parameters.
             outer_momentum: 0 or more and below 1.
-            compression: of the changes: any method but ``dgc``. Default: ``int8``.
+            compression: of the changes: any method but ``dgc``; ``int8`` by default.
         """
-        return diloco(steps, outer_lr, outer_momentum, as_compressor(compression))
+        inner = as_compressor(Compression.int8 if compression is None else compression)
+        return diloco(steps, outer_lr, outer_momentum, inner)
 
 
 def candidates(methods: Sequence[str | Compressor]) -> dict[str, Compressor]:
@@ -264,6 +258,13 @@ def _names() -> list[str]:
     return [name for name in vars(Compression) if not name.startswith("_")]
 
 
+def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
+    compressor = exchange(codec, owner_feedback=feedback, seed=seed)
+    if feedback:
+        compressor = error_feedback(compressor)
+    return _finished(compressor._replace(name=f"{codec.name}(feedback={feedback})"))
+
+
 def _integers(
     method: str, bits: int, block: int, feedback: bool, rounding: str, seed: int
 ) -> Compressor:
@@ -282,7 +283,10 @@ def _finished(compressor: Compressor, **options: tuple[Any, Any]) -> Compressor:
     Options are given as (value, default).
     """
     more = "".join(f", {k}={value!r}" for k, (value, usual) in options.items() if value != usual)
-    return only_floats(compressor)._replace(name=f"{compressor.name[:-1]}{more})")
+    return only_floats(compressor)._replace(
+        name=f"{compressor.name[:-1]}{more})",
+        rows=lambda columns: codecs.integers(8, min(columns, 256)),
+    )
 
 
 def _check_whole(method: str, option: str, value: int, least: int = 0) -> None:
