@@ -454,7 +454,7 @@ class Reducer(Wrapper):
         """Return what this rank's compressor keeps; see ``DistributedOptimizer``.
 
         Returns:
-            ``parameters``: tensors by name and path, copies; ``kinds``: what each path means;
+            ``parameters``: tensors by name and path, copies; ``kinds``: what each of them is;
             ``compressor``, ``step``, ``rank`` and ``ranks``: that all this belongs to.
         """
         self.require_place()

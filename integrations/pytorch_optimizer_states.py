@@ -74,7 +74,7 @@ class Kept:
             MismatchError: ranks have loaded states of different steps.
         """
         assert self._adapter is not None
-        first, self._met = not self._met, True
+        first = not self._met
         if first and self._asked.prepare is not None:
             self.compressor = self._asked.prepare(self._adapter, list(specs), self._process_set)
         self._chosen.update({spec.name: self.compressor.of(spec) for spec in specs})
@@ -84,6 +84,7 @@ class Kept:
             made = self._agreed(made)
         waiting = {name: self._waiting.pop(name) for name in made if name in self._waiting}
         self.states.update({name: _filled(made[name], waiting.get(name)) for name in made})
+        self._met = True
 
     def _agreed(self, made: dict[str, Any]) -> dict[str, Any]:
         """Return ``made``, with what waits in it if that does not fit ranks as they are now."""
@@ -118,14 +119,14 @@ class Kept:
                 )
         mine = self._origin is not None and origins.index(self._origin) == self._place
         lead = bool(known) and origins.index(known[0]) == self._place
-        waiting, self._waiting = self._waiting, {}
         works = {}
         for name, like in made.items():
-            held = _moved(waiting.get(name, []), like)
+            held = _moved(self._waiting.get(name, []), like)
             given = shares(_OPS, held, *self._origin) if mine and self._origin else {}
             works[name] = carried(_OPS, like, given, lead)
-        self._origin = PORTABLE  # all have all of it
-        return self._flown(works, f"{self._name}.carried")
+        moved = self._flown(works, f"{self._name}.carried")
+        self._waiting, self._origin = {}, PORTABLE  # all have all of it
+        return moved
 
     def _flown(self, works: Mapping[str, Work[Any]], name: str) -> dict[str, Any]:
         """Run collectives for many parameters at once; Horovod fuses them."""
@@ -202,7 +203,9 @@ class Kept:
             "step": self.steps,
             "rank": origin[0],
             "ranks": origin[1],
-            "kinds": {leaf.path: leaf.kind for own in self._held().values() for leaf in own},
+            "kinds": {
+                name: {leaf.path: leaf.kind for leaf in own} for name, own in self._held().items()
+            },
             "parameters": {
                 name: {path: tensor.detach().clone() for path, tensor in own.items()}
                 for name, own in tensors.items()
@@ -219,7 +222,7 @@ class Kept:
         self._refuse(saved, known)
         kinds = saved["kinds"]
         waiting = {
-            name: [Leaf(path, tensor, kinds[path]) for path, tensor in own.items()]
+            name: [Leaf(path, tensor, kinds[name][path]) for path, tensor in own.items()]
             for name, own in saved["parameters"].items()
         }
         made = {}
