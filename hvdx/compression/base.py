@@ -185,6 +185,7 @@ none = HorovodCompressor("none", stateless, _identity, elementwise=True)
 fp16 = HorovodCompressor("fp16", stateless, _half, elementwise=True)
 
 
+@remembered
 def from_horovod(kind: Any) -> Compressor:
     """Use a compressor written for Horovod: a class with static ``compress``, ``decompress``."""
 

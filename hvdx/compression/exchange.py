@@ -82,10 +82,11 @@ def _two_phases(
     if owed is not None:
         piece = piece + owed.lost
     used = min(max(size - rank * columns, 0), columns)
-    everyone = yield Allgather(ops.reshape(codec.encode(ops, piece[None], used), (-1,)))
+    piece = _rows(ops, piece[:used], used, 1, columns)  # signs have made padding more than zeros
+    everyone = yield Allgather(ops.reshape(codec.encode(ops, piece, used), (-1,)))
     means = codec.decode(ops, ops.reshape(everyone, shape), columns)
     if owed is not None:
-        lost = piece - means[rank]
+        lost = piece[0] - means[rank]
         owed = Owner(ops.where(ops.finite(lost), lost, owed.lost))
     own = codec.decode(ops, data, columns)
     return ops.reshape(means, (-1,))[:size], ops.reshape(own, (-1,))[:size], owed
