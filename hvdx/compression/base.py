@@ -196,6 +196,7 @@ fp16 = HorovodCompressor(
 )
 
 
+@remembered
 def from_horovod(kind: Any) -> Compressor:
     """Use a compressor written for Horovod: a class with static ``compress``, ``decompress``."""
 

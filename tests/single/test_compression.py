@@ -18,6 +18,7 @@ from hvdx.compression import (
     as_compressor,
     from_horovod,
 )
+from hvdx.compression.state import leaves
 from hvdx.errors import HvdxError
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 from hvdx.reduce_op import ReduceOp
@@ -255,3 +256,20 @@ def test_horovods_two_methods(ops, dtype):
     same, context = Compression.none.compress(given)
     assert same is given
     assert Compression.none.decompress(same, context) is not None
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("size", [5, 24, 77, 2000])
+def test_losses_of_signs_stay_bounded(ranks, size):
+    """Ranks once read padding as signs and sent its sum on: losses grew 40 times in each step."""
+    ops, compressor = NumpyOps(), Compression.onebit()
+    random = np.random.default_rng(0)
+    states = [compressor.init(ops, Spec("p", (size,), "float32", ranks)) for _ in range(ranks)]
+    for _ in range(30):
+        grads = random.normal(size=(ranks, size)).astype("float32")
+        results = in_step(
+            [compressor.reduce(ops, g, s) for g, s in zip(grads, states, strict=True)]
+        )
+        states = [each.state for each in results]
+        assert np.abs(results[0].mean).max() < 10
+    assert max(np.abs(leaf.tensor).max() for s in states for leaf in leaves(s)) < 30

@@ -48,6 +48,7 @@ def in_memory(compressor: Any, everyone: list[list[list[np.ndarray]]]) -> list[n
     return sums
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("run", ["eager", "graph"])
 @pytest.mark.parametrize("method", METHODS)
 def test_as_between_ranks_in_memory(hvd, method, run):

@@ -160,6 +160,9 @@ def test_options(hvd, run, process_set):
     for compression in (hvd.Compression.fp16, Doubling):
         grads = gradients(compression=compression)
         np.testing.assert_allclose(grads, [mean(hvd)] * 2, rtol=1e-3)
+        known = len(tensorflow_tape._plans)
+        gradients(compression=compression)
+        assert len(tensorflow_tape._plans) == known  # another tape, but nothing new
     np.testing.assert_allclose(gradients(groups=2), [mean(hvd)] * 2)
     np.testing.assert_allclose(gradients(groups=[[x, y]]), [mean(hvd)] * 2)
     np.testing.assert_allclose(gradients(op=hvd.Max), [hvd.size()] * 2)
