@@ -16,16 +16,6 @@ from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
 _SMALL = 1024  # parameters of fewer elements travel raw where each is compressed alone
 
 
-def _quantised(codec: codecs.Codec, feedback: bool) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback)
-    if feedback:
-        compressor = error_feedback(compressor)
-    return compressor._replace(name=f"{codec.name}(feedback={feedback})")
-
-
-_INT8 = _quantised(codecs.integers(8, 256), feedback=False)
-
-
 class Compression:
     """The compressors of hvdx, by name: ``compression=hvd.Compression.powersgd(rank=4)``.
 
@@ -143,7 +133,7 @@ class Compression:
         steps: int = 32,
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
-        compression: Any = _INT8,
+        compression: Any = None,
     ) -> Local:
         """Each rank trains alone for ``steps`` steps; an outer optimizer applies the changes.
 
@@ -154,9 +144,17 @@ class Compression:
             steps: from 1.
             outer_lr: above 0; 1 without momentum averages parameters.
             outer_momentum: 0 or more and below 1.
-            compression: of the changes: any method but ``dgc``. Default: ``int8``.
+            compression: of the changes: any method but ``dgc``; ``int8`` by default.
         """
-        return diloco(steps, outer_lr, outer_momentum, as_compressor(compression))
+        inner = as_compressor(Compression.int8 if compression is None else compression)
+        return diloco(steps, outer_lr, outer_momentum, inner)
+
+
+def _quantised(codec: codecs.Codec, feedback: bool) -> Compressor:
+    compressor = exchange(codec, owner_feedback=feedback)
+    if feedback:
+        compressor = error_feedback(compressor)
+    return compressor._replace(name=f"{codec.name}(feedback={feedback})")
 
 
 def _check_density(method: str, density: float) -> None:
