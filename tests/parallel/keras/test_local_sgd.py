@@ -189,6 +189,22 @@ def test_local_variables_stay_out(hvd):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.filterwarnings("error:ranks train")
+def test_weights_that_are_broadcast_after_the_first_batch(hvd, data, make_model, ways):
+    """As the callback does where a model is built by it: the round begins from them."""
+    model, optimizer = make_model(seed=hvd.rank()), keras.optimizers.SGD(0.1)
+    hvd.DistributedOptimizer(optimizer, compression=C.diloco(2, compression=C.none))
+    model.compile(optimizer)
+    callback = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    callback.set_model(model)
+    optimizer._averager.broadcast_follows = True
+    for step in range(3):
+        ways.loop(model, optimizer, [part[step : step + 1] for part in data().shard])
+        callback.on_train_batch_end(step)
+        assert differ(model) == (step == 1)
+
+
+@pytest.mark.ranks(2)
 def test_what_is_refused(hvd, data, make_model, ways):
     with pytest.raises(ValueError, match=r"op=Sum, compression=Compression\.local_sgd"):
         hvd.DistributedOptimizer(keras.optimizers.SGD(), compression=C.local_sgd, op=hvd.Sum)
