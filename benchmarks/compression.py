@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,19 +151,19 @@ class Runner:
     Args:
         name: of the variant.
         quick: a raw step takes no seconds, so that several make a turn.
-        idle: bytes per second that this host sends anyway.
     """
 
-    def __init__(self, name: str, quick: bool, idle: float) -> None:
+    def __init__(self, name: str, quick: bool) -> None:
         import torch
 
-        self._idle = idle
+        self.idle = 0.0  # bytes per second that this host sends anyway
         self.module, self.optimizer = variant(name)
         self.inputs = torch.randn(BATCH, WIDTHS[0])
         self.labels = torch.randint(0, WIDTHS[-1], (BATCH,))
         raw = name in ("horovod", "ddp", "none", "horovod fp16", "ddp fp16", "fp16", "bf16")
         self.steps = 32 if name.startswith("diloco") else 4 if quick or not raw else 1
         self.sent: list[float] = []
+        self.computing: list[float] = []  # milliseconds of a step, of the thread that trains
         self._steps(32 if name.startswith("diloco") else 4 if "powersgd" in name else 2)
 
     def _steps(self, count: int) -> None:
@@ -183,11 +183,12 @@ class Runner:
         import hvdx as hvd
 
         hvd.barrier()
-        before, start = sent(), time.perf_counter()
+        before, start, used = sent(), time.perf_counter(), time.thread_time()
         self._steps(self.steps)
         seconds = time.perf_counter() - start
+        self.computing.append((time.thread_time() - used) / self.steps * 1e3)
         hvd.barrier()  # what others still expect from this host is its step's
-        talk = self._idle * (time.perf_counter() - start)
+        talk = self.idle * (time.perf_counter() - start)
         self.sent.append((sent() - before - talk) / self.steps)
         return seconds / self.steps * 1e3
 
@@ -226,14 +227,16 @@ def work(file: str, setting: Setting) -> None:
     )  # fmt: skip
     torch.manual_seed(hvd.rank())
     quick = setting.rate is None or setting.rate >= 1000
-    runners: dict[str, Callable[[], float]] = {}
-    idle = idle_rate()
+    runners: dict[str, Runner] = {}
     for name in setting.variants:
         start = time.perf_counter()
-        runners[name] = Runner(name, quick, idle)
+        runners[name] = Runner(name, quick)
         if hvd.rank() == 0:
             print(f"{setting.case}: {name} is warm in {time.perf_counter() - start:.1f} s",
                   flush=True)  # fmt: skip
+    idle = idle_rate()  # more, the more operations Horovod knows by name
+    for runner in runners.values():
+        runner.idle = idle
     samples = harness.interleave(runners, setting.runs)
     if hvd.rank() == 0:
         print(f"{setting.case}: {idle / 1e3:.0f} kB/s are sent in idleness", flush=True)
@@ -243,7 +246,7 @@ def work(file: str, setting: Setting) -> None:
 
 
 def rows(
-    setting: Setting, samples: dict[str, list[float]], runners: dict[str, Any]
+    setting: Setting, samples: dict[str, list[float]], runners: dict[str, Runner]
 ) -> list[harness.Row]:
     """Return times, bytes, and how they stand to the bars."""
     made: list[harness.Row] = []
@@ -270,10 +273,17 @@ def rows(
     if "auto" in samples and fixed:
         best = min(fixed, key=lambda name: statistics.median(samples[name]))
         made.append(against("auto", best, "step ms, against the best it can choose"))
+    if BASELINE in runners:
+        cpu = {name: runner.computing for name, runner in runners.items()}
+        for name in cpu:
+            pair = {name: cpu[name], BASELINE: cpu[BASELINE]}
+            if name != BASELINE:
+                metric = f"{name}, ms of computing a step"
+                made += harness.compare(setting.case, metric, pair, ours=name)
     return made + [_bytes(setting, name, runner) for name, runner in runners.items()]
 
 
-def _bytes(setting: Setting, name: str, runner: Any) -> harness.Row:
+def _bytes(setting: Setting, name: str, runner: Runner) -> harness.Row:
     value, right = statistics.median(runner.sent), formula(name, setting.hosts)
     told = right if right is not None else value
     return harness.Row(
