@@ -46,6 +46,17 @@ def test_ways_to_compress(told):
     train(model, names["optimizer"])
 
 
+@pytest.mark.filterwarnings("ignore:torch.amp.GradScaler")  # without a GPU it is disabled
+def test_a_scaled_loss():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 40)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hvdx.DistributedOptimizer(optimizer, model, compression=hvdx.Compression.onebit())
+    exec(example("GradScaler("), {"torch": torch, "optimizer": optimizer})
+    assert optimizer.loss_scale() >= 1
+    train(model, optimizer)
+
+
 def test_saving_and_resuming(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
