@@ -101,7 +101,7 @@ class Rounds(Averager):
     def told(self) -> dict[str, Any]:
         """Return this rank's state."""
         counts = [int(self.count(self._alone[id(layout)])) for layout in self._layouts.values()]
-        return {**self.states.told(), _ALONE: counts}
+        return {**self.states.saved(self.origin), _ALONE: counts}
 
     def portable_state(self) -> dict[str, Any]:
         """See :meth:`Averager.portable_state`.
@@ -118,9 +118,12 @@ class Rounds(Averager):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was told; nothing: begin anew."""
-        given: dict[str, Any] = dict(state) if state else {"step": 0, "parameters": {}}
-        counts = list(given.pop(_ALONE, []))
-        self.states.load(given)
+        if state:
+            self.states.load(state, self.origin)
+            counts = list(state.get(_ALONE, []))
+        else:
+            self.states.begin_anew()
+            counts = []
         for layout in self._layouts.values():
             self.set_count(self._alone[id(layout)], counts.pop(0) if counts else 0)
         self._loaded = counts

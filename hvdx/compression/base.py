@@ -150,10 +150,10 @@ def remembered(make: Make) -> Make:
     States belong to a compressor, and a training loop may make its own anew in each step, as
     Horovod's scripts do where they wrap a tape.
     """
-    made: dict[Any, Compressor] = {}
+    made: dict[Any, Any] = {}
 
     @functools.wraps(make)
-    def find(*args: Any, **options: Any) -> Compressor:
+    def find(*args: Any, **options: Any) -> Any:
         key = args, tuple(sorted(options.items()))
         try:
             hash(key)
