@@ -84,9 +84,7 @@ def integers(bits: int, block: int, *, stochastic: bool = False) -> Codec:
     """
     limit = 2 ** (bits - 1) - 1
 
-    def write(
-        ops: Ops, blocks: Any, start: int, used: int, key: Any = None
-    ) -> tuple[Any, Any]:
+    def write(ops: Ops, blocks: Any, start: int, used: int, key: Any = None) -> tuple[Any, Any]:
         top = ops.max(ops.abs_bits(blocks))
         exponent = _at_least(ops, ops.shift_right(top, 23) - (bits - 2), _FLOOR)
         noise = None
