@@ -84,13 +84,13 @@ def integers(bits: int, block: int, *, stochastic: bool = False) -> Codec:
     """
     limit = 2 ** (bits - 1) - 1
 
-    def write(ops: Ops, blocks: Any, start: int, used: int, *key: Any) -> tuple[Any, Any]:
+    def write(ops: Ops, blocks: Any, start: int, used: int, key: Any = None) -> tuple[Any, Any]:
         top = ops.max(ops.abs_bits(blocks))
         exponent = _at_least(ops, ops.shift_right(top, 23) - (bits - 2), _FLOOR)
         noise = None
         if stochastic:
             exponent = _roomier(ops, top, exponent, bits)
-            noise = ops.noise(*key, blocks, start * block)
+            noise = ops.noise(key, blocks, start * block)
         inverse = ops.from_bits((254 - exponent) * _EXPONENT)
         codes = ops.quantise(blocks, inverse[:, None], limit, "int8", noise)
         exponent = ops.where(top < _INFINITE, exponent, ops.constant(255, "int32"))

@@ -63,7 +63,7 @@ def by_layer(rules: Mapping[str, Any] | Choice, default: Any, meant: Meant) -> C
     def prepare(adapter: Any, specs: list[Spec], process_set: Any) -> Compressor:
         """Prepare each with the parameters that will be its own."""
         own: dict[str, list[Spec]] = {pattern: [] for pattern in chosen}
-        others = []
+        others: list[Spec] = []
         for spec in specs:
             fitting = (p for p in chosen if fnmatch.fnmatchcase(spec.name, p))
             own.get(next(fitting, ""), others).append(spec)
