@@ -803,7 +803,8 @@ class TensorFlowOps:
 
     def counts(self, x: Any, size: int) -> Any:
         """See :meth:`Ops.counts`."""
-        return self._tf.math.bincount(x, minlength=size, maxlength=size)
+        found = self._tf.math.bincount(x, minlength=size, maxlength=size)
+        return self._tf.reshape(found, [size])  # which a graph would not know
 
     def matmul(self, x: Any, y: Any, transposed: bool = False) -> Any:
         """See :meth:`Ops.matmul`."""

@@ -179,4 +179,4 @@ def _read(ops: Ops, data: Any, count: int, size: int) -> tuple[Any, Any]:
 
 
 def _chunks(size: int) -> int:
-    return -(-size >> _CHUNK_BITS)
+    return -(-size >> _CHUNK_BITS)  # rounded up

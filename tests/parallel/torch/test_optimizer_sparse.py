@@ -66,6 +66,34 @@ def test_n_ranks_equal_one_process(kind, dense):
     assert_replicas(replica)
 
 
+@pytest.mark.parametrize("method", ["fp16", "bf16", "int8", "by_layer"])
+def test_rows_travel_compressed(method):
+    # Uneven numbers of rows, and once none at all, from one rank.
+    chosen = getattr(hvd.Compression, method)
+    if method == "by_layer":
+        chosen = chosen({"*table*": hvd.Compression.bf16})
+    plain, net = Bag().float(), Bag().float()
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    hvd.DistributedOptimizer(optimizer, net, compression=chosen)
+    for step in range(3):
+        for each in (plain, net):
+            each.zero_grad()
+        spoken = [words(step, rank)[: (4 if step else 0) - rank % 2] for rank in range(hvd.size())]
+        for own in spoken:
+            (plain(own) / hvd.size()).backward() if len(own) else None
+        if len(spoken[hvd.rank()]):
+            net(spoken[hvd.rank()]).backward()
+        optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        if plain.table.weight.grad is not None:
+            mean, ours = plain.table.weight.grad.to_dense(), net.table.weight.grad.to_dense()
+            assert mean.count_nonzero() and (ours != 0).any(1).equal((mean != 0).any(1))
+            torch.testing.assert_close(ours, mean, rtol=0, atol=0.02 * float(mean.abs().max()))
+        plain.load_state_dict(net.state_dict())
+    assert_replicas(net)
+
+
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "as dense"])
 def test_a_rank_that_uses_no_word_learns_the_others(dense):
     # From the first step on, and though nothing tells such a rank that the gradient is sparse.
