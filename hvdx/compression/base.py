@@ -144,7 +144,7 @@ def remembered(make: Make) -> Make:
     made: dict[Any, Compressor] = {}
 
     @functools.wraps(make)
-    def find(*args: Any, **options: Any) -> Compressor:
+    def find(*args: Any, **options: Any) -> Any:
         key = args, tuple(sorted(options.items()))
         try:
             hash(key)
