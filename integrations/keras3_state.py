@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -38,7 +39,7 @@ class States:
 
     Args:
         ops: the verbs of the tensors.
-        name: of the compressor that the user has asked for.
+        compressor: what the user has asked for.
 
     Attributes:
         step: how many steps with finite means there were; equal on all ranks.
@@ -46,10 +47,10 @@ class States:
 
     step: Any
 
-    def __init__(self, ops: Ops, name: str) -> None:
+    def __init__(self, ops: Ops, compressor: Compressor) -> None:
         self.ops = ops
         self.step = 0
-        self._name = name
+        self._asked = compressor
         self._kept: dict[str, Kept] = {}
         self._loaded: dict[str, list[Leaf]] = {}  # arrays, of parameters not met yet
 
@@ -62,7 +63,18 @@ class States:
         """Make the first state of a parameter that has none yet, or take the one loaded."""
         if spec.name not in self._kept:
             kept = Kept(spec, compressor, device, None)
-            state = self._fresh(kept, self._loaded.pop(spec.name, ()))
+            loaded = self._loaded.pop(spec.name, ())
+            try:
+                state = self._fresh(kept, loaded)
+            except CompressionError as error:
+                if self._asked.prepare is None:
+                    raise
+                warnings.warn(  # it has measured anew
+                    f"{self._asked.name} has chosen another method than when its state was saved, "
+                    f"and what was owed is lost: {error}",
+                    stacklevel=2,
+                )
+                state = self._fresh(kept, ())
             self._kept[spec.name] = kept._replace(state=self.hold(kept, state))
 
     def __getitem__(self, name: str) -> Any:
@@ -110,11 +122,11 @@ class States:
                 f"a {type(saved).__name__} without {', '.join(sorted(_FIELDS))} is not what "
                 "compression_state() has returned"
             )
-        if saved["compressor"] != self._name:
+        if saved["compressor"] != self._asked.name:
             raise CompressionError(
                 f"the saved state is that of compression={saved['compressor']}, but the optimizer "
-                f"has compression={self._name}: give it the former, or leave the state out to "
-                "start afresh"
+                f"has compression={self._asked.name}: give it the former, or leave the state out "
+                "to start afresh"
             )
         told = saved["rank"], saved["ranks"]
         if told not in (PORTABLE, origin):
@@ -143,7 +155,7 @@ class States:
 
     def _spelt(self, origin: Origin, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return {
-            "compressor": self._name,
+            "compressor": self._asked.name,
             "step": int(self.step),
             "rank": origin[0],
             "ranks": origin[1],

@@ -15,6 +15,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from hvdx import world
 from hvdx.collectives import perform
 from hvdx.comm import drive
+from hvdx.compression import Compressor
 from hvdx.compression.state import leaves, rebuilt
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3 import averaging
@@ -32,8 +33,8 @@ class VariableStates(States):
     and no ``tf.Variable``, which a function that is traced again may not make.
     """
 
-    def __init__(self, ops: Ops, name: str) -> None:
-        super().__init__(ops, name)
+    def __init__(self, ops: Ops, compressor: Compressor) -> None:
+        super().__init__(ops, compressor)
         with tf.init_scope(), tf.device("CPU:0"):
             self.step = ResourceVariable(0, trainable=False, dtype=tf.int64)
 
@@ -120,7 +121,7 @@ class TensorFlowAverager(Averager):
 
     def make_states(self) -> VariableStates:
         """See :meth:`Averager.make_states`."""
-        return VariableStates(self.ops, self.options.compressor.name)
+        return VariableStates(self.ops, self.options.compressor)
 
     def finite(self, tensors: list[Any]) -> Any:
         """See :meth:`Averager.finite`; looks at each element only where a sum is not finite."""

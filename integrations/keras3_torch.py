@@ -44,7 +44,7 @@ class TorchAverager(Averager):
 
     def make_states(self) -> TensorStates:
         """See :meth:`Averager.make_states`."""
-        return TensorStates(self.ops, self.options.compressor.name)
+        return TensorStates(self.ops, self.options.compressor)
 
     def finite(self, tensors: list[Any]) -> bool:
         """See :meth:`Averager.finite`; looks at each element only where a sum is not finite."""

@@ -284,7 +284,8 @@ def _hand_out(saved: list[dict[str, Any]] | None, optimizer: AveragingOptimizer 
             stacklevel=3,
         )
     elif told[1] != world.size():
-        optimizer.load_compression_state(broadcast_object(saved and brought_together(saved)))
+        portable = _from_root(lambda: brought_together(saved or []), "share out what is owed")
+        optimizer.load_compression_state(portable)
     else:
         for rank in range(world.size()):
             state = broadcast_object(saved and saved[rank])

@@ -195,27 +195,29 @@ def average(options: TapeOptions, sources: Sequence[Any], grads: Sequence[Any]) 
         return list(grads)
     if not adapter.included(options.process_set):
         return list(grads)
-    with tf.init_scope():
-        legacy = not tf.executing_eagerly()
-    why = (
-        "in TensorFlow 1's graphs"
-        if legacy
-        else "in elastic training"
-        if elastic()
-        else f"with op=hvd.{options.op.name}"
-        if options.op not in (ReduceOp.Average, ReduceOp.Sum)
-        else "for shapes that are not known"
-        if not all(source.shape.is_fully_defined() for source in sources)
-        else None
-    )
-    if why is None:
+    hindrance = _hindrance(options, sources)
+    if hindrance is None:
         return _plan(adapter, options, sources).average(list(grads))
     if options.compressor.stateful:
         raise CompressionError(
             f"compression={options.compressor} keeps state from step to step, which a tape cannot "
-            f"{why}: use hvd.DistributedOptimizer for it"
+            f"{hindrance}: use hvd.DistributedOptimizer for it"
         )
     return [_alone(options, grad) for grad in grads]
+
+
+def _hindrance(options: TapeOptions, sources: Sequence[Any]) -> str | None:
+    """Say why ranks cannot agree once and for all how gradients travel, if they cannot."""
+    with tf.init_scope():
+        if not tf.executing_eagerly():
+            return "in TensorFlow 1's graphs"
+    if elastic():
+        return "in elastic training"
+    if options.op not in (ReduceOp.Average, ReduceOp.Sum):
+        return f"with op=hvd.{options.op.name}"
+    if not all(source.shape.is_fully_defined() for source in sources):
+        return "for shapes that are not known"
+    return None
 
 
 def _alone(options: TapeOptions, grad: Any) -> Any:

@@ -88,10 +88,11 @@ def in_memory(compressor, everyone):
     weights, kept, start = [], [], 0
     for name, shape in SHAPES.items():
         spec = Spec(f"{PATH}/{name}", shape, "float32", size)
-        states = [compressor.init(ops, spec) for _ in range(size)]
+        chosen = compressor.of(spec)
+        states = [chosen.init(ops, spec) for _ in range(size)]
         weight, count = np.zeros(shape, "float32"), int(np.prod(shape))
         for step in range(len(everyone[0])):
-            now = compressor.at(step)
+            now = chosen.at(step)
             own = [grads[step, start : start + count].reshape(shape) for grads in everyone]
             results = in_step(
                 [now.reduce(ops, g, state) for g, state in zip(own, states, strict=True)]
@@ -147,6 +148,36 @@ def test_loops(hvd, method, way):
     model = given_gradients()
     result = train(model, optimizer, everyone[hvd.rank()], way)
     assert_as_in_memory(hvd, method, model, optimizer, result, everyone)
+
+
+@pytest.mark.ranks(2)
+def test_what_measures_and_chooses(hvd):
+    everyone = [gradients(rank) for rank in range(hvd.size())]
+    asked = []
+
+    def choose(spec):
+        return METHODS["after" if "weight" in spec.name else "topk"]
+
+    def prepare(adapter, specs, process_set):
+        asked.append([spec.name for spec in specs])
+        return policy
+
+    policy = C.onebit()._replace(policy=choose)
+    optimizer = keras.optimizers.SGD(1.0)
+    measuring = C.onebit()._replace(name="measuring", prepare=prepare)
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=measuring)
+    model = given_gradients()
+    saved = optimizer_with(hvd, "topk").compression_state()
+    odd = {f"{PATH}/odd": {"draw": np.array(1)}}  # of another method
+    optimizer.load_compression_state(
+        {**saved, "compressor": "measuring", "kinds": {"draw": "same"}, "parameters": odd}
+    )
+    with pytest.warns(UserWarning, match="measuring has chosen another method"):
+        result = train(model, optimizer, everyone[hvd.rank()], "graph" if GRAPHS else "eager")
+    assert asked == [[f"{PATH}/{name}" for name in SHAPES]]
+    weights, _ = in_memory(policy, everyone)
+    for one, other in zip(result, weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.ranks(2)
