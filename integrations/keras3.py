@@ -365,6 +365,9 @@ class AveragingOptimizer:
         """
         self._averager.states.load(state)
 
+    def begin_anew(self) -> None:
+        """Note that variables were replaced, equally on all ranks; of no matter to gradients."""
+
     def build(self, variables: Any) -> None:
         """Make the optimizer's variables; a scaler around it learns to ask all ranks.
 
