@@ -368,6 +368,9 @@ class AveragingOptimizer:
         except CompressionError as error:
             raise CompressionError(f"rank {world.rank()}: {error}") from None
 
+    def begin_anew(self) -> None:
+        """Note that variables were replaced, equally on all ranks; of no matter to gradients."""
+
     def build(self, variables: Any) -> None:
         """Make the optimizer's variables; a scaler around it learns to ask all ranks.
 

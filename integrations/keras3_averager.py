@@ -130,9 +130,6 @@ class Averager(abc.ABC):
         self._compressor = None
         self.states.forget()
 
-    def begin_anew(self) -> None:  # noqa: B027
-        """Variables were replaced, equally on all ranks; of no matter to gradients."""
-
     @property
     def started(self) -> bool:
         """Whether ranks have agreed about what travels."""

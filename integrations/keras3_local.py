@@ -94,39 +94,17 @@ class Rounds(Averager):
                 self.outer_step(layout)
                 self.set_count(counter, 0)
 
-    def begin_anew(self) -> None:
-        """See :meth:`Averager.begin_anew`."""
-        self.load({})
+    @property
+    def alone(self) -> list[int]:
+        """The calls since the last outer step, of each list of variables."""
+        return [int(self.count(self._alone[id(layout)])) for layout in self._layouts.values()]
 
-    def told(self) -> dict[str, Any]:
-        """Return this rank's state."""
-        counts = [int(self.count(self._alone[id(layout)])) for layout in self._layouts.values()]
-        return {**self.states.saved(self.origin), _ALONE: counts}
-
-    def portable_state(self) -> dict[str, Any]:
-        """See :meth:`Averager.portable_state`.
-
-        Raises:
-            CompressionError: a round is under way.
-        """
-        if any(self.told()[_ALONE]):
-            raise CompressionError(
-                "portable_compression_state() while ranks train alone: their variables differ. "
-                "Call optimizer.flush() before"
-            )
-        return {**super().portable_state(), _ALONE: []}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was told; nothing: begin anew."""
-        if state:
-            self.states.load(state, self.origin)
-            counts = list(state.get(_ALONE, []))
-        else:
-            self.states.begin_anew()
-            counts = []
+    @alone.setter
+    def alone(self, counts: Sequence[int]) -> None:
+        left = list(counts)
         for layout in self._layouts.values():
-            self.set_count(self._alone[id(layout)], counts.pop(0) if counts else 0)
-        self._loaded = counts
+            self.set_count(self._alone[id(layout)], left.pop(0) if left else 0)
+        self._loaded = left
 
     def configuration(self, optimizer: Any) -> str:
         """See :meth:`Averager.configuration`."""
@@ -182,7 +160,20 @@ class LocalOptimizer(AveragingOptimizer):
         Anchors and outer momentum are the same on all ranks; variables, within a round, and what
         error feedback holds back are each rank's own.
         """
-        return self._averager.told()
+        return {**super().compression_state(), _ALONE: self._averager.alone}
+
+    def portable_compression_state(self) -> dict[str, Any]:
+        """Return what any number of ranks can go on from; on all ranks, after ``flush()``.
+
+        Raises:
+            CompressionError: a round is under way, so that each rank has its own variables.
+        """
+        if any(self._averager.alone):
+            raise CompressionError(
+                "portable_compression_state() while ranks train alone: their variables differ. "
+                "Call optimizer.flush() before"
+            )
+        return {**super().portable_compression_state(), _ALONE: []}
 
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved; on all ranks, before or during training.
@@ -192,13 +183,20 @@ class LocalOptimizer(AveragingOptimizer):
         counts as learnt.
 
         Args:
-            state: this rank's, or the portable one.
+            state: this rank's own, or the portable one.
 
         Raises:
-            ValueError: it is nothing of the kind.
-            CompressionError: it is of another model or method.
+            CompressionError: see :meth:`AveragingOptimizer.load_compression_state`.
         """
-        self._averager.load(state)
+        nothing = {"step": 0, "parameters": {}}
+        given = dict(state) if state else {**super().compression_state(), **nothing}
+        alone = given.pop(_ALONE, [])
+        super().load_compression_state(given)
+        self._averager.alone = alone
+
+    def begin_anew(self) -> None:
+        """See :meth:`AveragingOptimizer.begin_anew`."""
+        self.load_compression_state({})
 
 
 class LocalScaler(LocalOptimizer, AveragingScaler):

@@ -93,7 +93,7 @@ class BroadcastGlobalVariablesCallback(RankCallback):
         if not self.broadcast_done:
             self._broadcast()
             if optimizer := averaging(self.model.optimizer):
-                optimizer._averager.begin_anew()
+                optimizer.begin_anew()
 
     def _needs_no_xla(self, model: Any) -> bool:
         # Whatever the optimizer: a train_step of one's own may use the tape.

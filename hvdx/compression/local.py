@@ -89,7 +89,7 @@ def diloco(steps: int, lr: float, momentum: float, compressor: Compressor) -> Lo
 
 
 def _check_steps(method: str, steps: Any) -> None:
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise CompressionError(
             f"Compression.{method}(steps={steps!r}): steps must be a whole number, 1 or more"
         )
