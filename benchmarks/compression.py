@@ -156,7 +156,6 @@ class Runner:
     def __init__(self, name: str, quick: bool) -> None:
         import torch
 
-        self.idle = 0.0  # bytes per second that this host sends anyway
         self.module, self.optimizer = variant(name)
         self.inputs = torch.randn(BATCH, WIDTHS[0])
         self.labels = torch.randint(0, WIDTHS[-1], (BATCH,))
@@ -188,8 +187,7 @@ class Runner:
         seconds = time.perf_counter() - start
         self.computing.append((time.thread_time() - used) / self.steps * 1e3)
         hvd.barrier()  # what others still expect from this host is its step's
-        talk = self.idle * (time.perf_counter() - start)
-        self.sent.append((sent() - before - talk) / self.steps)
+        self.sent.append((sent() - before) / self.steps)
         return seconds / self.steps * 1e3
 
 
@@ -235,12 +233,11 @@ def work(file: str, setting: Setting) -> None:
             print(f"{setting.case}: {name} is warm in {time.perf_counter() - start:.1f} s",
                   flush=True)  # fmt: skip
     idle = idle_rate()  # more, the more operations Horovod knows by name
-    for runner in runners.values():
-        runner.idle = idle
     samples = harness.interleave(runners, setting.runs)
     if hvd.rank() == 0:
-        print(f"{setting.case}: {idle / 1e3:.0f} kB/s are sent in idleness", flush=True)
-        harness.leave(rows(setting, samples, runners), file)
+        talk = harness.Row(setting.case, "kB/s sent by Horovod in idleness", idle / 1e3, "itself",
+                           idle / 1e3, 1.0, 1, 0.0)  # fmt: skip
+        harness.leave([*rows(setting, samples, runners), talk], file)
     torch.distributed.destroy_process_group()
     hvd.shutdown()
 

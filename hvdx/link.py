@@ -29,7 +29,7 @@ KINDS = ("allreduce float32", "allreduce float16", "allgather", "alltoall")
 _SIZES = tuple(2**power for power in (10, 16, 18, 20, 22, 24))  # bytes sent by a rank
 _REPEATS = 5
 _CLEAR = 4.0  # an operation that takes this many times as long as the smallest shows bandwidth
-_WATCHED_SECONDS = 0.05  # a compressor is run until this is over or _REPEATS are, twice at least
+_WATCHED_SECONDS = 0.1  # a compressor runs until these are over, from 3 to _REPEATS times
 
 
 class Line(NamedTuple):
@@ -178,7 +178,7 @@ def watch(adapter: Adapter, compressor: Compressor, spec: Spec) -> Footprint:
     samples: list[float] = []
     messages: tuple[Message, ...] = ()
     until = time.perf_counter() + _WATCHED_SECONDS
-    while len(samples) < 2 or (len(samples) < _REPEATS and time.perf_counter() < until):
+    while len(samples) < 3 or (len(samples) < _REPEATS and time.perf_counter() < until):
         watched = _Watched(adapter, ops, spec.ranks)
         watched.run(compressor.reduce(ops, grad, state))
         samples.append(watched.seconds)
