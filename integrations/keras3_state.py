@@ -135,18 +135,12 @@ class States:
                 f"{origin[0]} of {origin[1]}: for other ranks save what "
                 "portable_compression_state() returns"
             )
-        self._take(leaves_of(saved), int(saved["step"]))
-
-    def begin_anew(self) -> None:
-        """Put first states in the place of all."""
-        self._take({}, 0)
-
-    def _take(self, given: dict[str, list[Leaf]], step: int) -> None:
+        given = leaves_of(saved)
         fresh = {name: self._fresh(kept, given.pop(name, ())) for name, kept in self._kept.items()}
         for name, state in fresh.items():
             self.replace(name, state)
         self._loaded = given
-        self.count_from(step)
+        self.count_from(int(saved["step"]))
 
     def _held(self) -> dict[str, list[Leaf]]:
         """Return the leaves of all states, those that wait for their parameters among them."""
