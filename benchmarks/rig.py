@@ -127,11 +127,25 @@ class Network:
 def network(hosts: int, megabits: float | None = None) -> Iterator[Network]:
     """Provide a network of ``hosts`` on links of ``megabits`` per second, gone afterwards."""
     _sweep()
-    made = Network(hosts, megabits)
+    with _unwinding():
+        made = Network(hosts, megabits)
+        try:
+            yield made
+        finally:
+            made.destroy()
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C: through all ``finally``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        yield made
+        yield
     finally:
-        made.destroy()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _sweep() -> None:

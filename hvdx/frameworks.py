@@ -6,6 +6,7 @@ another, and a broken TensorFlow must not stop a PyTorch run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -129,6 +130,9 @@ class Adapter(Protocol):
 
     def broadcast_optimizer(self, optimizer: Any, root_rank: int, process_set: Any) -> None:
         """Give ``optimizer`` the root's state and options."""
+
+    def at_once(self) -> contextlib.AbstractContextManager[Any]:
+        """Within this, compute at once, also where a graph is being traced."""
 
     def carry_out(self, work: Any, name: str, process_set: Any) -> Any:
         """Run a generator of the requests of :mod:`hvdx.comm`; return its result.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -113,6 +114,10 @@ class TorchAdapter(Collectives):
             self.broadcast_tensors(named, root_rank, f"{name}.state", process_set)
         if not is_root:
             optimizer.load_state_dict(state)
+
+    def at_once(self) -> contextlib.AbstractContextManager[Any]:
+        """Do without derivatives."""
+        return torch.no_grad()
 
     def carry_out(self, work: Work[Any], name: str, process_set: Any) -> Any:
         """Run a generator of requests."""

@@ -563,6 +563,11 @@ class TensorFlowAdapter:
         """Refuse: TensorFlow's optimizers are Keras's, which broadcast as variables."""
         raise TypeError(f"{type(optimizer).__name__} is no Keras 3 optimizer")
 
+    def at_once(self) -> contextlib.AbstractContextManager[Any]:
+        """Leave the graph."""
+        scope: contextlib.AbstractContextManager[Any] = tf.init_scope()
+        return scope
+
     def carry_out(self, work: Work[Any], name: str, process_set: Any) -> Any:
         """Run a generator of requests, one after the other."""
         return drive(work, functools.partial(perform, self, name=name, process_set=process_set))

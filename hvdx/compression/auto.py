@@ -215,7 +215,8 @@ def automatic(methods: Mapping[str, Compressor], seconds: float, verbose: bool) 
     name = f"auto({', '.join(methods)})"
 
     def prepare(adapter: Adapter, specs: list[Spec], process_set: Any) -> Compressor:
-        return _prepared(name, adapter, specs, process_set, methods, seconds, verbose)
+        with adapter.at_once():
+            return _prepared(name, adapter, specs, process_set, methods, seconds, verbose)
 
     return Compressor(name, _init, _reduce, stateful=True, prepare=prepare)
 

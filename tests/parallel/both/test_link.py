@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tensorflow as tf
 
 import hvdx as hvd
 from hvdx import link, world
@@ -51,3 +52,17 @@ def test_the_plan(framework, capfd):
     assert len(set(hvd.allgather_object(repr(chosen)))) == 1
     printed = capfd.readouterr().err
     assert ("Compression.auto measured" in printed) == (hvd.rank() == 0)
+
+
+def test_the_plan_while_a_graph_is_traced():
+    specs = [Spec("weight", (128, 256), "float32", hvd.size())]
+    prepare = Compression.auto(methods=["int8"], seconds=0.05, verbose=False).prepare
+    chosen = []
+
+    @tf.function(autograph=False)
+    def traced(x):
+        chosen.append(prepare(world.core("tensorflow"), specs, None))
+        return x + 1
+
+    assert float(traced(tf.constant(1.0))) == 2
+    assert len(set(hvd.allgather_object(repr(chosen)))) == 1
