@@ -146,14 +146,14 @@ def _rank(rank: int, place: Sequence[int], cap: int) -> _Rank:
 
 def _followers(action: Action, stages: int, split: bool) -> Iterator[Action]:
     """Yield what needs ``action``."""
-    kind, stage, _ = action
+    kind, stage, micro_batch = action
     back = "I" if split else "B"
     if kind == "F":
-        yield action._replace(kind=back)
+        yield Action(back, stage, micro_batch)
         if stage < stages - 1:
-            yield action._replace(stage=stage + 1)
+            yield Action("F", stage + 1, micro_batch)
     elif kind != "W":
         if stage:
-            yield action._replace(stage=stage - 1)
+            yield Action(back, stage - 1, micro_batch)
         if split:
-            yield action._replace(kind="W")
+            yield Action("W", stage, micro_batch)

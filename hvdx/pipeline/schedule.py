@@ -43,7 +43,7 @@ class Action(NamedTuple):
     @property
     def gives(self) -> Action:
         """Return what others wait for: an ``I`` gives its neighbour what a ``B`` would."""
-        return self._replace(kind="B") if self.kind == "I" else self
+        return Action("B", self.stage, self.micro_batch) if self.kind == "I" else self
 
 
 class Span(NamedTuple):
@@ -140,24 +140,28 @@ def _stuck(rank: int, action: Action, done: set[Action], schedule: Schedule) -> 
 def peak_live(schedule: Schedule) -> list[int]:
     """Return per stage how many micro-batches it keeps at most, from F to B or W.
 
-    This depends on the order alone, not on times. Where a rank has several stages, the sum of
-    theirs is an upper bound; :func:`peak_live_of_ranks` is exact.
+    This depends on the order alone, not on times.
     """
-    return _peaks(schedule, list(range(schedule.stages)))
+    return [int(peak) for peak in _peaks(schedule, range(schedule.stages), [1] * schedule.stages)]
 
 
 def peak_live_of_ranks(schedule: Schedule) -> list[int]:
     """Return per rank how many micro-batches its stages keep at most, all together."""
-    return _peaks(schedule, list(schedule.place))
+    return [int(peak) for peak in peak_kept(schedule, [1] * schedule.stages)]
 
 
-def _peaks(schedule: Schedule, group: Sequence[int]) -> list[int]:
-    live, peak = [0] * (max(group) + 1), [0] * (max(group) + 1)
+def peak_kept(schedule: Schedule, kept: Sequence[float]) -> list[float]:
+    """Return per rank what it keeps at most, where a micro-batch of stage s keeps ``kept[s]``."""
+    return _peaks(schedule, schedule.place, kept)
+
+
+def _peaks(schedule: Schedule, group: Sequence[int], kept: Sequence[float]) -> list[float]:
+    held, peak = [0.0] * (max(group) + 1), [0.0] * (max(group) + 1)
     for row in schedule.rows:
         for action in row:
             index = group[action.stage]
-            live[index] += {"F": 1, "I": 0}.get(action.kind, -1)
-            peak[index] = max(peak[index], live[index])
+            held[index] += kept[action.stage] * {"F": 1, "I": 0}.get(action.kind, -1)
+            peak[index] = max(peak[index], held[index])
     return peak
 
 

@@ -60,7 +60,8 @@ def test_interleaved_schedules_have_the_bubble_of_the_formula(chunks):
 def test_zbv_has_the_bubble_of_the_formula():
     """But for few sizes a little above p, found by trying all 196."""
     missed = {(5, 6), (6, 7), (7, 8), (7, 9), (8, 9), (8, 10)}
-    for p, m in [(p, m) for p in range(2, 9) for m in {p, p + 1, p + 2, 2 * p, 3 * p + 1, 32}]:
+    sizes = [(p, m) for p in range(2, 9) for m in {p, p + 1, p + 2, 2 * p, 3 * p + 1, 32}]
+    for p, m in sizes:
         schedule = zbv(p, m)
         validate(schedule)
         if (p, m) in missed:
