@@ -109,7 +109,7 @@ class Plan:
             )
 
     def order(self, times: Times | None = None) -> Schedule:
-        """Return the schedule; that of ``zbv`` is made for ``times``, which all ranks must share."""
+        """Return the schedule; ``zbv``'s is made for ``times``, which all ranks must share."""
         ranks = max(self.place, default=0) + 1
         return schedule_of(self.schedule, ranks, self.micro_batches, len(self.place), times)
 
