@@ -33,7 +33,8 @@ _ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
     "zb1p": zb1p,
     "gpipe": gpipe,
 }
-SCHEDULES = (*_ONE_STAGE, "interleaved", "zbv")  #: names, of which "auto" takes the quickest
+#: Names, of which "auto" takes the quickest -> stages per rank.
+SCHEDULES = {**dict.fromkeys(_ONE_STAGE, 1), "interleaved": 2, "zbv": 2, "zbv-slack": 2}
 
 
 def schedule_of(
@@ -62,8 +63,8 @@ def schedule_of(
         made = _ONE_STAGE[told](ranks, micro_batches)
     elif told == "interleaved":
         made = interleaved(ranks, micro_batches, max(1, (stages or 2 * ranks) // ranks))
-    elif told == "zbv":
-        made = zbv(ranks, micro_batches, times)
+    elif told in ("zbv", "zbv-slack"):
+        made = zbv(ranks, micro_batches, times, slack=told == "zbv-slack")
     else:
         names = ", ".join((*SCHEDULES, "auto"))
         raise PlanError(f"schedule={told!r}: use one of {names}, or write one as text")
@@ -414,7 +415,7 @@ def _predicted(
     if len(found) != order.stages:
         raise PlanError(f"{len(found)} stages, but schedule {told!r} takes {order.stages}")
     times = stage_times(graph, means, order.place, found)
-    if told == "zbv" and any(times.forward):
+    if told in ("zbv", "zbv-slack") and any(times.forward):
         order = schedule_of(told, means.ranks, order.micro_batches, order.stages, times)
     memory = _Memory(graph, means, order).of_ranks(found)
     for rank, need in enumerate(memory):

@@ -334,36 +334,22 @@ def interleaved(
 ) -> Schedule:
     """Give each rank several thin stages, and take micro-batches in rounds.
 
-    Bubble (p-1)/(vm+p-1) for v chunks; with ``split`` (p-1)/(3vm+p-1) if F, I and W take the
-    same time, since W fills the gaps.
-
-    Raises:
-        PlanError: the micro-batches do not make full rounds.
+    Bubble (p-1)/(vm+p-1) for p ranks and v chunks; with ``split`` (p-1)/(3vm+p-1) if F, I and W
+    take the same time, since W fills the gaps. This where rounds are full, which is where m is
+    divisible by m // p; other numbers idle as the next that is.
     """
     _positive(ranks=ranks, micro_batches=micro_batches, chunks=chunks)
-    rounds = max(1, micro_batches // ranks)
-    if micro_batches % rounds:
-        raise PlanError(
-            f"{micro_batches} micro-batches do not make full rounds on {ranks} ranks: use "
-            + " or ".join(map(str, _fitting(ranks, micro_batches)))
-        )
+    full = micro_batches
+    while full % max(1, full // ranks):
+        full += 1
     rows = tuple(
-        _interleaved_row(rank, ranks, micro_batches, chunks, split) for rank in range(ranks)
-    )
-    return Schedule(
-        rows, looped(ranks, chunks), micro_batches, "interleaved-zb" if split else "interleaved"
-    )
-
-
-def _fitting(ranks: int, micro_batches: int) -> list[int]:
-    """Return the nearest numbers of micro-batches, below and above, that make full rounds."""
-
-    def fits(count: int) -> bool:
-        return count % max(1, count // ranks) == 0
-
-    below = next(m for m in range(micro_batches, 0, -1) if fits(m))
-    above = next(m for m in range(micro_batches, micro_batches + ranks + 1) if fits(m))
-    return [below, above]
+        # What is left of an order that can run can run.
+        tuple(a for a in _interleaved_row(rank, ranks, full, chunks, split)
+              if a.micro_batch < micro_batches)
+        for rank in range(ranks)
+    )  # fmt: skip
+    name = "interleaved-zb" if split else "interleaved"
+    return Schedule(rows, looped(ranks, chunks), micro_batches, name)
 
 
 def _interleaved_row(
