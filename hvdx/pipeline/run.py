@@ -153,7 +153,10 @@ def _failure(
     """Describe an error in ``row[place]``."""
     action = row[place]
     unit = getattr(stages.get(action.stage), "unit", None)
-    shown = [f"[{each}]" if i == place else str(each) for i, each in enumerate(row)]
+    shown = [str(each) for each in row]
+    shown[place] = f"[{action}]"
+    first, stop = max(0, place - 8), place + 9  # of long rows only the surroundings
+    shown = [*["..."] * (first > 0), *shown[first:stop], *["..."] * (stop < len(row))]
     return Failure(
         rank=rank,
         error=f"{type(error).__name__}: {error}",
