@@ -69,7 +69,8 @@ def run(
         When each action ran, by ``time.perf_counter``, from its inputs' arrival on.
 
     Raises:
-        PipelineError: an action failed, here or elsewhere; every rank raises it.
+        PipelineError: an action failed, here or elsewhere. Every rank raises it that is not done
+            with its row; the others learn of it at their next use of the channel.
     """
     loop = _Loop(schedule, rank, stages, channel, step)
     row = schedule.rows[rank]
