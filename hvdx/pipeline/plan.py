@@ -223,7 +223,7 @@ class Means:
         ranks: of the pipeline.
         link: between neighbours.
         speeds: by rank, relative; None: all the same.
-        memory: by rank, bytes; None: enough.
+        memory: by rank, bytes; None: enough. Several stages of a rank are cut to equal shares.
         copies: bytes per byte of parameters: weight, gradient and Adam's two moments make 4.
     """
 
