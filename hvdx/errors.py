@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 class HvdxError(Exception):
@@ -40,6 +40,20 @@ class StallError(HvdxError, RuntimeError):
     next collective; the message says what each rank waits for. Horovod has been stopped by then.
     Not Horovod's ``HorovodInternalError``, which elastic training answers by trying again.
     """
+
+
+class PlanError(HvdxError, ValueError):
+    """A model cannot be cut, placed or scheduled as asked; the message says what would do."""
+
+
+class PipelineError(HvdxError, RuntimeError):
+    """A stage of a pipeline failed, here or on another rank; raised on every rank.
+
+    Attributes:
+        failure: where and why, as plain data: a :class:`hvdx.pipeline.channel.Failure`.
+    """
+
+    failure: Any = None
 
 
 class LaunchError(HvdxError, RuntimeError):
