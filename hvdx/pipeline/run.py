@@ -9,11 +9,11 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvdx.errors import PipelineError
 from hvdx.pipeline.channel import Channel, Failure, Key, LocalChannel, Tensors
-from hvdx.pipeline.schedule import Action, Schedule
+from hvdx.pipeline.schedule import Action, Schedule, Span
 
 
 class Stage(Protocol):
@@ -52,14 +52,6 @@ class Stage(Protocol):
         """Accumulate what ``input_gradient`` left, and set free what the micro-batch kept."""
 
 
-class Span(NamedTuple):
-    """When an action ran: seconds of ``time.perf_counter``, from its inputs' arrival on."""
-
-    action: Action
-    start: float
-    end: float
-
-
 def run(
     schedule: Schedule, rank: int, stages: Mapping[int, Stage], channel: Channel, step: int = 0
 ) -> list[Span]:
@@ -73,7 +65,7 @@ def run(
         step: number of this step, which no other step on this channel has.
 
     Returns:
-        When each action ran.
+        When each action ran, by ``time.perf_counter``, from its inputs' arrival on.
 
     Raises:
         PipelineError: an action failed, here or elsewhere; every rank raises it.
@@ -118,7 +110,7 @@ class _Loop:
             start = time.perf_counter()
             stage.weight_gradient(micro_batch)
             return Span(action, start, time.perf_counter())
-        way = "F" if kind == "F" else "B"
+        way = action.gives.kind
         work = getattr(stage, _METHODS[kind])
         given = self._fetch(Key(way, self._step, number, micro_batch))
         start = time.perf_counter()
@@ -209,9 +201,10 @@ class LocalRanks:
             channel.fail(Failure(0, f"interrupted by {type(error).__name__}"))
             wait(work)
             raise
-        errors = [error for each in work if (error := each.exception())]
-        if errors:  # rather the one whose cause is at hand
-            raise next((error for error in errors if error.__cause__), errors[0])
+        errors = [each.exception() for each in work]
+        failed = [error for error in errors if error is not None]
+        if failed:  # rather the one whose cause is at hand
+            raise next((error for error in failed if error.__cause__), failed[0])
         return [each.result() for each in work]
 
     def close(self) -> None:
