@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from hvdx.errors import PlanError
+from hvdx.pipeline import ir
 
 
 @dataclass
@@ -55,25 +56,18 @@ class Graph:
     Attributes:
         model: the module.
         units: in order.
-        inputs: values that the caller gives, in the order of forward's parameters.
+        inputs: values that the caller gives -> forward's parameter.
         result: what forward returns: nested containers of ``fx.Node``.
         kinds: by value, how its leaves travel; see :func:`flat`.
+        line: the units as the planner sees them.
     """
 
     model: nn.Module
     units: list[Unit]
-    inputs: list[str]
+    inputs: dict[str, str]
     result: Any
     kinds: dict[str, tuple[Any, list[Any]]] = field(default_factory=dict)
-
-    def live(self, cut: int) -> list[str]:
-        """Return the values that units before ``cut`` make and units from it on use, in order."""
-        made = [*self.inputs, *(name for unit in self.units[:cut] for name in unit.makes)]
-        later = {name for unit in self.units[cut:] for name in unit.reads}
-        if cut == len(self.units):
-            return []
-        later.update(node.name for node in _nodes(self.result))
-        return [name for name in made if name in later]
+    line: Any = None
 
     def bind(self, given: Any) -> dict[str, Any]:
         """Give the inputs of forward their values: a tuple's in order, a dictionary's by name."""
@@ -82,20 +76,32 @@ class Graph:
                                                                **arguments(given)[1])  # fmt: skip
         except TypeError as error:
             raise TypeError(f"the model's forward does not take what is given: {error}") from None
-        found = {name: bound.arguments[name] for name in self.inputs if name in bound.arguments}
-        if len(found) != len(bound.arguments) or len(found) != len(self.inputs):
+        if set(bound.arguments) != set(self.inputs.values()):
             raise TypeError(
-                f"the pipeline was made for inputs {self.inputs}, given are "
+                f"the pipeline was made for inputs {list(self.inputs.values())}, given are "
                 f"{list(bound.arguments)}; give sample= what step() and the call get"
             )
-        return found
+        return {name: bound.arguments[argument] for name, argument in self.inputs.items()}
 
-    def owners(self, name: str) -> list[int]:
-        """Return the units that a parameter or buffer of the model belongs to, by its name."""
-        return [
-            index for index, unit in enumerate(self.units)
-            if name in unit.params or any(_within(name, node) for node in unit.nodes)
-        ]  # fmt: skip
+    def move(self, unit: Unit, device: torch.device) -> None:
+        """Move the modules, parameters and buffers of ``unit``."""
+        for node in unit.nodes:
+            if node.op == "call_module":
+                self.model.get_submodule(str(node.target)).to(device)
+            for each in node.all_input_nodes:
+                if each.op == "get_attr":
+                    tensor = operator.attrgetter(str(each.target))(self.model)
+                    tensor.data = tensor.data.to(device)
+
+    def owner(self, name: str) -> int:
+        """Return the first unit that uses an entry of the model's ``state_dict()``; 0 if none."""
+        held = self.model.state_dict(keep_vars=True)[name]
+        for index, unit in enumerate(self.units):
+            if any(held is p for p in unit.params.values()):
+                return index
+            if any(_within(name, node) for node in unit.nodes):
+                return index
+        return 0
 
 
 def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -172,9 +178,27 @@ def traced(model: nn.Module, sample: Any, leaves: Sequence[Any] = ()) -> Graph:
         PlanError: the model cannot be traced; the message names the module and the remedy.
     """
     graph = _grouped(model, _recorded(model, sample, leaves))
-    _learn(graph, sample)
+    sizes = _learn(graph, sample)
     _connect(graph)
+    graph.line = _line(graph, sizes)
     return graph
+
+
+def _line(graph: Graph, sizes: Mapping[str, int]) -> ir.Graph:
+    """Describe the units for the planner."""
+    units = [
+        ir.Unit(
+            unit.name,
+            tuple(unit.reads),
+            {name: sizes[name] for name in unit.makes},
+            {name: p.numel() * p.element_size() for name, p in unit.params.items()},
+            kept_bytes=sum(sizes[node.name] for node in unit.nodes),
+            uses_rng=unit.random,
+        )
+        for unit in graph.units
+    ]
+    inputs = {name: sizes[name] for name in graph.inputs}
+    return ir.Graph(tuple(units), inputs, tuple(dict.fromkeys(result_names(graph))))
 
 
 def _recorded(model: nn.Module, sample: Any, leaves: Sequence[Any]) -> fx.Graph:
@@ -226,13 +250,13 @@ def _grouped(model: nn.Module, recorded: fx.Graph) -> Graph:
     params = dict(model.named_parameters(remove_duplicate=False))
     canonical = {id(p): name for name, p in model.named_parameters()}
     units: list[Unit] = []
-    inputs: list[str] = []
+    inputs: dict[str, str] = {}
     head: list[fx.Node] = []
     result: Any = None
     names: dict[str, int] = {}
     for node in recorded.nodes:
         if node.op == "placeholder":
-            inputs.append(node.name)
+            inputs[node.name] = str(node.target)
             continue
         if node.op == "output":
             result = node.args[0]
@@ -292,18 +316,32 @@ def _nodes(nested: Any) -> list[fx.Node]:
     return found
 
 
-def _learn(graph: Graph, sample: Any) -> None:
-    """Run the sample: find random units, join units that change each other's tensors."""
-    model = graph.model
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put all modules in training or inference mode for a while."""
     modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, before in modes.items():
+            module.training = before
+
+
+def _learn(graph: Graph, sample: Any) -> dict[str, int]:
+    """Run the sample: find random units, join units that change each other's tensors.
+
+    Returns:
+        Bytes of each value.
+    """
+    model = graph.model
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     values = graph.bind(pytree.tree_map_only(torch.Tensor, torch.clone, sample))
     versions = {name: _versions(value) for name, value in values.items()}
     maker = dict.fromkeys(values, 0)
     joins: list[tuple[int, int]] = []
-    model.train()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with mode(model, True), torch.random.fork_rng(), torch.no_grad():
             for index, unit in enumerate(graph.units):
                 before = _random_states()
                 _named_perform(graph, unit, values)
@@ -316,8 +354,6 @@ def _learn(graph: Graph, sample: Any) -> None:
                     maker[node.name] = index
                 versions = {name: _versions(value) for name, value in values.items()}
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         with torch.no_grad():
             for buffer, saved in buffers.items():
                 buffer.copy_(saved)
@@ -325,6 +361,11 @@ def _learn(graph: Graph, sample: Any) -> None:
     for name, value in values.items():
         with contextlib.suppress(TypeError):  # told where a cut would have it travel
             graph.kinds[name] = flat(value)[:2]
+    return {
+        name: sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(value)
+                  if isinstance(leaf, torch.Tensor))
+        for name, value in values.items()
+    }  # fmt: skip
 
 
 def _named_perform(graph: Graph, unit: Unit, values: dict[str, Any]) -> None:
@@ -364,6 +405,22 @@ def _join(graph: Graph, joins: Iterable[tuple[int, int]]) -> None:
 def result_names(graph: Graph) -> list[str]:
     """Name the values that the model returns."""
     return [node.name for node in _nodes(graph.result)]
+
+
+def result_of(graph: Graph, values: Mapping[str, Any]) -> Any:
+    """Return what the model returns, from its values by name."""
+    return _plain(fx.node.map_arg(graph.result, lambda node: values[node.name]))
+
+
+def _plain(nested: Any) -> Any:
+    """Turn fx's immutable containers into ordinary ones."""
+    if isinstance(nested, dict):
+        return {key: _plain(value) for key, value in nested.items()}
+    if isinstance(nested, list):
+        return [_plain(each) for each in nested]
+    if type(nested) is tuple:
+        return tuple(_plain(each) for each in nested)
+    return nested
 
 
 def _connect(graph: Graph) -> None:

@@ -24,7 +24,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hvdx.errors import PlanError
-from hvdx.integrations.pytorch_graph import Graph, Unit, flat, perform, result_names, unflat
+from hvdx.integrations.pytorch_graph import (
+    Graph,
+    Unit,
+    flat,
+    perform,
+    result_names,
+    result_of,
+    unflat,
+)
 from hvdx.pipeline.zmq_channel import MAX_PART, Packed
 
 _LOSS = ("the loss", 0)  # where others have (value, number of its leaf)
@@ -39,7 +47,8 @@ class TorchCodec:
         tensor = tensor.detach().cpu()
         layout = None if tensor.is_contiguous() else list(tensor.stride())
         whole = tensor if layout is None else tensor[_once(layout)].contiguous()
-        data = whole.reshape(-1).view(torch.uint8).numpy()
+        line = whole.as_strided((whole.numel(),), (1,))  # reshape may keep a stride of 0
+        data = line.view(torch.uint8).numpy()
         return Packed(str(tensor.dtype).removeprefix("torch."), tensor.shape, layout, data)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
@@ -129,7 +138,8 @@ class TorchStage:
     Attributes:
         unit: name of the unit at work.
         total: the weighted loss of the micro-batches so far; on the last stage.
-        outputs: by micro-batch, what the model returns; on the last stage, without training.
+        outputs: by micro-batch, the tensors that the model returns; on the last stage, without
+            training.
         gradients: (unit, weight) -> sum over micro-batches.
     """
 
@@ -144,9 +154,11 @@ class TorchStage:
         seed: int,
         split: bool,
     ) -> None:
-        self._graph, self._loss, self._device, self._seed = graph, loss, device, seed
+        self._graph, self._loss, self._device, self.seed = graph, loss, device, seed
         self._first, self._last = first == 0, stop == len(graph.units)
-        self._entering, self._leaving = graph.live(first) if first else [], graph.live(stop)
+        self._entering, self._leaving = (
+            list(graph.line.live(cut)) if cut else [] for cut in (first, stop)
+        )
         for name in [*self._entering, *self._leaving]:
             if name not in graph.kinds:
                 raise PlanError(f"value {name!r} crosses a cut, but is neither tensor nor number")
@@ -174,7 +186,7 @@ class TorchStage:
         self.gradients: dict[tuple[int, str], torch.Tensor] = {}
         self._own: set[tuple[int, str]] = set()  # whose memory nobody else has
         self.total: torch.Tensor | None = None
-        self.outputs: dict[int, Any] = {}
+        self.outputs: dict[int, list[torch.Tensor]] = {}
         self.unit = None
         self._differentiable: set[str] = set()
         for unit in self._graph.units if batch.train else ():
@@ -266,11 +278,11 @@ class TorchStage:
 
     def _finish(self, local: dict[str, Any], micro_batch: int, made: dict[Any, Any]) -> None:
         """Compute the loss, or keep the outputs."""
-        outputs = torch.fx.node.map_arg(self._graph.result, lambda node: local[node.name])
-        outputs = plain(outputs)
         if not self._batch.train:
-            self.outputs[micro_batch] = outputs
+            names = dict.fromkeys(result_names(self._graph))
+            self.outputs[micro_batch] = [x for name in names for x in flat(local[name])[2]]
             return
+        outputs = result_of(self._graph, local)
         assert self._loss is not None
         target = pytree.tree_map_only(
             torch.Tensor, lambda y: y.to(self._device), self._batch.targets[micro_batch]
@@ -306,7 +318,7 @@ class TorchStage:
         if not unit.random:
             yield
             return
-        told = f"{self._seed} {self._batch.step} {micro_batch} {index}".encode()
+        told = f"{self.seed} {self._batch.step} {micro_batch} {index}".encode()
         seed = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") >> 1
         private = torch.Generator(self._device).manual_seed(seed)
         shared = torch.default_generator
@@ -391,14 +403,3 @@ def _is_smooth(tensor: torch.Tensor) -> bool:
 
 def _fit(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
-
-
-def plain(nested: Any) -> Any:
-    """Turn fx's immutable containers into ordinary ones."""
-    if isinstance(nested, dict):
-        return {key: plain(value) for key, value in nested.items()}
-    if isinstance(nested, (list, tuple)) and not isinstance(nested, torch.Size):
-        items = [plain(each) for each in nested]
-        return type(nested)(*items) if hasattr(nested, "_fields") else (
-            items if isinstance(nested, list) else tuple(items))  # fmt: skip
-    return nested

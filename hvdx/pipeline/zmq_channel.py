@@ -3,7 +3,8 @@
 ZeroMQ's own thread sends and receives while Python computes, so that a put never waits and what
 has come lies ready. Everything else happens in the thread that calls: sockets are not thread-safe.
 
-    header (JSON)   [version, kind, step, stage, micro-batch, [[dtype, shape, layout] or null, ..]]
+    header (JSON)   [version, kind, step, stage, micro-batch, note,
+                     [[dtype, shape, layout] or null, ..]]
     then            one part of raw bytes per tensor; null stands for None and has no part
 
 Nothing is unpickled, and no tensor is made that its header does not describe byte for byte. Only
@@ -18,14 +19,16 @@ import ctypes
 import hmac
 import json
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from socket import gethostname
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hvdx.errors import HvdxError
+from hvdx.errors import HvdxError, MismatchError
 from hvdx.pipeline.channel import Failure, Key, Tensors, late
 
 VERSION = 1
@@ -89,6 +92,9 @@ class ZmqChannel:
         address: of this rank's own network interface, on which it listens.
         seconds: deadline of a get and of the meeting; 0: wait for ever.
 
+    Attributes:
+        note: travels with each message and must be the receiver's, when it asks for it.
+
     Raises:
         HvdxError: the ranks could not connect; raised on every rank.
     """
@@ -109,7 +115,8 @@ class ZmqChannel:
         self._place, self._rank, self._seconds = tuple(place), rank, seconds or math.inf
         self._codec: Codec = codec or NumpyCodec()
         self._secret = secrets.token_hex(32)
-        self._arrived: dict[Key, Tensors] = {}
+        self.note = ""
+        self._arrived: dict[Key, tuple[str, Tensors]] = {}
         self._failure: Failure | None = None
         self._left: set[int] = set()  # said goodbye
         self._lost: set[int] = set()  # connection broken
@@ -163,9 +170,20 @@ class ZmqChannel:
                 break
             left = until - time.monotonic()
             if left <= 0:
-                raise TimeoutError(late(key, self._seconds))
+                raise TimeoutError(self._late(peer, key))
             self._service(left)
-        return self._arrived.pop(key)
+        note, tensors = self._arrived.pop(key)
+        if note != self.note:
+            raise MismatchError(
+                f"rank {peer} is at {note or 'nothing'}, rank {self._rank} at "
+                f"{self.note or 'nothing'}: all ranks must make the same calls on the same batch"
+            )
+        return tensors
+
+    def _late(self, peer: int, key: Key) -> str:
+        if key.kind in ("F", "B"):
+            return late(key, self._seconds)
+        return f"rank {self._rank} has waited {self._seconds:g} s for rank {peer} (HVDX_TIMEOUT)"
 
     def fail(self, failure: Failure) -> None:
         """See :meth:`Channel.fail`."""
@@ -291,7 +309,7 @@ class ZmqChannel:
     def _take(self, peer: int, parts: list[Any]) -> None:
         if len(parts[0]) > MAX_HEADER:
             raise ValueError(f"a header of {len(parts[0])} bytes")
-        version, kind, step, stage, micro_batch, told = json.loads(parts[0].bytes)
+        version, kind, step, stage, micro_batch, note, told = json.loads(parts[0].bytes)
         if version != VERSION:
             raise ValueError(f"version {version!r}, not {VERSION}")
         if kind == _FAILURE:
@@ -299,7 +317,8 @@ class ZmqChannel:
         elif kind == _BYE:
             self._left.add(peer)
         else:
-            self._arrived[Key(kind, step, stage, micro_batch)] = self._tensors(told, parts[1:])
+            tensors = self._tensors(told, parts[1:])
+            self._arrived[Key(kind, step, stage, micro_batch)] = note, tensors
 
     def _tensors(self, told: Any, parts: list[Any]) -> Tensors:
         if len(parts) != sum(each is not None for each in told):
@@ -334,7 +353,30 @@ class ZmqChannel:
                 socket.send(message, self._zmq.NOBLOCK)
 
     def _header(self, key: Key, told: Any) -> bytes:
-        return json.dumps([VERSION, *key, told]).encode()
+        return json.dumps([VERSION, *key, self.note, told]).encode()
+
+
+def own_address(one_machine: bool) -> str:
+    """Return the address on which this process listens: no wider than the job needs.
+
+    Raises:
+        HvdxError: it cannot be told.
+    """
+    from hvdx.launch import network
+
+    if one_machine:
+        return "127.0.0.1"
+    interface = os.environ.get("HOROVOD_GLOO_IFACE", "").split(",")[0]
+    if interface and interface != network.loopback():
+        return network.address_of(interface)
+    server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR", "").partition("/")[0]
+    own = network.route_to(server)[1] if server else network.resolve(gethostname())
+    if own is None or own.startswith("127."):
+        raise HvdxError(
+            "cannot tell at which address other hosts reach this one: name its network interface "
+            "with HOROVOD_GLOO_IFACE"
+        )
+    return own
 
 
 def _writable(frame: Any) -> Any:
