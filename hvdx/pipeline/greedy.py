@@ -120,7 +120,9 @@ def greedy(
     return Schedule(tuple(tuple(rank.row) for rank in ranks), tuple(place), micro_batches, name)
 
 
-def zbv(ranks: int, micro_batches: int, times: Times | None = None) -> Schedule:
+def zbv(
+    ranks: int, micro_batches: int, times: Times | None = None, *, slack: bool = False
+) -> Schedule:
     """Split backwards on a V: the first and the last stage share rank 0.
 
     Bubble (p-1)/(6m+p-1) for p ranks, m >= p micro-batches and equal F, I and W, nearly always;
@@ -130,10 +132,12 @@ def zbv(ranks: int, micro_batches: int, times: Times | None = None) -> Schedule:
         ranks: each with two stages.
         micro_batches: per step.
         times: for which the order is made; None: all equal, hops free.
+        slack: keep up to 4p, and lose far less to hops.
     """
     place = vee(ranks)
     times = times or Times.equal(len(place))
-    return greedy(place, micro_batches, times, cap=2 * (ranks + 1), name="zbv")
+    cap, name = (4 * ranks, "zbv-slack") if slack else (2 * (ranks + 1), "zbv")
+    return greedy(place, micro_batches, times, cap=cap, name=name)
 
 
 def _rank(rank: int, place: Sequence[int], cap: int) -> _Rank:
@@ -146,14 +150,14 @@ def _rank(rank: int, place: Sequence[int], cap: int) -> _Rank:
 
 def _followers(action: Action, stages: int, split: bool) -> Iterator[Action]:
     """Yield what needs ``action``."""
-    kind, stage, _ = action
+    kind, stage, micro_batch = action
     back = "I" if split else "B"
     if kind == "F":
-        yield action._replace(kind=back)
+        yield Action(back, stage, micro_batch)
         if stage < stages - 1:
-            yield action._replace(stage=stage + 1)
+            yield Action("F", stage + 1, micro_batch)
     elif kind != "W":
         if stage:
-            yield action._replace(stage=stage - 1)
+            yield Action(back, stage - 1, micro_batch)
         if split:
-            yield action._replace(kind="W")
+            yield Action("W", stage, micro_batch)

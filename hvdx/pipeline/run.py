@@ -25,7 +25,8 @@ class Stage(Protocol):
     by the micro-batch's share of the batch.
 
     Attributes:
-        unit: name of the unit it computes now, or None; read when it raises.
+        unit: name of the unit it computes now, for messages. The engine sets it to None before
+            each action; a stage need not set it.
     """
 
     unit: str | None
@@ -106,6 +107,7 @@ class _Loop:
         """Fetch the inputs, compute, send the results."""
         kind, number, micro_batch = action
         stage = self._stages[number]
+        stage.unit = None
         if kind == "W":
             start = time.perf_counter()
             stage.weight_gradient(micro_batch)
@@ -208,6 +210,12 @@ class LocalRanks:
         return [each.result() for each in work]
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; may be called twice."""
         for thread in self._threads:
             thread.shutdown()
+
+    def __enter__(self) -> LocalRanks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

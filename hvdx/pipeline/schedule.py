@@ -43,7 +43,7 @@ class Action(NamedTuple):
     @property
     def gives(self) -> Action:
         """Return what others wait for: an ``I`` gives its neighbour what a ``B`` would."""
-        return self._replace(kind="B") if self.kind == "I" else self
+        return Action("B", self.stage, self.micro_batch) if self.kind == "I" else self
 
 
 class Span(NamedTuple):
@@ -140,24 +140,28 @@ def _stuck(rank: int, action: Action, done: set[Action], schedule: Schedule) -> 
 def peak_live(schedule: Schedule) -> list[int]:
     """Return per stage how many micro-batches it keeps at most, from F to B or W.
 
-    This depends on the order alone, not on times. Where a rank has several stages, the sum of
-    theirs is an upper bound; :func:`peak_live_of_ranks` is exact.
+    This depends on the order alone, not on times.
     """
-    return _peaks(schedule, list(range(schedule.stages)))
+    return [int(peak) for peak in _peaks(schedule, range(schedule.stages), [1] * schedule.stages)]
 
 
 def peak_live_of_ranks(schedule: Schedule) -> list[int]:
     """Return per rank how many micro-batches its stages keep at most, all together."""
-    return _peaks(schedule, list(schedule.place))
+    return [int(peak) for peak in peak_kept(schedule, [1] * schedule.stages)]
 
 
-def _peaks(schedule: Schedule, group: Sequence[int]) -> list[int]:
-    live, peak = [0] * (max(group) + 1), [0] * (max(group) + 1)
+def peak_kept(schedule: Schedule, kept: Sequence[float]) -> list[float]:
+    """Return per rank what it keeps at most, where a micro-batch of stage s keeps ``kept[s]``."""
+    return _peaks(schedule, schedule.place, kept)
+
+
+def _peaks(schedule: Schedule, group: Sequence[int], kept: Sequence[float]) -> list[float]:
+    held, peak = [0.0] * (max(group) + 1), [0.0] * (max(group) + 1)
     for row in schedule.rows:
         for action in row:
             index = group[action.stage]
-            live[index] += {"F": 1, "I": 0}.get(action.kind, -1)
-            peak[index] = max(peak[index], live[index])
+            held[index] += kept[action.stage] * {"F": 1, "I": 0}.get(action.kind, -1)
+            peak[index] = max(peak[index], held[index])
     return peak
 
 
@@ -330,36 +334,22 @@ def interleaved(
 ) -> Schedule:
     """Give each rank several thin stages, and take micro-batches in rounds.
 
-    Bubble (p-1)/(vm+p-1) for v chunks; with ``split`` (p-1)/(3vm+p-1) if F, I and W take the
-    same time, since W fills the gaps.
-
-    Raises:
-        PlanError: the micro-batches do not make full rounds.
+    Bubble (p-1)/(vm+p-1) for p ranks and v chunks; with ``split`` (p-1)/(3vm+p-1) if F, I and W
+    take the same time, since W fills the gaps. This where rounds are full, which is where m is
+    divisible by m // p; other numbers idle as the next that is.
     """
     _positive(ranks=ranks, micro_batches=micro_batches, chunks=chunks)
-    rounds = max(1, micro_batches // ranks)
-    if micro_batches % rounds:
-        raise PlanError(
-            f"{micro_batches} micro-batches do not make full rounds on {ranks} ranks: use "
-            + " or ".join(map(str, _fitting(ranks, micro_batches)))
-        )
+    full = micro_batches
+    while full % max(1, full // ranks):
+        full += 1
     rows = tuple(
-        _interleaved_row(rank, ranks, micro_batches, chunks, split) for rank in range(ranks)
-    )
-    return Schedule(
-        rows, looped(ranks, chunks), micro_batches, "interleaved-zb" if split else "interleaved"
-    )
-
-
-def _fitting(ranks: int, micro_batches: int) -> list[int]:
-    """Return the nearest numbers of micro-batches, below and above, that make full rounds."""
-
-    def fits(count: int) -> bool:
-        return count % max(1, count // ranks) == 0
-
-    below = next(m for m in range(micro_batches, 0, -1) if fits(m))
-    above = next(m for m in range(micro_batches, micro_batches + ranks + 1) if fits(m))
-    return [below, above]
+        # What is left of an order that can run can run.
+        tuple(a for a in _interleaved_row(rank, ranks, full, chunks, split)
+              if a.micro_batch < micro_batches)
+        for rank in range(ranks)
+    )  # fmt: skip
+    name = "interleaved-zb" if split else "interleaved"
+    return Schedule(rows, looped(ranks, chunks), micro_batches, name)
 
 
 def _interleaved_row(

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "tensorflow", "keras", "horovod"}
-LIGHT = ["hvdx", "hvdx.compression", "hvdx.cli", "hvdx.launch", "hvdx.build", "hvdx.doctor"]
+LIGHT = [
+    "hvdx",
+    "hvdx.pipeline.plan",
+    "hvdx.pipeline.run",
+    "hvdx.compression",
+    "hvdx.cli",
+    "hvdx.launch",
+    "hvdx.build",
+    "hvdx.doctor",
+]
 ROOT = Path(__file__).resolve().parents[2]
 FACES = {"common", "torch", "keras", "tensorflow"}  # folders
 

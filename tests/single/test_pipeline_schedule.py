@@ -60,7 +60,8 @@ def test_interleaved_schedules_have_the_bubble_of_the_formula(chunks):
 def test_zbv_has_the_bubble_of_the_formula():
     """But for few sizes a little above p, found by trying all 196."""
     missed = {(5, 6), (6, 7), (7, 8), (7, 9), (8, 9), (8, 10)}
-    for p, m in [(p, m) for p in range(2, 9) for m in {p, p + 1, p + 2, 2 * p, 3 * p + 1, 32}]:
+    sizes = [(p, m) for p in range(2, 9) for m in {p, p + 1, p + 2, 2 * p, 3 * p + 1, 32}]
+    for p, m in sizes:
         schedule = zbv(p, m)
         validate(schedule)
         if (p, m) in missed:
@@ -158,9 +159,10 @@ def test_greedy_finds_1f1b():
 def test_greedy_never_starts_before_its_inputs_come():
     """The order made for a hop is at least as good with that hop as one made without."""
     blind, seeing = Times.equal(8), Times.equal(8, hop=0.3)
-    orders = [greedy(vee(4), 8, times, cap=16) for times in (blind, seeing)]
+    orders = [greedy(vee(4), 8, times, cap=16, name="zbv-slack") for times in (blind, seeing)]
     assert simulate(orders[1], seeing).step < simulate(orders[0], seeing).step
     assert simulate(orders[1], seeing).step == pytest.approx(48 + 3 + 3 * 0.3)
+    assert orders[1] == zbv(4, 8, seeing, slack=True)
 
 
 def test_the_order_of_1f1b():
@@ -235,10 +237,12 @@ def test_actions_out_of_place():
 
 
 def test_micro_batches_that_make_no_full_rounds():
-    with pytest.raises(PlanError, match="9 micro-batches do not make full rounds on 4 ranks: "
-                                        "use 8 or 10"):  # fmt: skip
-        interleaved(4, 9)
-    validate(interleaved(4, 8)), validate(interleaved(4, 10))
+    for p, m in [(4, 9), (3, 7), (5, 13), (8, 31), (2, 5)]:
+        for split in (False, True):
+            schedule = interleaved(p, m, split=split)
+            validate(schedule)
+            full = next(n for n in range(m, m + p + 1) if admissible(p, n))
+            assert step(schedule).step <= step(interleaved(p, full, split=split)).step
 
 
 def test_numbers_below_one():

@@ -1,0 +1,455 @@
+"""Which stage has which units, on which rank, in which order: made once, kept as plain data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hvdx.errors import PlanError
+from hvdx.pipeline.greedy import zbv
+from hvdx.pipeline.ir import Graph
+from hvdx.pipeline.partition import Problem, partition, size_text
+from hvdx.pipeline.schedule import (
+    Schedule,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    parse,
+    peak_kept,
+    peak_live,
+    zb1p,
+)
+from hvdx.pipeline.simulator import Times, simulate
+
+_VERSION = 1
+_ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
+    "1f1b": one_f_one_b,
+    "1f1b-slack": lambda ranks, count: one_f_one_b(ranks, count, slack=True),
+    "zb1p": zb1p,
+    "gpipe": gpipe,
+}
+#: Names, of which "auto" takes the quickest -> stages per rank.
+SCHEDULES = {**dict.fromkeys(_ONE_STAGE, 1), "interleaved": 2, "zbv": 2, "zbv-slack": 2}
+
+
+def schedule_of(
+    told: str, ranks: int, micro_batches: int, stages: int | None = None, times: Times | None = None
+) -> Schedule:
+    """Make a schedule by name, or read one.
+
+    Args:
+        told: one of :data:`SCHEDULES`, or a text that :func:`hvdx.pipeline.schedule.parse` reads.
+        ranks: of the pipeline.
+        micro_batches: per step.
+        stages: how many; None: as the schedule has it, two per rank for ``interleaved``.
+        times: for which ``zbv`` is made.
+
+    Raises:
+        PlanError: there is no such schedule, or it does not suit these numbers.
+    """
+    if re.match(r"\s*\d+[FBIW]\d", told):
+        made = parse(told)
+        if (made.ranks, made.micro_batches) != (ranks, micro_batches):
+            raise PlanError(
+                f"the schedule is for {made.ranks} ranks and {made.micro_batches} micro-batches, "
+                f"not for {ranks} and {micro_batches}"
+            )
+    elif told in _ONE_STAGE:
+        made = _ONE_STAGE[told](ranks, micro_batches)
+    elif told == "interleaved":
+        made = interleaved(ranks, micro_batches, max(1, (stages or 2 * ranks) // ranks))
+    elif told in ("zbv", "zbv-slack"):
+        made = zbv(ranks, micro_batches, times, slack=told == "zbv-slack")
+    else:
+        names = ", ".join((*SCHEDULES, "auto"))
+        raise PlanError(f"schedule={told!r}: use one of {names}, or write one as text")
+    if stages is not None and made.stages != stages:
+        raise PlanError(
+            f"{stages} stages on {ranks} ranks, but schedule {made.name!r} takes {made.stages}"
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is cut, placed and scheduled; JSON keeps it.
+
+    Attributes:
+        cuts: by stage but the first, the unit, or the module, that it begins with.
+        place: by stage, the rank of the pipeline that has it.
+        schedule: name or text.
+        micro_batches: per step.
+        step: predicted seconds per step, 0 if unknown.
+        bubble: predicted share of idle time.
+        memory: predicted bytes by rank.
+    """
+
+    cuts: tuple[str, ...]
+    place: tuple[int, ...]
+    schedule: str
+    micro_batches: int
+    step: float = 0.0
+    bubble: float = 0.0
+    memory: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.place) != len(self.cuts) + 1:
+            raise PlanError(
+                f"a plan with {len(self.cuts)} cuts places {len(self.place)} stages; it must "
+                f"place {len(self.cuts) + 1}"
+            )
+        made = self.order()
+        if made.place != self.place:
+            raise PlanError(
+                f"place={list(self.place)}, but schedule {made.name!r} has {list(made.place)}"
+            )
+
+    def order(self, times: Times | None = None) -> Schedule:
+        """Return the schedule; ``zbv``'s is made for ``times``, which all ranks must share."""
+        ranks = max(self.place, default=0) + 1
+        return schedule_of(self.schedule, ranks, self.micro_batches, len(self.place), times)
+
+    def edges(self, graph: Graph) -> list[tuple[int, int]]:
+        """Return by stage its first unit in ``graph`` and the one after its last.
+
+        Raises:
+            PlanError: the model has no such unit, or it cannot be cut there.
+        """
+        return edges(graph, [graph.find(name) for name in self.cuts])
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        """Return JSON, with the keys of the attributes."""
+        return json.dumps({"hvdx_plan": _VERSION, **asdict(self)}, indent=2)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PlanError: it is no plan, or of a version that this hvdx does not know.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` returned; raises as :meth:`load` does."""
+        try:
+            told = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"no JSON: {error}") from None
+        if not isinstance(told, dict) or "hvdx_plan" not in told:
+            raise PlanError("no plan: it has no key 'hvdx_plan'")
+        if told.pop("hvdx_plan") != _VERSION:
+            raise PlanError(f"a plan of another version than {_VERSION}: make it anew")
+        if lacking := sorted(_REQUIRED - set(told)):
+            raise PlanError(f"no plan: it has no {lacking[0]!r}")
+        return cls(**{name: _read(name, value) for name, value in told.items()})
+
+
+_REQUIRED = {"cuts", "place", "schedule", "micro_batches"}
+_LISTS = {"cuts": str, "place": int, "memory": float}
+_SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float}
+
+
+def _read(name: str, value: Any) -> Any:
+    """Check a value of a plan's JSON; a whole number is a fraction, too."""
+    single = _SINGLE.get(name)
+    if single is not None:
+        if _is(single, value):
+            return value
+    elif name not in _LISTS:
+        raise PlanError(f"a plan has no {name!r}; it has {', '.join((*_LISTS, *_SINGLE))}")
+    elif isinstance(value, list) and all(_is(_LISTS[name], each) for each in value):
+        return tuple(value)
+    kind = single.__name__ if single else f"list of {_LISTS[name].__name__}"
+    raise PlanError(f"{name}={value!r} is no {kind}")
+
+
+def _is(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def edges(graph: Graph, cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """Turn cuts into intervals of units.
+
+    Raises:
+        PlanError: they do not ascend, or the model cannot be cut there.
+    """
+    names = [unit.name for unit in graph.units]
+    for before, cut in pairwise([0, *cuts]):
+        if cut <= before:
+            raise PlanError(
+                f"cuts must ascend and leave each stage a unit, but {names[cut]!r} follows "
+                f"{names[before]!r}"
+            )
+        if cut in graph.solid:
+            raise PlanError(
+                f"no cut before {names[cut]!r}: it must be in the stage of {names[cut - 1]!r}, "
+                "whose values it changes in place"
+            )
+    return list(pairwise([0, *cuts, len(names)]))
+
+
+class Link(NamedTuple):
+    """What a hop between two ranks costs."""
+
+    latency: float = 0.0  #: seconds
+    bandwidth: float = float("inf")  #: bytes per second
+
+    def seconds(self, size: float) -> float:
+        """Return how long ``size`` bytes travel."""
+        return self.latency + size / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Means:
+    """What there is to run on.
+
+    Attributes:
+        ranks: of the pipeline.
+        link: between neighbours.
+        speeds: by rank, relative; None: all the same.
+        memory: by rank, bytes; None: enough.
+        copies: bytes per byte of parameters: weight, gradient and Adam's two moments make 4.
+    """
+
+    ranks: int
+    link: Link = field(default_factory=Link)
+    speeds: Sequence[float] | None = None
+    memory: Sequence[float] | None = None
+    copies: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("speeds", "memory"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.ranks:
+                raise PlanError(f"{name} has {len(given)} entries for {self.ranks} ranks")
+            if given is not None and not all(each > 0 for each in given):
+                raise PlanError(f"{name}={list(given)}: give numbers above 0")
+
+
+def make(
+    graph: Graph,
+    means: Means,
+    micro_batches: int,
+    *,
+    schedule: str = "auto",
+    stages: int | Sequence[str] | Sequence[int] | None = None,
+    by: str = "time",
+) -> Plan:
+    """Cut ``graph``, place and schedule the stages.
+
+    Args:
+        graph: with the costs that ``by`` names.
+        means: ranks, and what they can do.
+        micro_batches: per step.
+        schedule: name or text; ``"auto"``: the one with the shortest predicted step.
+        stages: how many; the units, or modules, that all but the first begin with; how many
+            units each has; None: as many as the schedule takes.
+        by: what the largest stage shall have least of: ``"time"``, ``"params"`` or ``"memory"``.
+
+    Raises:
+        PlanError: it cannot be done; the message says why, and what can be.
+    """
+    if by not in ("time", "params", "memory"):
+        raise PlanError(f"by={by!r}: use 'time', 'params' or 'memory'")
+    timed = any(unit.forward for unit in graph.units)
+    if not timed and (schedule == "auto" or (by == "time" and not _manual(stages))):
+        raise PlanError("no unit has a time: profile the model, or use by='params' and a schedule")
+    cuts = _manual_cuts(graph, stages)
+    count = stages if isinstance(stages, int) else None if cuts is None else len(cuts) + 1
+    plans, problems = [], []
+    for told in SCHEDULES if schedule == "auto" else (schedule,):
+        try:
+            order = schedule_of(told, means.ranks, micro_batches, count)
+            found = cuts if cuts is not None else _cut(graph, means, order, by)
+            plans.append(_predicted(graph, means, told, order, edges(graph, found)))
+        except PlanError as error:
+            problems.append(error)
+    if not plans:
+        raise problems[0]
+    return min(plans, key=lambda plan: (plan.step, max(plan.memory)))
+
+
+def _manual(stages: Any) -> bool:
+    return not (stages is None or isinstance(stages, int))
+
+
+def _manual_cuts(graph: Graph, stages: Any) -> list[int] | None:
+    """Turn names, or numbers of units, into cuts; None: find them."""
+    if not _manual(stages):
+        return None
+    if all(isinstance(each, str) for each in stages):
+        return [graph.find(name) for name in stages]
+    if not all(isinstance(each, int) and each > 0 for each in stages):
+        raise PlanError(f"stages={stages!r}: give names of units, or how many units each has")
+    if sum(stages) != len(graph.units):
+        raise PlanError(f"stages={list(stages)} are {sum(stages)} units; it has {len(graph.units)}")
+    return list(accumulate(stages))[:-1]
+
+
+def _cut(graph: Graph, means: Means, order: Schedule, by: str) -> list[int]:
+    """Cut for ``order``; where ranks have several stages, even out what they have in sum."""
+    memory = _Memory(graph, means, order)
+    sizes = graph.live_bytes()
+    costs: Sequence[float] = {
+        "time": [unit.forward + unit.inputs + unit.weights for unit in graph.units],
+        "params": [float(sum(unit.parameters.values())) for unit in graph.units],
+        "memory": [
+            means.copies * sum(unit.parameters.values()) + order.micro_batches * unit.kept_bytes
+            for unit in graph.units
+        ],
+    }[by]
+    speeds = [means.speeds[rank] for rank in order.place] if means.speeds else None
+    problem = Problem(
+        costs,
+        order.stages,
+        hops=[means.link.seconds(size) for size in sizes] if by == "time" else None,
+        sizes=sizes,
+        speeds=speeds if by == "time" else None,
+        memory=memory.of_stage if means.memory else None,
+        limits=memory.limits,
+        solid=graph.solid,
+    )
+    cuts = partition(problem)
+    return cuts if order.stages == order.ranks else _leveled(cuts, problem, order.place)
+
+
+def _leveled(cuts: list[int], problem: Problem, place: Sequence[int]) -> list[int]:
+    """Shift cuts while that lowers the largest sum of a rank's stages."""
+
+    def load(trial: Sequence[int]) -> tuple[float, float]:
+        sums = [0.0] * (max(place) + 1)
+        for stage, (start, stop) in enumerate(pairwise([0, *trial, len(problem.costs)])):
+            if start >= stop or stop in problem.solid:
+                return float("inf"), 0.0
+            if problem.memory and problem.memory(start, stop, stage) > problem.limits[stage]:
+                return float("inf"), 0.0
+            speed = problem.speeds[stage] if problem.speeds else 1.0
+            sums[place[stage]] += sum(problem.costs[start:stop]) / speed
+        return max(sums), sum(problem.sizes[cut] for cut in trial) if problem.sizes else 0.0
+
+    best = load(cuts)
+    while True:
+        trials = [
+            [*cuts[:i], cut + shift, *cuts[i + 1 :]]
+            for i, cut in enumerate(cuts)
+            for shift in (-1, 1)
+        ]
+        least = min(trials, key=load)
+        if load(least) >= best:
+            return cuts
+        cuts, best = least, load(least)
+
+
+class _Memory:
+    """What stages need under a schedule: copies of parameters, and what micro-batches keep."""
+
+    def __init__(self, graph: Graph, means: Means, order: Schedule) -> None:
+        self._graph, self._means, self._order = graph, means, order
+        self._live = peak_live(order)
+        sizes = [sum(unit.parameters.values()) for unit in graph.units]
+        self._parameters = [0, *accumulate(sizes)]
+        self._kept = [0, *accumulate(unit.kept_bytes for unit in graph.units)]
+        bytes_of = {k: v for unit in graph.units for k, v in unit.parameters.items()}
+        self._tied = [(bytes_of[name], units) for name, units in graph.tied().items()]
+        given = means.memory or [float("inf")] * means.ranks
+        self.limits = [given[rank] / order.place.count(rank) for rank in order.place]
+
+    def of_stage(self, start: int, stop: int, stage: int) -> float:
+        """Return the bytes that units ``start`` to before ``stop`` need as ``stage``."""
+        size = self._parameters[stop] - self._parameters[start]
+        for each, units in self._tied:  # there once in a stage, however often it is used
+            size -= each * max(0, sum(start <= unit < stop for unit in units) - 1)
+        kept = self._kept[stop] - self._kept[start]
+        return self._means.copies * size + self._live[stage] * kept
+
+    def of_ranks(self, found: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+        """Return the bytes that each rank needs: what its stages share or keep together, once."""
+        owned: list[dict[str, int]] = [{} for _ in range(self._means.ranks)]
+        for rank, (start, stop) in zip(self._order.place, found, strict=True):
+            for unit in self._graph.units[start:stop]:
+                owned[rank].update(unit.parameters)
+        kept = peak_kept(
+            self._order, [self._kept[stop] - self._kept[start] for start, stop in found]
+        )
+        return tuple(
+            self._means.copies * sum(parameters.values()) + live
+            for parameters, live in zip(owned, kept, strict=True)
+        )
+
+
+def stage_times(
+    graph: Graph, means: Means, place: Sequence[int], found: Sequence[tuple[int, int]]
+) -> Times:
+    """Add up the times of the units of each stage, on the rank that has it."""
+    speeds = [means.speeds[rank] if means.speeds else 1.0 for rank in place]
+    sums = [
+        [sum(getattr(unit, part) for unit in graph.units[start:stop]) / speed
+         for speed, (start, stop) in zip(speeds, found, strict=True)]
+        for part in ("forward", "inputs", "weights")
+    ]  # fmt: skip
+    sizes = graph.live_bytes()
+    hops = tuple(means.link.seconds(sizes[start]) for start, _ in found[1:])
+    return Times(tuple(sums[0]), tuple(sums[1]), tuple(sums[2]), hops)
+
+
+def _predicted(
+    graph: Graph, means: Means, told: str, order: Schedule, found: list[tuple[int, int]]
+) -> Plan:
+    """Simulate a plan and check that it fits."""
+    if len(found) != order.stages:
+        raise PlanError(f"{len(found)} stages, but schedule {told!r} takes {order.stages}")
+    times = stage_times(graph, means, order.place, found)
+    if told in ("zbv", "zbv-slack") and any(times.forward):
+        order = schedule_of(told, means.ranks, order.micro_batches, order.stages, times)
+    memory = _Memory(graph, means, order).of_ranks(found)
+    for rank, need in enumerate(memory):
+        if means.memory and need > means.memory[rank]:
+            raise PlanError(
+                f"rank {rank} needs {size_text(need)} of {size_text(means.memory[rank])} under "
+                f"{told!r}: use more ranks, smaller micro-batches or checkpoint='always'"
+            )
+    seen = simulate(order, times)
+    return Plan(
+        cuts=tuple(graph.units[start].name for start, _ in found[1:]),
+        place=order.place,
+        schedule=told,
+        micro_batches=order.micro_batches,
+        step=seen.step,
+        bubble=seen.bubble,
+        memory=memory,
+    )
+
+
+def table(plan: Plan, graph: Graph, means: Means) -> str:
+    """Draw the plan: a line per stage."""
+    found = plan.edges(graph)
+    times = stage_times(graph, means, plan.place, found)
+    sizes = graph.live_bytes()
+    lines = [
+        f"{'stage':>5} {'rank':>4} {'units':>5} {'ms':>8} {'parameters':>10} {'sends':>9}  first"
+    ]
+    for stage, (start, stop) in enumerate(found):
+        spent = 1e3 * (times.forward[stage] + times.inputs[stage] + times.weights[stage])
+        owned = size_text(graph.parameter_bytes(start, stop))
+        sent = size_text(sizes[stop])
+        lines.append(
+            f"{stage:>5} {plan.place[stage]:>4} {stop - start:>5} {spent:>8.2f} {owned:>10} "
+            f"{sent:>9}  {graph.units[start].name}"
+        )
+    return "\n".join(lines)
