@@ -113,7 +113,7 @@ def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def flat(value: Any) -> tuple[Any, list[Any], list[torch.Tensor]]:
     """Return structure, kinds of leaves and tensors of a value; numbers become tensors, too."""
-    leaves, spec = pytree.tree_flatten(value)
+    leaves, spec = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
     kinds, tensors = [], []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):

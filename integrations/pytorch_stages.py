@@ -363,18 +363,21 @@ class TorchStage:
         wanted: list[tuple[Any, torch.Tensor]],
         retain: bool = False,
     ) -> None:
-        """Find the gradients of ``wanted``, values' and weights', from those in ``found``."""
-        roots = {key: x for key, x in done.made.items() if x.requires_grad}
+        """Find the gradients of ``wanted``, values' and weights', from those in ``found``.
+
+        What later stages found for a value that enters here goes in at the start: added to a sum
+        of this segment's own, numbers would be summed in another order than without the cut.
+        """
         if done.gradients is None:
-            roots = {key: x for key, x in roots.items() if key in found}
-            done.made = roots
-            done.gradients = [_fit(found.pop(key), x) for key, x in roots.items()]
-        if not roots or not wanted:
+            done.made = {k: x for k, x in done.made.items() if x.requires_grad and k in found}
+            done.gradients = [_fit(found.pop(key), x) for key, x in done.made.items()]
+        if not done.made or not wanted:
             return
+        relayed = {key: x for key, x in wanted if key in done.entered and key in found}
         results = torch.autograd.grad(
-            list(roots.values()),
+            [*done.made.values(), *relayed.values()],
             [x for _, x in wanted],
-            done.gradients,
+            [*done.gradients, *(found[key] for key in relayed)],
             retain_graph=retain,
             allow_unused=True,
         )
@@ -382,7 +385,7 @@ class TorchStage:
             if gradient is None:
                 continue
             if key in done.entered:
-                found[key] = found[key] + gradient if key in found else gradient
+                found[key] = gradient
             else:
                 self._accumulate(key, gradient)
 

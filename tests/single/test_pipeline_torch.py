@@ -188,7 +188,9 @@ def test_several_inputs_and_outputs():
     pipe = hvd.Pipeline(model, x, stages=3)
     out = pipe(x)
     torch.testing.assert_close(out["parts"], model(**x)["parts"])
-    with pytest.raises(TypeError, match=r"for inputs \['left', 'right'\], given are \['left'\]"):
+    with pytest.raises(TypeError, match="'left', 'right'.*, given are .*'left', 'right', 'mask'"):
+        pipe({**x, "mask": torch.ones(1)})
+    with pytest.raises(TypeError, match="missing a required argument: 'right'"):
         pipe(x["left"])
     pipe.close()
 
@@ -420,7 +422,7 @@ def test_numbers_and_structures_travel():
 
     value = {"a": (torch.ones(2), 3, 2.5), "b": [torch.Size([2, 3]), True, None, torch.float32]}
     spec, kinds, tensors = flat(value)
-    assert len(tensors) in (5, 6)  # newer versions of torch take sizes apart
+    assert len(tensors) == 5
     back = unflat(spec, kinds, iter(tensors))
     assert str(back) == str(value)
     with pytest.raises(TypeError, match="a ndarray, which cannot travel"):
