@@ -280,9 +280,8 @@ class Pipeline:
         model = self._graph.model
         entries = {unit.name: str({name: tuple(p.shape) for name, p in unit.params.items()})
                    for unit in self._graph.units}  # fmt: skip
-        for number in range(len(self.plan.place)):
-            entries[f"stage {number}"] = str(self.plan.edges(self._graph.line)[number])
-        entries["plan"] = self.plan.to_json()
+        for name in ("cuts", "place", "schedule", "micro_batches"):
+            entries[name] = f"= {getattr(self.plan, name)}"
         core = world.core("torch")
         check_same(core, "pipeline", entries, next_name("pipeline"))
         if model.state_dict():

@@ -154,18 +154,21 @@ class ZmqChannel:
         packed = [None if each is None else self._codec.pack(each) for each in tensors]
         told = [each and [each.dtype, list(each.shape), each.layout] for each in packed]
         parts = [self._header(key, told), *(each.data for each in packed if each)]
-        self._sockets[peer].send_multipart(parts, self._zmq.NOBLOCK, copy=False)
+        try:
+            self._sockets[peer].send_multipart(parts, self._zmq.NOBLOCK, copy=False)
+        except self._zmq.Again:  # nobody is there; perhaps he has said why
+            self._read(peer)
+            self._check()
+            raise ConnectionError(self._gone(peer)) from None
 
     def receive(self, peer: int, key: Key) -> Tensors:
         """Wait for what ``peer`` sends under ``key``; raises as :meth:`get` does."""
         self._check()
         until = time.monotonic() + self._seconds
+        self._read(peer)
         while key not in self._arrived:
-            self._read(peer)
-            if key in self._arrived:
-                break
             self._check()
-            self._check_peers(peer)  # may have read the message, too
+            self._check_peers(peer, key)
             if key in self._arrived:
                 break
             left = until - time.monotonic()
@@ -262,7 +265,9 @@ class ZmqChannel:
         socket.zap_domain = _DOMAIN.encode()
         socket.sndhwm = socket.rcvhwm = 0  # the schedule bounds what is on its way
         socket.maxmsgsize = MAX_PART
-        socket.reconnect_ivl = -1  # what was lost on the way would stay lost
+        # Never again, since what was lost on the way would stay lost. Not -1: that would also
+        # drop what has come and is not yet read.
+        socket.reconnect_ivl = 2**31 - 1
         socket.heartbeat_ivl, socket.heartbeat_timeout = _HEARTBEAT_MS, _SILENCE_MS
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         monitor = socket.get_monitor_socket(events | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
@@ -337,15 +342,19 @@ class ZmqChannel:
         if self._failure is not None:
             raise self._failure.exception()
 
-    def _check_peers(self, wanted: int) -> None:
+    def _check_peers(self, wanted: int, key: Key) -> None:
         """Raise if a rank is gone, or if the one waited for has left."""
         for peer in self._lost - self._left:
             self._read(peer)  # its last words
             self._check()
-            if peer not in self._left:
-                raise ConnectionError(f"rank {peer} is gone: its connection broke")
-        if wanted in self._left:
-            raise ConnectionError(f"rank {wanted} has closed its pipeline")
+            if peer not in self._left and key not in self._arrived:
+                raise ConnectionError(self._gone(peer))
+        if wanted in self._left and key not in self._arrived:
+            raise ConnectionError(self._gone(wanted))
+
+    def _gone(self, peer: int) -> str:
+        why = "has closed its pipeline" if peer in self._left else "is gone: its connection broke"
+        return f"rank {peer} {why}"
 
     def _tell_all(self, message: bytes) -> None:
         for socket in self._sockets.values():

@@ -188,7 +188,7 @@ def test_several_inputs_and_outputs():
     pipe = hvd.Pipeline(model, x, stages=3)
     out = pipe(x)
     torch.testing.assert_close(out["parts"], model(**x)["parts"])
-    with pytest.raises(TypeError, match="'left', 'right'.*, given are .*'left', 'right', 'mask'"):
+    with pytest.raises(TypeError, match=r"'left', 'right'.*, given are .*'left', 'right', 'mask'"):
         pipe({**x, "mask": torch.ones(1)})
     with pytest.raises(TypeError, match="missing a required argument: 'right'"):
         pipe(x["left"])
