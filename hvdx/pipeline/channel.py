@@ -51,7 +51,7 @@ class Failure(NamedTuple):
         rank: that failed.
         error: type and message.
         where: ``"stage 1, unit 'block3', forward of micro-batch 2 in step 7"``.
-        row: the rank's schedule with the failed action in brackets.
+        row: its schedule around the failed action, which is in brackets.
         traceback: on that rank.
     """
 

@@ -223,7 +223,7 @@ class Means:
         ranks: of the pipeline.
         link: between neighbours.
         speeds: by rank, relative; None: all the same.
-        memory: by rank, bytes; None: enough.
+        memory: by rank, bytes; None: enough. Several stages of a rank are cut to equal shares.
         copies: bytes per byte of parameters: weight, gradient and Adam's two moments make 4.
     """
 
@@ -248,7 +248,7 @@ def make(
     micro_batches: int,
     *,
     schedule: str = "auto",
-    stages: int | Sequence[str] | Sequence[int] | None = None,
+    stages: int | str | Sequence[str] | Sequence[int] | None = None,
     by: str = "time",
 ) -> Plan:
     """Cut ``graph``, place and schedule the stages.
@@ -259,7 +259,7 @@ def make(
         micro_batches: per step.
         schedule: name or text; ``"auto"``: the one with the shortest predicted step.
         stages: how many; the units, or modules, that all but the first begin with; how many
-            units each has; None: as many as the schedule takes.
+            units each has; None or ``"auto"``: as many as the schedule takes.
         by: what the largest stage shall have least of: ``"time"``, ``"params"`` or ``"memory"``.
 
     Raises:
@@ -267,6 +267,8 @@ def make(
     """
     if by not in ("time", "params", "memory"):
         raise PlanError(f"by={by!r}: use 'time', 'params' or 'memory'")
+    if isinstance(stages, str):
+        stages = None if stages == "auto" else [stages]
     timed = any(unit.forward for unit in graph.units)
     if not timed and (schedule == "auto" or (by == "time" and not _manual(stages))):
         raise PlanError("no unit has a time: profile the model, or use by='params' and a schedule")

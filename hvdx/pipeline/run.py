@@ -69,7 +69,8 @@ def run(
         When each action ran, by ``time.perf_counter``, from its inputs' arrival on.
 
     Raises:
-        PipelineError: an action failed, here or elsewhere; every rank raises it.
+        PipelineError: an action failed, here or elsewhere. Every rank raises it that is not done
+            with its row; the others learn of it at their next use of the channel.
     """
     loop = _Loop(schedule, rank, stages, channel, step)
     row = schedule.rows[rank]
@@ -153,7 +154,10 @@ def _failure(
     """Describe an error in ``row[place]``."""
     action = row[place]
     unit = getattr(stages.get(action.stage), "unit", None)
-    shown = [f"[{each}]" if i == place else str(each) for i, each in enumerate(row)]
+    shown = [str(each) for each in row]
+    shown[place] = f"[{action}]"
+    first, stop = max(0, place - 8), place + 9  # of long rows only the surroundings
+    shown = [*["..."] * (first > 0), *shown[first:stop], *["..."] * (stop < len(row))]
     return Failure(
         rank=rank,
         error=f"{type(error).__name__}: {error}",

@@ -194,6 +194,8 @@ def test_manual_cuts():
     means = Means(2)
     assert make(graph, means, 4, schedule="1f1b").cuts == ("block3.linear",)
     assert make(graph, means, 4, schedule="1f1b", stages=["block1"]).cuts == ("block1.linear",)
+    assert make(graph, means, 4, schedule="1f1b", stages="block1").cuts == ("block1.linear",)
+    assert make(graph, means, 4, schedule="1f1b", stages="auto").cuts == ("block3.linear",)
     assert make(graph, means, 4, schedule="1f1b", stages=[2, 2]).cuts == ("block2.linear",)
     for stages, problem in [
         (["block9"], "no unit is named 'block9'"),

@@ -296,6 +296,30 @@ def test_a_stage_that_hangs():
     assert ended
 
 
+def test_of_a_long_row_only_the_surroundings_are_told():
+    class Late(Layers):
+        def backward(self, micro_batch, gradients):
+            raise ValueError
+
+    stages = stages_of(1, *problem(), kind=Late)
+    with pytest.raises(PipelineError) as error:
+        run(gpipe(1, MICRO), 0, stages, LocalChannel())
+    assert error.value.failure.row == (
+        "0F0 0F1 0F2 0F3 0F4 0F5 0F6 0F7 [0B0] 0B1 0B2 0B3 0B4 0B5 0B6 0B7"
+    )
+    with pytest.raises(PipelineError) as error:
+        run(gpipe(1, 20), 0, {0: Endless()}, LocalChannel())
+    assert error.value.failure.row.startswith("... 0F12 0F13")
+    assert error.value.failure.row.endswith("[0B0] 0B1 0B2 0B3 0B4 0B5 0B6 0B7 0B8 ...")
+
+
+class Endless:
+    """Computes nothing, and no backward."""
+
+    def forward(self, micro_batch, inputs):
+        return []
+
+
 def test_an_interrupt_is_told_and_stays_what_it_is():
     class Interrupted(Layers):
         def forward(self, micro_batch, inputs):
