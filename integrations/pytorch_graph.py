@@ -114,7 +114,8 @@ def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def flat(value: Any) -> tuple[Any, list[Any], list[torch.Tensor]]:
     """Return structure, kinds of leaves and tensors of a value; numbers become tensors, too."""
     leaves, spec = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
-    kinds, tensors = [], []
+    kinds: list[Any] = []
+    tensors: list[torch.Tensor] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             kinds.append(torch.Tensor)
@@ -236,7 +237,7 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _obey_training(node: fx.Node) -> None:
+def _obey_training(node: Any) -> None:
     """Name the argument ``training`` of functional dropout: what was recorded may change."""
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
@@ -456,7 +457,7 @@ def perform(graph: Graph, unit: Unit, values: dict[str, Any], aliases: Mapping[s
     def load(node: fx.Node) -> Any:
         if node.op != "get_attr":
             return values[node.name]
-        alias = aliases.get(node.meta.get("name"))
+        alias = aliases.get(node.meta.get("name", ""))
         return operator.attrgetter(str(node.target))(model) if alias is None else alias
 
     for node in unit.nodes:

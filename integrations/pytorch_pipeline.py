@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import traceback
 import weakref
@@ -434,7 +435,7 @@ class Pipeline:
 
     def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
         """Collect all ranks' parts on rank 0."""
-        told = {
+        told: dict[str, Any] = {
             "hvdx_pipeline": _FORMAT,
             "model": {},
             "optimizer": {},
@@ -540,13 +541,17 @@ def _rows(*batches: Any) -> int:
 
 def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
     """Cut all tensors of ``batch`` into runs of rows; what has no rows is in each piece."""
-    ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-    return [
-        pytree.tree_map_only(
-            torch.Tensor, lambda x, a=end - size, b=end: x[a:b] if x.dim() else x, batch
-        )
-        for size, end in zip(sizes, ends, strict=True)
-    ]
+    pieces, start = [], 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        cut = functools.partial(_cut, rows)
+        pieces.append(pytree.tree_map_only(torch.Tensor, cut, batch))
+        start += size
+    return pieces
+
+
+def _cut(rows: slice, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[rows] if tensor.dim() else tensor
 
 
 def _largest(plan: Plan, most: int) -> Schedule:

@@ -116,7 +116,7 @@ class ZmqChannel:
         self._codec: Codec = codec or NumpyCodec()
         self._secret = secrets.token_hex(32)
         self.note = ""
-        self._arrived: dict[Key, tuple[str, Tensors]] = {}
+        self._arrived: dict[tuple[int, Key], tuple[str, Tensors]] = {}  # by sender and key
         self._failure: Failure | None = None
         self._left: set[int] = set()  # said goodbye
         self._lost: set[int] = set()  # connection broken
@@ -130,7 +130,7 @@ class ZmqChannel:
         problem = None
         try:
             self._meet(sorted(set(place) - {rank}), exchange, address)
-        except (OSError, HvdxError) as error:  # ZMQError is an OSError
+        except (OSError, HvdxError, zmq.ZMQError) as error:
             problem = f"rank {rank}: {error}"
         except BaseException:
             self.close()
@@ -149,7 +149,7 @@ class ZmqChannel:
         return self.receive(self._place[key.sender], key)
 
     def send(self, peer: int, key: Key, tensors: Tensors) -> None:
-        """Send to any rank of the pipeline; ``key`` need only be unique for the receiver."""
+        """Send to any rank of the pipeline; ``key`` need be new between these two only."""
         self._check()
         packed = [None if each is None else self._codec.pack(each) for each in tensors]
         told = [each and [each.dtype, list(each.shape), each.layout] for each in packed]
@@ -166,16 +166,16 @@ class ZmqChannel:
         self._check()
         until = time.monotonic() + self._seconds
         self._read(peer)
-        while key not in self._arrived:
+        while (peer, key) not in self._arrived:
             self._check()
             self._check_peers(peer, key)
-            if key in self._arrived:
+            if (peer, key) in self._arrived:
                 break
             left = until - time.monotonic()
             if left <= 0:
                 raise TimeoutError(self._late(peer, key))
             self._service(left)
-        note, tensors = self._arrived.pop(key)
+        note, tensors = self._arrived.pop((peer, key))
         if note != self.note:
             raise MismatchError(
                 f"rank {peer} is at {note or 'nothing'}, rank {self._rank} at "
@@ -213,7 +213,7 @@ class ZmqChannel:
         try:
             self._serve_secret()
             doors = {peer: self._listen(peer, address) for peer in peers if peer > self._rank}
-        except OSError as error:
+        except self._zmq.ZMQError as error:
             problem = OSError(f"cannot listen on {address}: {error}")
         everyone = exchange((self._secret, doors))  # rank 0's secret is the job's
         if problem is not None:
@@ -323,14 +323,14 @@ class ZmqChannel:
             self._left.add(peer)
         else:
             tensors = self._tensors(told, parts[1:])
-            self._arrived[Key(kind, step, stage, micro_batch)] = note, tensors
+            self._arrived[peer, Key(kind, step, stage, micro_batch)] = note, tensors
 
     def _tensors(self, told: Any, parts: list[Any]) -> Tensors:
         if len(parts) != sum(each is not None for each in told):
             raise ValueError(f"{len(parts)} parts for {told}")
         rest = iter(parts)
         return [
-            None if each is None else self._codec.unpack(Packed(*each, _writable(next(rest))))
+            None if each is None else self._codec.unpack(_described(each, next(rest)))
             for each in told
         ]
 
@@ -347,9 +347,9 @@ class ZmqChannel:
         for peer in self._lost - self._left:
             self._read(peer)  # its last words
             self._check()
-            if peer not in self._left and key not in self._arrived:
+            if peer not in self._left and (wanted, key) not in self._arrived:
                 raise ConnectionError(self._gone(peer))
-        if wanted in self._left and key not in self._arrived:
+        if wanted in self._left and (wanted, key) not in self._arrived:
             raise ConnectionError(self._gone(wanted))
 
     def _gone(self, peer: int) -> str:
@@ -388,11 +388,16 @@ def own_address(one_machine: bool) -> str:
     return own
 
 
+def _described(told: Any, frame: Any) -> Packed:
+    dtype, shape, layout = told
+    return Packed(dtype, shape, layout, _writable(frame))
+
+
 def _writable(frame: Any) -> Any:
     """Return the bytes of a ZeroMQ frame as a buffer that may be written to."""
     if len(frame) < _COPY:
         return bytearray(frame.buffer)
     start = np.frombuffer(frame.buffer, np.uint8).ctypes.data
-    whole = (ctypes.c_char * len(frame)).from_address(start)
+    whole: Any = (ctypes.c_char * len(frame)).from_address(start)
     whole.frame = frame  # keeps the memory, which is this message's alone
     return whole
