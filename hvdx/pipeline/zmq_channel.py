@@ -151,6 +151,8 @@ class ZmqChannel:
     def send(self, peer: int, key: Key, tensors: Tensors) -> None:
         """Send to any rank of the pipeline; ``key`` need be new between these two only."""
         self._check()
+        if peer in self._lost | self._left:
+            raise ConnectionError(self._gone(peer))
         packed = [None if each is None else self._codec.pack(each) for each in tensors]
         told = [each and [each.dtype, list(each.shape), each.layout] for each in packed]
         parts = [self._header(key, told), *(each.data for each in packed if each)]
@@ -199,7 +201,10 @@ class ZmqChannel:
         if self._closed:
             return
         self._closed = True
-        self._tell_all(self._header(Key(_BYE, 0, 0, 0), None))
+        if self._failure is None:
+            self._tell_all(self._header(Key(_BYE, 0, 0, 0), None))
+        else:  # who has not heard of it shall not take this end for the cause
+            self._tell_all(self._header(Key(_FAILURE, 0, 0, 0), self._failure._asdict()))
         for socket in self._sockets.values():
             socket.disable_monitor()
         self._context.destroy(linger=_LINGER_MS)
