@@ -28,9 +28,12 @@ from hvdx.errors import (
     LaunchError,
     MismatchError,
     NotInitializedError,
+    PipelineError,
+    PlanError,
     StallError,
 )
 from hvdx.optimizer import DistributedOptimizer
+from hvdx.pipeline.dispatch import Pipeline
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -91,6 +94,9 @@ __all__ = [
     "Min",
     "MismatchError",
     "NotInitializedError",
+    "Pipeline",
+    "PipelineError",
+    "PlanError",
     "Product",
     "ReduceOp",
     "StallError",

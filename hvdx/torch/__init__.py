@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hvdx import frameworks
-from hvdx.errors import MismatchError, StallError
+from hvdx.errors import MismatchError, PipelineError, PlanError, StallError
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
 from hvdx.watchdog import patience
@@ -21,6 +21,7 @@ from hvdx.integrations.pytorch_data import (  # noqa: E402
     DistributedSampler,
     uneven,
 )
+from hvdx.integrations.pytorch_pipeline import Pipeline  # noqa: E402
 from hvdx.torch import elastic, mpi_ops  # noqa: E402
 from hvdx.torch.functions import (  # noqa: E402
     allgather_object,
@@ -61,6 +62,9 @@ __all__ = [
     "DistributedOptimizer",
     "DistributedSampler",
     "MismatchError",
+    "Pipeline",
+    "PipelineError",
+    "PlanError",
     "StallError",
     "SyncBatchNorm",
     "TrainingReport",

@@ -1,0 +1,408 @@
+"""PyTorch's side of a pipeline: compute an interval of a model's units, forward and backward.
+
+What makes training the same to the last bit however a model is cut, placed and scheduled:
+
+* Micro-batches add to the weights' gradients in ascending order, per unit and weight; the uses of
+  a weight by several units are added at the end of a step, in the order of the units.
+* A value that several later units use gets their gradients from the last to the first, as autograd
+  itself goes, wherever a cut lies between them.
+* A unit draws its random numbers from a state of its own: a hash of seed, step, micro-batch, unit.
+* Tensors keep their strides on the way, since matrix products may round differently with others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from hvdx.errors import PlanError
+from hvdx.integrations.pytorch_graph import (
+    Graph,
+    Unit,
+    flat,
+    perform,
+    result_names,
+    result_of,
+    unflat,
+)
+from hvdx.pipeline.zmq_channel import MAX_PART, Packed
+
+_LOSS = ("the loss", 0)  # where others have (value, number of its leaf)
+_lock = threading.RLock()  # of the generators, which all threads of a process share
+
+
+class TorchCodec:
+    """Tensors as bytes, with dtype, shape and strides; see :class:`zmq_channel.Codec`."""
+
+    def pack(self, tensor: torch.Tensor) -> Packed:
+        """Copy only what lies on a GPU or is not contiguous."""
+        tensor = tensor.detach().cpu()
+        layout = None if tensor.is_contiguous() else list(tensor.stride())
+        whole = tensor if layout is None else tensor[_once(layout)].contiguous()
+        line = whole.as_strided((whole.numel(),), (1,))  # reshape may keep a stride of 0
+        data = line.view(torch.uint8).numpy()
+        return Packed(str(tensor.dtype).removeprefix("torch."), tensor.shape, layout, data)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """Build on the memory given, where strides allow."""
+        dtype = getattr(torch, str(packed.dtype), None)
+        shape, strides = list(packed.shape), packed.layout
+        numbers = [*shape, *(strides or [])]
+        if not isinstance(dtype, torch.dtype) or not all(
+            type(n) is int and 0 <= n <= MAX_PART for n in numbers
+        ):
+            raise ValueError(f"no tensor is {packed[:3]}")
+        held = shape if strides is None else [
+            1 if stride == 0 and n else n for n, stride in zip(shape, strides, strict=True)
+        ]  # fmt: skip
+        if math.prod(held) * dtype.itemsize != len(packed.data):
+            raise ValueError(f"{len(packed.data)} bytes for {packed[:3]}")
+        empty = not len(packed.data)
+        dense = torch.empty(0, dtype=dtype) if empty else torch.frombuffer(packed.data, dtype=dtype)
+        if strides is None or empty:
+            return dense.view(shape)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if span > MAX_PART:
+            raise ValueError(f"no tensor is {packed[:3]}")
+        memory = torch.empty(span, dtype=dtype)
+        memory.as_strided(held, strides).copy_(dense.view(held))
+        return memory.as_strided(shape, strides)
+
+
+def _once(strides: Sequence[int]) -> tuple[slice, ...]:
+    """Index one of the elements that an expanded dimension repeats."""
+    return tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)
+
+
+@dataclass
+class Batch:
+    """What stages get for a step.
+
+    Attributes:
+        step: its number.
+        inputs: by micro-batch, the inputs of the model by name.
+        targets: by micro-batch, what the loss compares with.
+        weights: by micro-batch, its share of the batch.
+        train: whether there will be a backward.
+        cast: type and dtype of the caller's ``torch.autocast``, for threads that know it not.
+    """
+
+    step: int
+    inputs: Sequence[dict[str, Any]]
+    targets: Sequence[Any]
+    weights: Sequence[float]
+    train: bool
+    cast: tuple[str, torch.dtype] | None = None
+
+
+@dataclass
+class _Segment:
+    """Units under one autograd graph: all of a stage, or one each where I and W are split."""
+
+    units: list[tuple[int, Unit]]
+    reads: list[str]
+    makes: list[str]
+    has_loss: bool
+
+
+@dataclass
+class _Pass:
+    """What a segment's forward leaves for its backward, with (value, leaf) as keys."""
+
+    entered: dict[Any, torch.Tensor]
+    made: dict[Any, torch.Tensor]
+    weights: dict[tuple[int, str], torch.Tensor]
+    gradients: list[torch.Tensor] | None = None
+
+
+class TorchStage:
+    """Units ``first`` to ``stop - 1`` of a graph; see :class:`hvdx.pipeline.run.Stage`.
+
+    Args:
+        graph: of the model.
+        first: unit.
+        stop: unit behind the last.
+        loss: function of outputs and targets.
+        device: to compute on.
+        seed: of random units; equal on all ranks.
+        split: whether schedules have I and W, so that units need graphs of their own.
+
+    Attributes:
+        unit: name of the unit at work.
+        total: the weighted loss of the micro-batches so far; on the last stage.
+        outputs: by micro-batch, the tensors that the model returns; on the last stage, without
+            training.
+        gradients: (unit, weight) -> sum over micro-batches.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        first: int,
+        stop: int,
+        *,
+        loss: Callable[[Any, Any], torch.Tensor] | None,
+        device: torch.device,
+        seed: int,
+        split: bool,
+    ) -> None:
+        self._graph, self._loss, self._device, self.seed = graph, loss, device, seed
+        self._first, self._last = first == 0, stop == len(graph.units)
+        self._entering, self._leaving = (
+            list(graph.line.live(cut)) if cut else [] for cut in (first, stop)
+        )
+        for name in [*self._entering, *self._leaving]:
+            if name not in graph.kinds:
+                raise PlanError(f"value {name!r} crosses a cut, but is neither tensor nor number")
+        own = list(enumerate(graph.units))[first:stop]
+        parts = [[each] for each in own] if split else [own]
+        self._segments = [self._segment(units, units is parts[-1]) for units in parts]
+        self.unit: str | None = None
+
+    def _segment(self, units: list[tuple[int, Unit]], last: bool) -> _Segment:
+        made = {name for _, unit in units for name in unit.makes}
+        read = [name for _, unit in units for name in unit.reads]
+        has_loss = last and self._last
+        read += result_names(self._graph) if has_loss else []
+        later = {name for unit in self._graph.units[units[-1][0] + 1 :] for name in unit.reads}
+        if not has_loss:
+            later |= set(result_names(self._graph))
+        makes = [name for _, unit in units for name in unit.makes if name in later]
+        reads = [name for name in dict.fromkeys(read) if name not in made]
+        return _Segment(units, reads, makes, has_loss)
+
+    def begin(self, batch: Batch) -> None:
+        """Forget the last step and take the batch of the next."""
+        self._batch = batch
+        self._kept: dict[int, list[_Pass]] = {}
+        self.gradients: dict[tuple[int, str], torch.Tensor] = {}
+        self._own: set[tuple[int, str]] = set()  # whose memory nobody else has
+        self.total: torch.Tensor | None = None
+        self.outputs: dict[int, list[torch.Tensor]] = {}
+        self.unit = None
+        self._differentiable: set[str] = set()
+        for unit in self._graph.units if batch.train else ():
+            trained = any(p.requires_grad for p in unit.params.values())
+            if trained or not self._differentiable.isdisjoint(unit.reads):
+                self._differentiable.update(unit.makes)
+        self._aliases = {
+            index: {name: unit.params[name].detach().requires_grad_(
+                batch.train and unit.params[name].requires_grad) for name in unit.tied}
+            for segment in self._segments for index, unit in segment.units
+        }  # fmt: skip
+
+    def forward(self, micro_batch: int, inputs: Sequence[Any] | None) -> list[Any]:
+        """See :meth:`Stage.forward`."""
+        values = self._entered(micro_batch, inputs)
+        passes = []
+        with torch.set_grad_enabled(self._batch.train), self._casting():
+            for segment in self._segments:
+                passes.append(self._advance(segment, values, micro_batch))
+        if self._batch.train:
+            self._kept[micro_batch] = passes
+        self.unit = None
+        return [leaf.detach() for name in self._leaving for leaf in flat(values[name])[2]]
+
+    def backward(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:
+        """See :meth:`Stage.backward`."""
+        found = self._returned(gradients)
+        for done in reversed(self._kept.pop(micro_batch)):
+            self._differentiate(done, found, [*done.entered.items(), *done.weights.items()])
+        return self._passed_back(found)
+
+    def input_gradient(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:
+        """See :meth:`Stage.input_gradient`."""
+        found = self._returned(gradients)
+        for done in reversed(self._kept[micro_batch]):
+            self._differentiate(done, found, list(done.entered.items()), retain=True)
+        return self._passed_back(found)
+
+    def weight_gradient(self, micro_batch: int) -> None:
+        """See :meth:`Stage.weight_gradient`."""
+        for done in reversed(self._kept.pop(micro_batch)):
+            self._differentiate(done, {}, list(done.weights.items()))
+
+    # --- forward
+
+    def _entered(self, micro_batch: int, inputs: Sequence[Any] | None) -> dict[str, Any]:
+        """Return the values that come into this stage, by name."""
+        if inputs is None:
+            given = self._batch.inputs[micro_batch]
+            return pytree.tree_map_only(torch.Tensor, lambda x: x.to(self._device), given)
+        leaves = (leaf.to(self._device) for leaf in inputs)
+        return {name: unflat(*self._graph.kinds[name], leaves) for name in self._entering}
+
+    def _advance(self, segment: _Segment, values: dict[str, Any], micro_batch: int) -> _Pass:
+        """Compute a segment; what it makes goes to ``values``."""
+        entered: dict[Any, torch.Tensor] = {}
+        local: dict[str, Any] = {}
+        for name in segment.reads:
+            local[name] = self._cut_off(name, values[name], entered)
+        weights: dict[tuple[int, str], torch.Tensor] = {}
+        for index, unit in segment.units:
+            self.unit = unit.name
+            aliases = self._aliases[index]
+            with self._random(unit, index, micro_batch):
+                perform(self._graph, unit, local, aliases)
+            for name, p in unit.params.items():
+                if p.requires_grad:
+                    weights[index, name] = aliases.get(name, p)
+        made: dict[Any, torch.Tensor] = {}
+        if segment.has_loss:
+            self.unit = None
+            self._finish(local, micro_batch, made)
+        for name in segment.makes:
+            values[name] = local[name]
+            if name in self._differentiable:
+                made.update({(name, i): x for i, x in enumerate(flat(local[name])[2])})
+        return _Pass(entered, made, weights)
+
+    def _cut_off(self, name: str, value: Any, entered: dict[Any, torch.Tensor]) -> Any:
+        """Return ``value`` with fresh leaves of autograd in it, noted in ``entered``."""
+        spec, kinds, tensors = flat(value)
+        fresh = []
+        for i, tensor in enumerate(tensors):
+            leaf = tensor.detach()
+            if name in self._differentiable and _is_smooth(leaf):
+                entered[name, i] = leaf.requires_grad_()
+            fresh.append(leaf)
+        return unflat(spec, kinds, iter(fresh))
+
+    def _finish(self, local: dict[str, Any], micro_batch: int, made: dict[Any, Any]) -> None:
+        """Compute the loss, or keep the outputs."""
+        if not self._batch.train:
+            names = dict.fromkeys(result_names(self._graph))
+            self.outputs[micro_batch] = [x for name in names for x in flat(local[name])[2]]
+            return
+        outputs = result_of(self._graph, local)
+        assert self._loss is not None
+        target = pytree.tree_map_only(
+            torch.Tensor, lambda y: y.to(self._device), self._batch.targets[micro_batch]
+        )
+        loss = self._loss(outputs, target)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            told = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(
+                f"loss(output, target) returns {told}, no scalar tensor: take the mean over the "
+                "micro-batch"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss depends on no parameter that requires a gradient: are all frozen, or is "
+                "something detached?"
+            )
+        weighted = loss.reshape(()) * self._batch.weights[micro_batch]
+        made[_LOSS] = weighted
+        value = weighted.detach()
+        self.total = value if self.total is None else self.total + value
+
+    @contextlib.contextmanager
+    def _casting(self) -> Iterator[None]:
+        if self._batch.cast is None:
+            yield
+        else:
+            with torch.autocast(self._batch.cast[0], self._batch.cast[1]):
+                yield
+
+    @contextlib.contextmanager
+    def _random(self, unit: Unit, index: int, micro_batch: int) -> Iterator[None]:
+        """Give a random unit its own state; others' draws stay as they would have been."""
+        if not unit.random:
+            yield
+            return
+        told = f"{self.seed} {self._batch.step} {micro_batch} {index}".encode()
+        seed = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") >> 1
+        private = torch.Generator(self._device).manual_seed(seed)
+        shared = torch.default_generator
+        if self._device.type == "cuda":
+            shared = torch.cuda.default_generators[self._device.index or 0]
+        with _lock:
+            before = shared.get_state()
+            shared.set_state(private.get_state())
+            try:
+                yield
+            finally:
+                shared.set_state(before)
+
+    # --- backward
+
+    def _returned(self, gradients: Sequence[Any] | None) -> dict[Any, Any]:
+        """Name the gradients that came back."""
+        if gradients is None:
+            return {_LOSS: torch.ones((), device=self._device)}
+        return {
+            key: gradient.to(self._device)
+            for key, gradient in zip(self._keys(self._leaving), gradients, strict=True)
+            if gradient is not None
+        }
+
+    def _passed_back(self, found: dict[Any, Any]) -> list[Any]:
+        return [found.get(key) for key in self._keys(self._entering)]
+
+    def _keys(self, names: Sequence[str]) -> list[tuple[str, int]]:
+        """Number the tensors of the values of a cut."""
+        travels = {name: self._graph.kinds[name][1] for name in names}
+        return [
+            (name, i)
+            for name, kinds in travels.items()
+            for i in range(sum(not isinstance(kind, tuple) for kind in kinds))
+        ]
+
+    def _differentiate(
+        self,
+        done: _Pass,
+        found: dict[Any, Any],
+        wanted: list[tuple[Any, torch.Tensor]],
+        retain: bool = False,
+    ) -> None:
+        """Find the gradients of ``wanted``, values' and weights', from those in ``found``.
+
+        What later stages found for a value that enters here goes in at the start: added to a sum
+        of this segment's own, numbers would be summed in another order than without the cut.
+        """
+        if done.gradients is None:
+            done.made = {k: x for k, x in done.made.items() if x.requires_grad and k in found}
+            done.gradients = [_fit(found.pop(key), x) for key, x in done.made.items()]
+        if not done.made or not wanted:
+            return
+        relayed = {key: x for key, x in wanted if key in done.entered and key in found}
+        results = torch.autograd.grad(
+            [*done.made.values(), *relayed.values()],
+            [x for _, x in wanted],
+            [*done.gradients, *(found[key] for key in relayed)],
+            retain_graph=retain,
+            allow_unused=True,
+        )
+        for (key, _), gradient in zip(wanted, results, strict=True):
+            if gradient is None:
+                continue
+            if key in done.entered:
+                found[key] = gradient
+            else:
+                self._accumulate(key, gradient)
+
+    def _accumulate(self, key: tuple[int, str], gradient: torch.Tensor) -> None:
+        """Add a micro-batch's gradient; autograd may hand out one memory twice."""
+        if key not in self.gradients:
+            self.gradients[key] = gradient
+        elif key not in self._own:
+            self.gradients[key] = self.gradients[key] + gradient
+            self._own.add(key)
+        else:
+            self.gradients[key].add_(gradient)
+
+
+def _is_smooth(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _fit(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)

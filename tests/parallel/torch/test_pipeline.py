@@ -1,0 +1,328 @@
+"""Pipelines over ranks: what they learn is, bit for bit, what one process learns."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+from torch import nn
+from torch.nn import functional as F
+
+import hvdx as hvd
+from hvdx.errors import HvdxError, MismatchError, PipelineError, PlanError
+from hvdx.pipeline.channel import Failure, Key
+from hvdx.pipeline.zmq_channel import ZmqChannel
+
+
+def load_models():
+    """The models of the tests in one process."""
+    path = Path(__file__).parents[2] / "single" / "test_pipeline_torch.py"
+    spec = importlib.util.spec_from_file_location("pipeline_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+models = load_models()
+STEPS = 20
+
+
+def pipeline(model, x, **options):
+    options = {"micro_batches": 4, "seed": 7, **options}
+    return hvd.Pipeline(model, x, F.mse_loss, models.adam, **options)
+
+
+def learnt(pipe, path):
+    """Rank 0's whole model, gathered by a checkpoint."""
+    pipe.save(path)
+    hvd.barrier()
+    return torch.load(path)["model"]
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A folder that all ranks know."""
+    return Path(hvd.broadcast_object(str(tmp_path)))
+
+
+@functools.cache
+def alone(kind):
+    """What one process learns, and its last loss."""
+    return models.train(models.made(kind), models.batches(STEPS), place=["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [
+        pytest.param("1f1b", models.sequential, marks=pytest.mark.ranks(2)),
+        ("1f1b", models.Residual),
+        ("zb1p", models.Residual),
+        pytest.param("gpipe", models.Residual, marks=pytest.mark.ranks(2)),
+        pytest.param("interleaved", models.Residual, marks=pytest.mark.ranks(2)),  # few units
+        pytest.param("zbv", models.Residual, marks=pytest.mark.ranks(2)),
+    ],
+)
+def test_ranks_learn_what_one_process_learns(kind, schedule, shared):
+    data = models.batches(STEPS)
+    expected, loss = alone(kind)
+    model = models.made(kind)
+    if hvd.rank():  # the ranks begin with rank 0's weights
+        torch.nn.init.ones_(next(model.parameters()))
+    pipe = pipeline(model, data[0][0], schedule=schedule)
+    losses = [pipe.step(x, y) for x, y in data]
+    assert torch.equal(losses[-1], loss)
+    models.assert_same(learnt(pipe, shared / "state"), expected)
+    pipe.close()
+
+
+def test_dropout_uneven_batches_and_outputs_everywhere(shared):
+    data = models.batches(rows=[12, 7, 3, 1])
+    expected, loss = models.train(models.made(models.Dropped), data, place=["cpu"])
+    pipe = pipeline(models.made(models.Dropped), data[0][0])
+    for x, y in data:
+        last = pipe.step(x, y)
+    assert torch.equal(last, loss)
+    models.assert_same(learnt(pipe, shared / "state"), expected)
+    plain = models.made(models.Dropped).eval()
+    plain.load_state_dict(expected)
+    for x, _ in data:
+        torch.testing.assert_close(pipe(x), plain(x))
+    following = [pipe.step(x, y) for x, y in data]
+    pipe.close()
+
+    single = pipeline(models.made(models.Dropped), data[0][0], place=["cpu", "cpu"])
+    single.load(shared / "state")  # from ranks to one process, and back
+    for x, _ in data:
+        single(x)
+    assert [single.step(x, y) for x, y in data] == following
+    single.close()
+    again = pipeline(models.made(models.Dropped), data[0][0])
+    again.load(shared / "state")
+    for x, _ in data:
+        again(x)
+    assert [again.step(x, y) for x, y in data] == following
+    again.close()
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        if self.training and not torch.is_grad_enabled():
+            return x  # the sample
+        raise ArithmeticError("no such luck")
+
+
+def test_an_error_reaches_all_ranks_and_leaves_nothing_behind():
+    threads, sockets = threading.active_count(), open_sockets()
+    size = hvd.size()
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(size - 1)), Failing())
+    x, y = models.batches(1)[0]
+    pipe = pipeline(model, x, stages=[1] * size)
+    hvd.barrier()
+    start = time.monotonic()
+    told = (
+        f"rank {size - 1}, stage {size - 1}, unit '{size - 1}', forward of micro-batch 0 in step 0:"
+        " ArithmeticError: no such luck"
+    )
+    with pytest.raises(PipelineError, match=told) as caught:
+        pipe.step(x, y)
+    assert time.monotonic() - start < 2
+    assert "in forward" in str(caught.value)  # the traceback, on each rank
+    with pytest.raises(PipelineError, match=r"of no more use, since .*no such luck"):
+        pipe.step(x, y)
+    pipe.close()
+    hvd.barrier()
+    assert (threading.active_count(), open_sockets()) == (threads, sockets)
+
+
+def open_sockets():
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            continue
+    return sum(link.startswith(("socket:", "anon_inode:[eventfd]")) for link in links)
+
+
+@pytest.mark.ranks(2)
+def test_different_batches_are_told():
+    x, y = models.batches(1)[0]
+    pipe = pipeline(models.sequential(), x)
+    rows = 12 - hvd.rank()
+    with pytest.raises(PipelineError, match=r"MismatchError: .*step 0 with 1[12] rows in 4 micro"):
+        pipe.step(x[:rows], y[:rows])
+    pipe.close()
+    pipe = pipeline(models.sequential(), x)
+    with pytest.raises(PipelineError, match=r"rank 1, step 0: ValueError: the batch has tensors"):
+        pipe.step(x, y[: 12 - hvd.rank()])
+    pipe.close()
+
+
+@pytest.mark.ranks(2)
+def test_different_pipelines_are_told():
+    x = models.batches(1)[0][0]
+    with pytest.raises(MismatchError, match=r"rank 0: 'micro_batches' = 4, rank 1: 'mic.* = 5"):
+        pipeline(models.sequential(), x, micro_batches=4 + hvd.rank())
+    message = "9 stages" if hvd.rank() else "rank 1 cannot make the pipeline: PlanError: 9 stages"
+    with pytest.raises(PlanError, match=message):
+        pipeline(models.sequential(), x, stages=9 if hvd.rank() else None)
+    with pytest.raises(PlanError, match="3 stages on 2 ranks"):
+        pipeline(models.sequential(), x, stages=3)
+
+
+# --- the channel
+
+
+def exchange(value):
+    return hvd.allgather_object(value)
+
+
+@pytest.fixture
+def channel():
+    made = ZmqChannel(range(hvd.size()), hvd.rank(), exchange, seconds=5)
+    yield made
+    made.close()
+
+
+def ring(channel, *, tensors):
+    """Send forward from rank to rank; return what has come."""
+    rank, last = hvd.rank(), hvd.size() - 1
+    found = tensors
+    if rank:
+        found = channel.get(Key("F", 0, rank, 0))
+    if rank < last:
+        channel.put(Key("F", 0, rank + 1, 0), found)
+    return found
+
+
+def test_the_channel_carries_any_shape(channel):
+    import numpy as np
+
+    sent = [
+        np.arange(5.0),
+        None,
+        np.zeros((0, 3), np.int8),
+        np.full((300, 400), 7.0),
+        np.array(2),
+        np.arange(6).reshape(2, 3).T,
+    ]
+    found = ring(channel, tensors=sent)
+    for one, other in zip(sent, found, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one.dtype == other.dtype and np.array_equal(one, other))
+    if hvd.rank() == hvd.size() - 1:
+        found[3][0] = 1  # its memory is the receiver's own
+
+
+def test_a_get_has_a_deadline():
+    made = ZmqChannel(range(hvd.size()), hvd.rank(), exchange, seconds=1)
+    if hvd.rank() == 0:
+        with pytest.raises(TimeoutError, match="stage 0 has waited 1 s for the gradients of"):
+            made.get(Key("B", 3, 0, 1))
+    hvd.barrier()
+    made.close()
+
+
+def test_a_failure_and_a_farewell_reach_everyone(channel):
+    last = hvd.size() - 1
+    hvd.barrier()
+    if hvd.rank() == last:
+        channel.fail(Failure(last, "ValueError: x", "stage 1"))
+    with pytest.raises(PipelineError, match=f"rank {last}, stage 1: ValueError: x"):
+        channel.receive(0 if hvd.rank() else 1, Key("X", 0, 0, 0))
+    with pytest.raises(PipelineError):
+        channel.put(Key("F", 0, 0, 0), [])
+
+
+def test_who_leaves_is_named_after_what_he_sent(channel):
+    last = hvd.size() - 1
+    if hvd.rank() == last:
+        channel.send(0, Key("X", 0, 0, 0), [])
+        channel.close()
+    if hvd.rank() == 0:
+        time.sleep(0.2)
+        assert channel.receive(last, Key("X", 0, 0, 0)) == []
+        with pytest.raises(ConnectionError, match=f"rank {last} has closed its pipeline"):
+            channel.receive(last, Key("X", 1, 0, 0))
+    hvd.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_another_secret_is_refused():
+    def lying(value):
+        everyone = exchange(value)
+        if hvd.rank() == 1 and isinstance(everyone[0], tuple):
+            everyone[0] = ("no secret", everyone[0][1])
+        return everyone
+
+    with pytest.raises(HvdxError, match="rank 1: it is refused by another: the secrets"):
+        ZmqChannel(range(2), hvd.rank(), lying, seconds=2)
+
+
+@pytest.mark.ranks(2)
+def test_strangers_do_not_get_in_while_ranks_meet():
+    """Noise, silence and a wrong password come before the right rank does."""
+    strangers = []
+
+    def late(value):
+        everyone = exchange(value)
+        if isinstance(everyone[0], tuple) and hvd.rank() == 1:
+            place = everyone[0][1][1]
+            port = int(place.rpartition(":")[2])
+            for noise in (b"", b"GET / HTTP/1.0\r\n\r\n", os.urandom(4096)):
+                strangers.append(socket.create_connection(("127.0.0.1", port)))
+                strangers[-1].send(noise)
+            context = zmq.Context()
+            for password in (b"guessed", b""):
+                stranger = context.socket(zmq.PAIR)
+                stranger.linger = 0
+                if password:
+                    stranger.plain_username, stranger.plain_password = b"rank", password
+                stranger.connect(place)
+                stranger.send(b"malice", zmq.NOBLOCK)
+                strangers.append(stranger)
+            time.sleep(0.3)
+        return everyone
+
+    channel = ZmqChannel(range(2), hvd.rank(), late, seconds=5)
+    ring(channel, tensors=[])
+    hvd.barrier()
+    for stranger in strangers:
+        stranger.close()
+    channel.close()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"\x80\x04garbage"],
+        [b"[]"],
+        [b'{"a": 1}'],
+        [b'[9, "F", 0, 1, 0, "", []]'],
+        [b'[1, "F", 0, 1, 0, "", [["<f4", [2], null]]]'],
+        [b'[1, "F", 0, 1, 0, "", [["<f4", [2], null]]]', b"1234567"],
+        [b'[1, "F", 0, 1, 0, "", [["|O", [1], null]]]', b"12345678"],
+        [b'[1, "F", 0, 1, 0, "", [["<f4"]]]', b"1234"],
+        [b'[1, "F", 0, 1, 0, "", 5]', b""],
+        [b'[1, "fail", 0, 0, 0, "", {"a": 1}]'],
+        [b"[" * 100_000],
+        [b" " * (2 << 20)],
+    ],
+    ids=lambda frames: str(frames[0][:40]),
+)
+def test_garbage_of_a_rank_is_told(channel, frames):
+    if hvd.rank() == 0:
+        channel._sockets[1].send_multipart(frames)
+    else:
+        with pytest.raises(OSError, match="rank 0 sent what is no message: "):
+            channel.get(Key("F", 0, 1, 0))
+    hvd.barrier()
