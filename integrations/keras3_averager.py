@@ -18,8 +18,9 @@ from hvdx.agreement import check_same
 from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import FORMAT, Compressor, Spec, none
+from hvdx.compression.portable import Origin
 from hvdx.frameworks import Adapter
-from hvdx.integrations.keras3_state import Origin, States
+from hvdx.integrations.keras3_state import States
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 

@@ -5,24 +5,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from hvdx.comm import drive, in_step, together
 from hvdx.compression import CompressionError, Compressor, Spec
-from hvdx.compression.portable import pooled, restored
+from hvdx.compression.portable import PORTABLE, Origin, check_saved, pooled, restored
 from hvdx.compression.state import Leaf, leaves
 from hvdx.ops import NumpyOps, Ops
-
-Origin: TypeAlias = tuple[int, int]
-"""The rank that has kept something, and of how many."""
-
-PORTABLE: Origin = (0, 1)
-"""What the only rank of a job has kept is all that is owed: any number of ranks may start so."""
-
-_FIELDS = {"compressor", "step", "rank", "ranks", "kinds", "parameters"}
 
 
 class Kept(NamedTuple):
@@ -117,24 +109,7 @@ class States:
             CompressionError: it is of another compressor, model or number of ranks, or nothing
                 of the kind.
         """
-        if not isinstance(saved, Mapping) or not set(saved) >= _FIELDS:
-            raise CompressionError(
-                f"a {type(saved).__name__} without {', '.join(sorted(_FIELDS))} is not what "
-                "compression_state() has returned"
-            )
-        if saved["compressor"] != self._asked.name:
-            raise CompressionError(
-                f"the saved state is that of compression={saved['compressor']}, but the optimizer "
-                f"has compression={self._asked.name}: give it the former, or leave the state out "
-                "to start afresh"
-            )
-        told = saved["rank"], saved["ranks"]
-        if told not in (PORTABLE, origin):
-            raise CompressionError(
-                f"the saved state is that of rank {told[0]} of {told[1]}, but this is rank "
-                f"{origin[0]} of {origin[1]}: for other ranks save what "
-                "portable_compression_state() returns"
-            )
+        check_saved(saved, self._asked.name, origin)
         given = leaves_of(saved)
         fresh = {name: self._fresh(kept, given.pop(name, ())) for name, kept in self._kept.items()}
         for name, state in fresh.items():

@@ -138,13 +138,6 @@ class DeltaStepper(Wrapper):
             "step(), gradients never are"
         )
 
-    def set_backward_passes_per_step(self, passes: int) -> None:
-        """Accept it: gradients stay on this rank however many backward calls add to them."""
-        if passes < 1:
-            raise ValueError(f"backward_passes_per_step={passes} must be at least 1")
-        optimizer: Any = self.optimizer
-        optimizer.backward_passes_per_step = passes
-
     @torch.no_grad()
     def before_step(self, optimizer: Any, args: Any, options: Any) -> None:
         """Keep a copy of the parameters."""

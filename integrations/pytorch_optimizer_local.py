@@ -13,10 +13,11 @@ from hvdx import buckets, world
 from hvdx.comm import Work, together
 from hvdx.compression import CompressionError, Local, Reduced, Spec
 from hvdx.compression.local import Outer
+from hvdx.compression.portable import PORTABLE
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_reducer import release
-from hvdx.integrations.pytorch_optimizer_states import PORTABLE, Kept
+from hvdx.integrations.pytorch_optimizer_states import Kept
 from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper
 from hvdx.ops import ops_for
 
@@ -92,13 +93,6 @@ class LocalStepper(Wrapper):
         return contextlib.nullcontext()
 
     no_sync = skip_synchronize
-
-    def set_backward_passes_per_step(self, passes: int) -> None:
-        """Accept it: gradients stay on this rank however many backward calls add to them."""
-        if passes < 1:
-            raise ValueError(f"backward_passes_per_step={passes} must be at least 1")
-        optimizer: Any = self.optimizer
-        optimizer.backward_passes_per_step = passes
 
     @torch.no_grad()
     def flush(self) -> None:

@@ -137,11 +137,8 @@ class Reducer(Wrapper):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Sum the gradients of ``passes`` backward calls before they are averaged."""
-        if passes < 1:
-            raise ValueError(f"backward_passes_per_step={passes} must be at least 1")
+        super().set_backward_passes_per_step(passes)
         self._passes_per_step = passes
-        optimizer: Any = self.optimizer
-        optimizer.backward_passes_per_step = passes
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -440,7 +437,7 @@ class Reducer(Wrapper):
         for index, reduced in enumerate(results):
             mean = reduced.mean if scale == 1.0 else reduced.mean * scale
             bucket.views[index].copy_(mean)
-            if not bucket.idle(index):
+            if reduced.state is not None and not bucket.idle(index):
                 self.kept.await_settling(bucket.names[index], reduced.state)
 
     def _loss_scale(self) -> float:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from hvdx.comm import Work
 from hvdx.compression import CompressionError, Compressor, Reduced, Spec
-from hvdx.compression.portable import carried, pooled, restored, shares
+from hvdx.compression.portable import (
+    PORTABLE,
+    Origin,
+    carried,
+    check_saved,
+    pooled,
+    restored,
+    shares,
+)
 from hvdx.compression.state import Leaf, leaves
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import ops_for
-
-Origin: TypeAlias = tuple[int, int]
-"""The rank that has kept something, and of how many."""
-
-PORTABLE: Origin = (0, 1)
-"""What the only rank of a job has kept is all that is owed: any number of ranks may start so."""
 
 _OPS = ops_for(torch.Tensor)
 
@@ -238,25 +240,7 @@ class Kept:
         self._loaded = True
 
     def _refuse(self, saved: Any, known: Mapping[str, Spec]) -> None:
-        needed = {"compressor", "step", "rank", "ranks", "kinds", "parameters"}
-        if not isinstance(saved, Mapping) or not needed <= set(saved):
-            raise CompressionError(
-                f"a {type(saved).__name__} without {', '.join(sorted(needed))} is not what "
-                "compression_state() has returned"
-            )
-        if saved["compressor"] != self._asked.name:
-            raise CompressionError(
-                f"the saved state is that of compression={saved['compressor']}, but the optimizer "
-                f"has compression={self._asked.name}: give it the former, or leave the state out "
-                "to start afresh"
-            )
-        origin = saved["rank"], saved["ranks"]
-        if origin not in (PORTABLE, (self._place, self.ranks)):
-            raise CompressionError(
-                f"the saved state is that of rank {origin[0]} of {origin[1]}, but this is rank "
-                f"{self._place} of {self.ranks}: for other ranks save what "
-                "portable_compression_state() returns"
-            )
+        check_saved(saved, self._asked.name, (self._place, self.ranks))
         for name in saved["parameters"]:
             if name not in known:
                 raise CompressionError(

@@ -106,6 +106,13 @@ class Wrapper(abc.ABC):
             self.end()
         self.joined = self.active = False
 
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Accept it: gradients stay on this rank however many backward calls add to them."""
+        if passes < 1:
+            raise ValueError(f"backward_passes_per_step={passes} must be at least 1")
+        optimizer: Any = self.optimizer
+        optimizer.backward_passes_per_step = passes
+
     @abc.abstractmethod
     def begin(self) -> None:
         """Start to follow the optimizer's parameters."""

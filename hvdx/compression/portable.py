@@ -14,13 +14,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from hvdx.comm import Allreduce, Rank, Ranks, Work
 from hvdx.compression.base import CompressionError
 from hvdx.compression.state import Leaf, leaves, rebuilt
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
+
+Origin: TypeAlias = tuple[int, int]
+"""The rank that has kept something, and of how many."""
+
+PORTABLE: Origin = (0, 1)
+"""What the only rank of a job has kept is all that is owed: any number of ranks may start so."""
+
+_FIELDS = frozenset({"compressor", "step", "rank", "ranks", "kinds", "parameters"})
+
+
+def check_saved(saved: Any, compressor: str, origin: Origin) -> None:
+    """Raise unless ``saved``, as optimizers' ``compression_state()`` is, fits this rank.
+
+    Args:
+        saved: what the user wants to be loaded.
+        compressor: the name of the one in use.
+        origin: this rank's place.
+
+    Raises:
+        CompressionError: it is nothing of the kind, of another compressor, or of another place.
+    """
+    if not isinstance(saved, Mapping) or not set(saved) >= _FIELDS:
+        raise CompressionError(
+            f"a {type(saved).__name__} without {', '.join(sorted(_FIELDS))} is not what "
+            "compression_state() has returned"
+        )
+    if saved["compressor"] != compressor:
+        raise CompressionError(
+            f"the saved state is that of compression={saved['compressor']}, but the optimizer "
+            f"has compression={compressor}: give it the former, or leave the state out to start "
+            "afresh"
+        )
+    told = saved["rank"], saved["ranks"]
+    if told not in (PORTABLE, origin):
+        raise CompressionError(
+            f"the saved state is that of rank {told[0]} of {told[1]}, but this is rank "
+            f"{origin[0]} of {origin[1]}: for other ranks save what "
+            "portable_compression_state() returns"
+        )
 
 
 def portable(ops: Ops, state: Any) -> Work[dict[str, Any]]:
