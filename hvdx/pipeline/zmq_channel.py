@@ -270,6 +270,9 @@ class ZmqChannel:
         socket.zap_domain = _DOMAIN.encode()
         socket.sndhwm = socket.rcvhwm = 0  # the schedule bounds what is on its way
         socket.maxmsgsize = MAX_PART
+        # Before bind, since its listener keeps this figure for connections that break: with
+        # ZeroMQ's own, no limit, a message sent just then would keep close() waiting for ever.
+        socket.linger = _LINGER_MS
         # Never again, since what was lost on the way would stay lost. Not -1: that would also
         # drop what has come and is not yet read.
         socket.reconnect_ivl = 2**31 - 1

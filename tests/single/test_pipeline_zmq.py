@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -54,6 +57,36 @@ def test_a_killed_rank_is_named_at_once():
         channel.close()
         with pytest.raises(OSError, match="has been closed"):
             channel.get(Key("B", 0, 0, 1))
+
+
+def test_closing_just_when_a_connection_breaks_ends():
+    # ZeroMQ kept a goodbye sent in that moment for ever, and close() waited for it: CI hung once.
+    for _ in range(50):
+        barrier, values = threading.Barrier(2), [None, None]
+
+        def exchange(rank, value, barrier=barrier, values=values):
+            values[rank] = value
+            barrier.wait()
+            both = list(values)
+            barrier.wait()
+            return both
+
+        with ThreadPoolExecutor(2) as threads:
+            channels = [
+                threads.submit(ZmqChannel, range(2), rank, partial(exchange, rank), seconds=20)
+                for rank in range(2)
+            ]
+            here, there = (each.result() for each in channels)
+
+        def leave(channel=here):
+            channel._poller.poll(10_000)  # the news of it
+            channel.close()
+
+        closing = threading.Thread(target=leave, daemon=True)
+        closing.start()
+        there._context.destroy(linger=0)  # as a process dies: without a word
+        closing.join(10)
+        assert not closing.is_alive()
 
 
 def test_an_address_that_is_not_there():

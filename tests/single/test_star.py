@@ -90,10 +90,13 @@ def strangers(place):
     for number, guest in enumerate(held[:15]):
         guest.sendall([b"x", b"\0\0\0\1" + bytes(32), b"GET / HTTP/1.1\r\n" * 10][number % 3])
     liar, nobody = (address, port, b"guess" * 6 + b"ab"), (address, port, secret)
+
+    def try_it(place, rank):
+        with contextlib.suppress(OSError):  # turned away, or the door was closed before
+            held.append(knock(place, rank, 5))
+
     for place, rank in ((liar, 1), (nobody, 7)):
-        threading.Thread(
-            target=lambda *who: held.append(knock(*who, 5)), args=(place, rank)
-        ).start()
+        threading.Thread(target=try_it, args=(place, rank)).start()
     return held
 
 
