@@ -403,6 +403,21 @@ def _join(graph: Graph, joins: Iterable[tuple[int, int]]) -> None:
         graph.units[first : last + 1] = [whole]
 
 
+def differentiable(graph: Graph) -> set[str]:
+    """Name the values that depend on a parameter which requires a gradient."""
+    found: set[str] = set()
+    for unit in graph.units:
+        trained = any(p.requires_grad for p in unit.params.values())
+        if trained or not found.isdisjoint(unit.reads):
+            found.update(unit.makes)
+    return found
+
+
+def is_smooth(tensor: torch.Tensor) -> bool:
+    """Tell whether gradients exist for this dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def result_names(graph: Graph) -> list[str]:
     """Name the values that the model returns."""
     return [node.name for node in _nodes(graph.result)]

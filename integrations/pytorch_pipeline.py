@@ -18,15 +18,20 @@ from hvdx import watchdog, world
 from hvdx.agreement import check_same, next_name
 from hvdx.errors import PipelineError, PlanError
 from hvdx.integrations.pytorch_graph import mode, result_names, result_of, traced, unflat
+from hvdx.integrations.pytorch_profile import profiled
 from hvdx.integrations.pytorch_stages import Batch, TorchCodec, TorchStage
 from hvdx.pipeline.channel import Failure, Key
-from hvdx.pipeline.plan import Means, Plan, make, schedule_of
+from hvdx.pipeline.ir import Graph
+from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, make, schedule_of, stage_times
+from hvdx.pipeline.probe import THREADS, measure_link
 from hvdx.pipeline.run import LocalRanks, run
 from hvdx.pipeline.schedule import Schedule, forward_only
+from hvdx.pipeline.simulator import Times
 from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
 from hvdx.replicas import broadcast_parameters
 
 _FORMAT = 1
+_PROFILING_SECONDS = 600.0  # for which the other ranks wait for rank 0
 
 
 class Pipeline:
@@ -50,10 +55,16 @@ class Pipeline:
         micro_batches: pieces of a batch. Fewer where a batch has fewer rows.
         stages: how many; names of the units, or modules, that all but the first begin with; how
             many units each has; or a :class:`hvdx.pipeline.plan.Plan`. Default: one per rank or
-            device, two for ``interleaved`` and ``zbv``. Found by the number of parameters.
+            device, two for ``interleaved`` and ``zbv``.
+        by: what cuts even out: ``"params"``, ``"time"`` or ``"memory"``. Default: time under
+            ``schedule="auto"``, else params. All but params run micro-batches of ``sample``, on
+            rank 0, to measure the units: let it be a whole batch.
+        memory: bytes that each rank or device has for parameters, gradients, Adam's moments and
+            activations, or a list of them; what does not fit is not chosen. Default: enough.
         place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]``.
             Default: the ranks of the job, if there are several, else this one process.
-        schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``, or text.
+        schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
+            ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times.
         leaves: classes, or paths, of modules to be kept whole.
         seed: of dropout and the like; default ``torch.initial_seed()`` of rank 0.
 
@@ -84,12 +95,15 @@ class Pipeline:
         stages: int | Sequence[str] | Sequence[int] | Plan | None = None,
         place: Sequence[str | torch.device] | None = None,
         schedule: str = "1f1b",
+        by: str | None = None,
+        memory: float | Sequence[float] | None = None,
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
         self._across = place is None and world.is_initialized("torch") and world.size() > 1
         self._rank = world.rank() if self._across else 0
         self._loss, self._step, self._failed = loss, 0, ""
+        self._times: Times | None = None
         self._channel: ZmqChannel | None = None
         self._threads: LocalRanks | None = None
         self._orders: dict[tuple[int, bool], Schedule] = {}
@@ -101,7 +115,12 @@ class Pipeline:
             _check_arguments(model, loss, optimizer, micro_batches, place)
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
-            self.plan = self._planned(stages, place, schedule, micro_batches)
+            by = by or ("time" if schedule == "auto" else "params")
+            link = Link()
+            plain = schedule != "auto" and by == "params" and memory is None
+            if not (plain or isinstance(stages, Plan)):
+                self._graph.line, link = self._profiled(sample, micro_batches)
+            self.plan = self._planned(stages, place, schedule, micro_batches, by, memory, link)
             self._stages = self._make_stages(place)
             self._params = self._shares()
             self.optimizers = {
@@ -110,7 +129,7 @@ class Pipeline:
             }  # fmt: skip
         if self._across:
             self._agree()
-            self._channel = self._connected()
+            self._channel = self._connected(self.plan.place)
             self._finalizer = weakref.finalize(self, self._channel.close)
         else:
             self._threads = LocalRanks(self._stages, max(self.plan.place) + 1, None)
@@ -217,9 +236,30 @@ class Pipeline:
             if each:
                 raise PlanError(f"rank {rank} cannot make the pipeline: {each}")
 
+    def _profiled(self, sample: Any, micro_batches: int) -> tuple[Graph, Link]:
+        """Return what rank 0 measures, on every rank: the units and a hop."""
+        told: Any = None
+        if self._rank == 0:
+            with watchdog.patience(_PROFILING_SECONDS):
+                try:
+                    told = profiled(self._graph, sample, micro_batches)
+                except Exception as error:
+                    told = f"the model cannot be profiled: {type(error).__name__}: {error}"
+        if self._across:
+            told = world.core("torch").broadcast_object(told, 0, next_name("pipeline"), None)
+        if isinstance(told, str):
+            raise PlanError(told)
+        if not self._across:
+            return told, THREADS
+        with contextlib.closing(self._connected(range(world.size()))) as channel:
+            link = measure_link(channel, self._rank, lambda n: torch.empty(n, dtype=torch.uint8))
+            link = world.core("torch").broadcast_object(link, 0, next_name("pipeline"), None)
+        return told, link
+
     def _planned(
-        self, stages: Any, place: Sequence[Any] | None, schedule: str, micro_batches: int
-    ) -> Plan:
+        self, stages: Any, place: Sequence[Any] | None, schedule: str, micro_batches: int, by: str,
+        memory: float | Sequence[float] | None, link: Link,
+    ) -> Plan:  # fmt: skip
         line = self._graph.line
         ranks = world.size() if self._across else place and len(place)
         if isinstance(stages, Plan):
@@ -232,14 +272,17 @@ class Pipeline:
         if not ranks:
             count = 1 if stages is None else stages if isinstance(stages, int) else (
                 len(stages) + isinstance(next(iter(stages), ""), str))  # fmt: skip
-            ranks = max(1, count // 2 if schedule in ("interleaved", "zbv") else count)
-        return make(
-            line, Means(ranks), micro_batches, schedule=schedule, stages=stages, by="params"
-        )
+            ranks = max(1, count // SCHEDULES.get(schedule, 1))
+        limits = [memory] * ranks if isinstance(memory, (int, float)) else memory
+        means = Means(ranks, link, memory=limits)
+        plan = make(line, means, micro_batches, schedule=schedule, stages=stages, by=by)
+        if plan.step:
+            self._times = stage_times(line, means, plan.order(), plan.edges(line))
+        return plan
 
     def _make_stages(self, place: Sequence[Any] | None) -> dict[int, TorchStage]:
         graph = self._graph
-        split = any(action.kind == "W" for row in self.plan.order().rows for action in row)
+        split = self.plan.order().splits
         home = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
         devices = [_device(each) for each in place] if place is not None else []
         stages: dict[int, TorchStage] = {}
@@ -288,10 +331,10 @@ class Pipeline:
         if model.state_dict():
             broadcast_parameters(model)
 
-    def _connected(self) -> ZmqChannel:
+    def _connected(self, place: Sequence[int]) -> ZmqChannel:
         core = world.core("torch")
         return ZmqChannel(
-            self.plan.place,
+            place,
             self._rank,
             lambda each: core.allgather_object(each, next_name("pipeline"), None),
             TorchCodec(),
@@ -356,7 +399,7 @@ class Pipeline:
         if (most, train) not in self._orders:
             place = self.plan.place
             self._orders[most, train] = (
-                _largest(self.plan, most) if train else forward_only(place, most)
+                _largest(self.plan, most, self._times) if train else forward_only(place, most)
             )
         return self._orders[most, train]
 
@@ -554,13 +597,13 @@ def _cut(rows: slice, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[rows] if tensor.dim() else tensor
 
 
-def _largest(plan: Plan, most: int) -> Schedule:
+def _largest(plan: Plan, most: int, times: Times | None) -> Schedule:
     """Return the schedule with the most micro-batches, up to ``most``, that there is."""
     ranks, stages = max(plan.place) + 1, len(plan.place)
     problem: PlanError | None = None
     for count in range(most, 0, -1):
         try:
-            return schedule_of(plan.schedule, ranks, count, stages)
+            return schedule_of(plan.schedule, ranks, count, stages, times)
         except PlanError as error:
             problem = problem or error
     assert problem is not None

@@ -27,7 +27,9 @@ from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_graph import (
     Graph,
     Unit,
+    differentiable,
     flat,
+    is_smooth,
     perform,
     result_names,
     result_of,
@@ -188,11 +190,7 @@ class TorchStage:
         self.total: torch.Tensor | None = None
         self.outputs: dict[int, list[torch.Tensor]] = {}
         self.unit = None
-        self._differentiable: set[str] = set()
-        for unit in self._graph.units if batch.train else ():
-            trained = any(p.requires_grad for p in unit.params.values())
-            if trained or not self._differentiable.isdisjoint(unit.reads):
-                self._differentiable.update(unit.makes)
+        self._differentiable = differentiable(self._graph) if batch.train else set()
         self._aliases = {
             index: {name: unit.params[name].detach().requires_grad_(
                 batch.train and unit.params[name].requires_grad) for name in unit.tied}
@@ -271,7 +269,7 @@ class TorchStage:
         fresh = []
         for i, tensor in enumerate(tensors):
             leaf = tensor.detach()
-            if name in self._differentiable and _is_smooth(leaf):
+            if name in self._differentiable and is_smooth(leaf):
                 entered[name, i] = leaf.requires_grad_()
             fresh.append(leaf)
         return unflat(spec, kinds, iter(fresh))
@@ -398,10 +396,6 @@ class TorchStage:
             self._own.add(key)
         else:
             self.gradients[key].add_(gradient)
-
-
-def _is_smooth(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _fit(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ class Unit:
         forward: seconds per micro-batch; so are the next two.
         inputs: for the gradients of what it reads; 0 if none is needed.
         weights: for those of its parameters; 0 if they are frozen.
+        apart: more, under schedules that split backward into these two.
         uses_rng: whether it draws random numbers.
         joined: whether it must be in the stage of the unit before it (it changes a value of
             that stage in place, say).
@@ -45,6 +46,7 @@ class Unit:
     forward: float = 0.0
     inputs: float = 0.0
     weights: float = 0.0
+    apart: float = 0.0
     uses_rng: bool = False
     joined: bool = False
     run: Any = None

@@ -396,18 +396,21 @@ class _Memory:
 
 
 def stage_times(
-    graph: Graph, means: Means, place: Sequence[int], found: Sequence[tuple[int, int]]
+    graph: Graph, means: Means, order: Schedule, found: Sequence[tuple[int, int]]
 ) -> Times:
     """Add up the times of the units of each stage, on the rank that has it."""
-    speeds = [means.speeds[rank] if means.speeds else 1.0 for rank in place]
-    sums = [
-        [sum(getattr(unit, part) for unit in graph.units[start:stop]) / speed
-         for speed, (start, stop) in zip(speeds, found, strict=True)]
-        for part in ("forward", "inputs", "weights")
-    ]  # fmt: skip
+    speeds = [means.speeds[rank] if means.speeds else 1.0 for rank in order.place]
+
+    def total(part: str) -> list[float]:
+        return [sum(getattr(unit, part) for unit in graph.units[start:stop]) / speed
+                for speed, (start, stop) in zip(speeds, found, strict=True)]  # fmt: skip
+
+    weights = total("weights")
+    if order.splits:
+        weights = [each + more for each, more in zip(weights, total("apart"), strict=True)]
     sizes = graph.live_bytes()
     hops = tuple(means.link.seconds(sizes[start]) for start, _ in found[1:])
-    return Times(tuple(sums[0]), tuple(sums[1]), tuple(sums[2]), hops)
+    return Times(tuple(total("forward")), tuple(total("inputs")), tuple(weights), hops)
 
 
 def _predicted(
@@ -416,7 +419,7 @@ def _predicted(
     """Simulate a plan and check that it fits."""
     if len(found) != order.stages:
         raise PlanError(f"{len(found)} stages, but schedule {told!r} takes {order.stages}")
-    times = stage_times(graph, means, order.place, found)
+    times = stage_times(graph, means, order, found)
     if told in ("zbv", "zbv-slack") and any(times.forward):
         order = schedule_of(told, means.ranks, order.micro_batches, order.stages, times)
     memory = _Memory(graph, means, order).of_ranks(found)
@@ -441,7 +444,7 @@ def _predicted(
 def table(plan: Plan, graph: Graph, means: Means) -> str:
     """Draw the plan: a line per stage."""
     found = plan.edges(graph)
-    times = stage_times(graph, means, plan.place, found)
+    times = stage_times(graph, means, plan.order(), found)
     sizes = graph.live_bytes()
     lines = [
         f"{'stage':>5} {'rank':>4} {'units':>5} {'ms':>8} {'parameters':>10} {'sends':>9}  first"

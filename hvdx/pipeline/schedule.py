@@ -85,6 +85,11 @@ class Schedule:
         """Tell training from inference, which has no backward."""
         return any(action.kind != "F" for row in self.rows for action in row)
 
+    @property
+    def splits(self) -> bool:
+        """Tell whether backward comes in two parts."""
+        return any(action.kind == "W" for row in self.rows for action in row)
+
     def __str__(self) -> str:
         """Return the text form, which :func:`parse` reads."""
         return "\n".join(",".join(map(str, row)) for row in self.rows)

@@ -326,3 +326,18 @@ def test_garbage_of_a_rank_is_told(channel, frames):
         with pytest.raises(OSError, match="rank 0 sent what is no message: "):
             channel.get(Key("F", 0, 1, 0))
     hvd.barrier()
+
+
+def test_ranks_make_the_plan_of_what_rank_0_measures(shared):
+    data = models.batches(4)
+    expected, loss = models.train(models.made(models.Residual), data, place=["cpu"])
+    pipe = pipeline(models.made(models.Residual), data[0][0], schedule="auto")
+    for x, y in data:
+        last = pipe.step(x, y)
+    assert torch.equal(last, loss)
+    models.assert_same(learnt(pipe, shared / "state"), expected)
+    told = hvd.allgather_object(pipe.plan.to_json())
+    assert len(set(told)) == 1 and pipe.plan.step > 0
+    pipe.close()
+    with pytest.raises(PlanError, match="not enough memory for"):
+        pipeline(models.made(models.Residual), data[0][0], memory=100)
