@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
@@ -27,10 +28,12 @@ from hvdx.pipeline.probe import THREADS, measure_link
 from hvdx.pipeline.run import LocalRanks, run
 from hvdx.pipeline.schedule import Schedule, forward_only
 from hvdx.pipeline.simulator import Times
+from hvdx.pipeline.timeline import write as write_timeline
 from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
 from hvdx.replicas import broadcast_parameters
 
 _FORMAT = 1
+_LAST_STEPS = 8  # that a timeline can show
 _PROFILING_SECONDS = 600.0  # for which the other ranks wait for rank 0
 
 
@@ -104,6 +107,7 @@ class Pipeline:
         self._rank = world.rank() if self._across else 0
         self._loss, self._step, self._failed = loss, 0, ""
         self._times: Times | None = None
+        self._measured: collections.deque[Any] = collections.deque(maxlen=_LAST_STEPS)
         self._channel: ZmqChannel | None = None
         self._threads: LocalRanks | None = None
         self._orders: dict[tuple[int, bool], Schedule] = {}
@@ -207,6 +211,38 @@ class Pipeline:
             self._step, self._seed = told.get("step", 0), told.get("seed", self._seed)
             for stage in self._stages.values():
                 stage.seed = self._seed
+
+    def timeline(self, path: str | os.PathLike[str], steps: int = 3) -> None:
+        """Draw the last steps of training below what is predicted, and why ranks wait.
+
+        Rank 0 writes; every rank calls it. The prediction is the plan's where units were measured
+        (``by="time"``, ``schedule="auto"``), else made of these steps' own times.
+
+        Args:
+            path: ``.json``: a trace for Chrome or Perfetto; ``.png``: a picture, which needs
+                matplotlib; else one HTML page.
+            steps: how many, of the last 8; of these, those with as many micro-batches as the last.
+        """
+        if not self._measured:
+            raise PlanError("there is no step to draw yet: call step() before timeline()")
+        with self._telling("timeline"):
+            last = self._measured[-1][1]
+            own = {step: spans for step, order, spans in self._measured if order is last}
+            own = dict(list(own.items())[-max(1, steps) :])
+            everyone = [own]
+            if self._across:
+                core = world.core("torch")
+                everyone = core.allgather_object(own, next_name("pipeline"), None)
+            problem = ""
+            if self._rank == 0:
+                lanes = {step: [row for each in everyone for row in each[step]] for step in own}
+                try:
+                    write_timeline(path, last, self._times, lanes)
+                except (OSError, PlanError) as error:
+                    problem = str(error)
+            problem = self._from_first(problem)
+        if problem:
+            raise OSError(f"the timeline cannot be written to {os.fspath(path)!r}: {problem}")
 
     def close(self) -> None:
         """Give back threads and sockets; the pipeline is of no more use."""
@@ -386,11 +422,13 @@ class Pipeline:
             stage.begin(batch)
         if self._channel is None:
             assert self._threads is not None
-            self._threads.run(order, self._step)
+            spans = self._threads.run(order, self._step)
         else:
             verb = "step" if train else "call"
             self._channel.note = f"{verb} {self._step} with {rows} rows in {count} micro-batches"
-            run(order, self._rank, self._stages, self._channel, self._step)
+            spans = [run(order, self._rank, self._stages, self._channel, self._step)]
+        if train:
+            self._measured.append((self._step, order, spans))
         return self._spread(order.place[-1], train)
 
     def _order(self, rows: int, train: bool) -> Schedule:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import html
 import json
+import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from hvdx.errors import PlanError
 from hvdx.pipeline.schedule import Action, Schedule, Span, needs
 from hvdx.pipeline.simulator import Times, simulate
 
@@ -103,6 +107,118 @@ def text(schedule: Schedule, times: Times | None = None, columns: int = 100) -> 
         f"{line[0]:<{head}}  {' '.join(f'{cell:<{width}}' for cell in line[1:])}".rstrip()
         for line in lines
     )
+
+
+def aligned(lane: Lane, schedule: Schedule) -> list[list[Span]]:
+    """Set the ranks' clocks so that no message arrives before it was sent.
+
+    Ranks of one machine share a clock, those of others need not. What they send each other bounds
+    how far their clocks are apart, from both sides; where these bounds allow no difference, the
+    middle between them is taken.
+
+    Args:
+        lane: spans by rank, each by its own clock.
+        schedule: of which they are.
+    """
+    ends = {span.action.gives: span.end for row in lane for span in row}
+    bounds: dict[tuple[int, int], float] = {}  # (from, to): how long the quickest message took
+    for rank, row in enumerate(lane):
+        for span in row:
+            for need in needs(span.action, schedule.stages):
+                sender = schedule.place[need.stage]
+                if sender != rank and need in ends:
+                    way = sender, rank
+                    bounds[way] = min(bounds.get(way, float("inf")), span.start - ends[need])
+    ahead = {0: 0.0}  # by rank, its clock less rank 0's
+    waiting = [0]
+    while waiting:
+        near = waiting.pop()
+        for far in range(len(lane)):
+            if far not in ahead and (near, far) in bounds and (far, near) in bounds:
+                out, back = bounds[near, far], bounds[far, near]
+                apart = 0.0 if out >= 0 and back >= 0 else (out - back) / 2
+                ahead[far] = ahead[near] + apart
+                waiting.append(far)
+    return [
+        [Span(action, start - ahead.get(rank, 0.0), end - ahead.get(rank, 0.0))
+         for action, start, end in row]
+        for rank, row in enumerate(lane)
+    ]  # fmt: skip
+
+
+def typical(lanes: Sequence[Lane], stages: int) -> Times:
+    """Return the medians of what measured steps took by stage; hops count nothing."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for lane in lanes:
+        for row in lane:
+            for action, start, end in row:
+                seconds.setdefault((action.kind, action.stage), []).append(end - start)
+
+    def all_of(kind: str) -> list[float]:
+        return [statistics.median(seconds.get((kind, stage), [0.0])) for stage in range(stages)]
+
+    both, inputs, weights = map(all_of, "BIW")
+    back = tuple(map(sum, zip(both, inputs, strict=True)))
+    return Times(tuple(all_of("F")), back, tuple(weights), (0.0,) * (stages - 1))
+
+
+def write(
+    path: str | os.PathLike[str], schedule: Schedule, times: Times | None, steps: Mapping[int, Lane]
+) -> None:
+    """Draw steps that were measured, under what is predicted for them.
+
+    Args:
+        path: ``.json``: a trace for Chrome or Perfetto; ``.png``: a picture, which needs
+            matplotlib; else HTML.
+        schedule: of the steps.
+        times: that the plan was made with; None: those of the steps, and hops that take none.
+        steps: number -> spans by rank.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    name = "predicted" if times else "with these times and no hops"
+    times = times or typical(list(steps.values()), schedule.stages)
+    lanes: dict[str, Lane] = {name: simulate(schedule, times).spans}
+    lanes |= {f"step {number}": aligned(lane, schedule) for number, lane in steps.items()}
+    draw(path, schedule, lanes)
+
+
+def draw(path: str | os.PathLike[str], schedule: Schedule, lanes: Mapping[str, Lane]) -> None:
+    """Write lanes to a file, of the kind that its name ends with; see :func:`write`."""
+    file = Path(path)
+    if file.suffix == ".png":
+        _png(file, schedule, lanes)
+    elif file.suffix == ".json":
+        file.write_text(chrome(lanes))
+    else:
+        file.write_text(page(schedule, lanes))
+
+
+def _png(file: Path, schedule: Schedule, lanes: Mapping[str, Lane]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PlanError(
+            f"{file}: pictures as PNG need matplotlib: pip install matplotlib, or write .html"
+        ) from None
+    ranks = [len(lane) for lane in lanes.values()]
+    figure = Figure((14, 0.35 * sum(ranks) + 0.7 * len(ranks)), layout="constrained")
+    rows = figure.subplots(len(lanes), 1, sharex=True, squeeze=False, height_ratios=ranks)
+    for axes, (name, lane) in zip(rows[:, 0], lanes.items(), strict=True):
+        begin, _ = _extent([lane])
+        boxes = [(rank, span.start, span.end, span.action.kind, str(span.action))
+                 for rank, row in enumerate(lane) for span in row]  # fmt: skip
+        boxes += [(gap.rank, gap.start, gap.end, gap.cause, "") for gap in gaps(lane, schedule)]
+        for rank, start, end, key, label in boxes:
+            left, width = 1e3 * (start - begin), 1e3 * (end - start)
+            axes.broken_barh([(left, width)], (rank - 0.45, 0.9), facecolors=_COLORS[key])
+            axes.text(left, rank, label, fontsize=6, va="center", clip_on=True)
+        axes.set(title=f"{name}: {_summary(lane, schedule)}", yticks=range(len(lane)))
+        axes.set_yticklabels([f"rank {rank}" for rank in range(len(lane))])
+        axes.invert_yaxis()
+    rows[-1, 0].set_xlabel("ms")
+    figure.savefig(file, dpi=120)
 
 
 _COLORS = {

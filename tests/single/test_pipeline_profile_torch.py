@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -161,3 +164,30 @@ def test_a_link(monkeypatch):
     link = probe.measure_link(echo, 0, bytes)
     assert link.latency == pytest.approx(1e-4 + 4096e-9)
     assert link.bandwidth == pytest.approx(1e9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"), [("1f1b", "with these times and no hops"), ("auto", "predicted")]
+)
+def test_a_timeline_of_the_last_steps(schedule, name, tmp_path):
+    pipe = hvd.Pipeline(lopsided(), X, F.mse_loss, adam, place=["cpu"] * 2, schedule=schedule)
+    with pytest.raises(PlanError, match="no step to draw yet: call step"):
+        pipe.timeline(tmp_path / "run.html")
+    x, y = batches(1)[0]
+    for _ in range(3):
+        pipe.step(x, y)
+    pipe(x)  # inference is not drawn
+    pipe.timeline(tmp_path / "run.html", steps=2)
+    drawn = (tmp_path / "run.html").read_text()
+    lanes = re.findall(r'font-weight="bold">([^:]+): ', drawn)
+    assert lanes == [name, "step 1", "step 2"]
+    pipe.timeline(tmp_path / "run.json", steps=1)
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
+    assert sorted(event["name"] for event in spans) == sorted(
+        str(action) for row in pipe._order(32, True).rows for action in row
+    )
+    with pytest.raises(OSError, match=r"cannot be written to .*missing"):
+        pipe.timeline(tmp_path / "missing" / "run.html")
+    pipe.step(x, y)  # goes on
+    pipe.close()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as xml
 from textwrap import dedent
 
 import pytest
 
+from hvdx.errors import PlanError
 from hvdx.pipeline.greedy import zbv
-from hvdx.pipeline.schedule import Action, Span, gpipe, interleaved, one_f_one_b, zb1p
+from hvdx.pipeline.schedule import Action, Span, gpipe, interleaved, needs, one_f_one_b, zb1p
 from hvdx.pipeline.simulator import Times, simulate
-from hvdx.pipeline.timeline import chrome, gaps, page, text
+from hvdx.pipeline.timeline import aligned, chrome, draw, gaps, page, text, typical, write
 
 
 def test_text():
@@ -98,3 +100,62 @@ def test_pictures_of_nothing():
     schedule = gpipe(1, 1)
     assert "step 0.000 ms" in page(schedule, {"measured": [[]]})
     assert gaps([[]], schedule) == []
+
+
+def shifted(lane, clocks):
+    return [
+        [Span(action, start + clock, end + clock) for action, start, end in row]
+        for row, clock in zip(lane, clocks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("schedule", [one_f_one_b(4, 6), zbv(3, 4), gpipe(1, 2)])
+def test_clocks_of_several_machines_are_set_by_what_ranks_send(schedule):
+    lane = simulate(schedule, Times.equal(schedule.stages, hop=0.25)).spans
+    clocks = [0.0, 1e3, -50.0, 7.0][: schedule.ranks]
+    seen = aligned(shifted(lane, clocks), schedule)
+    ends = {span.action.gives: span.end for row in seen for span in row}
+    assert all(gap.end - gap.start < 100 for gap in gaps(seen, schedule))
+    for rank, row in enumerate(seen):
+        assert [span.action for span in row] == list(schedule.rows[rank])
+        for span in row:
+            for need in needs(span.action, schedule.stages):
+                assert span.start >= ends[need] - 1e-9
+    assert aligned(lane, schedule) == [list(row) for row in lane]  # one clock is left alone
+
+
+def test_a_prediction_of_measured_times():
+    times = Times((1.0, 2.0), (1.5, 0.5), (0.25, 0.75), (0.0,))
+    for schedule in (one_f_one_b(2, 3), zb1p(2, 3)):
+        lane = simulate(schedule, times).spans
+        late = shifted(lane, [5.0, 5.0])
+        found = typical([lane, late, lane], 2)
+        for row in schedule.rows:
+            for action in row:
+                assert found.of(action) == pytest.approx(times.of(action))
+
+
+def test_files(tmp_path):
+    schedule, times = one_f_one_b(2, 2), Times.equal(2)
+    lane = simulate(schedule, times).spans
+    write(tmp_path / "run.html", schedule, times, {7: lane})
+    drawn = (tmp_path / "run.html").read_text()
+    assert drawn.index(">predicted: 1f1b, step") < drawn.index(">step 7: 1f1b, step")
+    assert "http" not in drawn.replace("http-equiv", "")  # nothing is fetched
+    write(tmp_path / "run.json", schedule, None, {7: lane, 8: lane})
+    names = [event["args"]["name"] for event in json.loads((tmp_path / "run.json").read_text())[
+        "traceEvents"] if event["name"] == "process_name"]  # fmt: skip
+    assert names == ["with these times and no hops", "step 7", "step 8"]
+
+
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    schedule = zbv(2, 2)
+    draw(tmp_path / "plan.png", schedule, {"plan": simulate(schedule, Times.equal(4)).spans})
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(PlanError, match="need matplotlib: pip install matplotlib, or write"):
+        draw(tmp_path / "plan.png", gpipe(1, 1), {})

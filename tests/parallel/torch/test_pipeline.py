@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import socket
 import threading
@@ -341,3 +342,22 @@ def test_ranks_make_the_plan_of_what_rank_0_measures(shared):
     pipe.close()
     with pytest.raises(PlanError, match="not enough memory for"):
         pipeline(models.made(models.Residual), data[0][0], memory=100)
+
+
+def test_a_timeline_has_all_ranks(shared):
+    x, y = models.batches(1)[0]
+    pipe = pipeline(models.made(models.Residual), x)
+    pipe.step(x, y)
+    pipe.step(x, y)
+    pipe.timeline(shared / "run.json", steps=1)
+    events = json.loads((shared / "run.json").read_text())["traceEvents"]
+    spans = {(e["tid"], e["name"]): e for e in events if e["ph"] == "X" and e["pid"] == 1}
+    assert {rank for rank, _ in spans} == set(range(hvd.size()))
+    for k in range(4):
+        for rank in range(1, hvd.size()):
+            before, after = spans[rank - 1, f"{rank - 1}F{k}"], spans[rank, f"{rank}F{k}"]
+            assert after["ts"] >= before["ts"] + before["dur"]
+    with pytest.raises(OSError, match=r"cannot be written to .*missing"):
+        pipe.timeline(shared / "missing" / "run.html")
+    pipe.step(x, y)  # a picture that failed does no harm
+    pipe.close()
