@@ -33,7 +33,7 @@ from hvdx.errors import (
     StallError,
 )
 from hvdx.optimizer import DistributedOptimizer
-from hvdx.pipeline.dispatch import Pipeline
+from hvdx.pipeline.dispatch import Pipeline, plan
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -134,6 +134,7 @@ __all__ = [
     "nccl_built",
     "parameter_hash",
     "patience",
+    "plan",
     "rank",
     "reducescatter",
     "remove_process_set",

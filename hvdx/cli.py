@@ -1,4 +1,4 @@
-"""The ``hvdx`` command: ``install``, ``doctor``, ``run`` and ``bench``.
+"""The ``hvdx`` command: ``install``, ``doctor``, ``run``, ``plan`` and ``bench``.
 
 Each command imports its module only when called: ``hvdx --help`` loads no framework.
 """
@@ -103,6 +103,72 @@ def run(arguments: tuple[str, ...]) -> None:
     from hvdx.launch import run_command
 
     sys.exit(run_command(list(arguments)))
+
+
+@main.command("plan")
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Of the pipeline.")
+@click.option("--micro-batches", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--schedule", default="auto", show_default=True, help="1f1b, zbv and so on.")
+@click.option(
+    "--by",
+    type=click.Choice(["time", "params", "memory"]),
+    default="time",
+    show_default=True,
+    help="What the cuts even out.",
+)
+@click.option(
+    "--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), help="A rank."
+)
+@click.option("--model", default="model", show_default=True, help="The script's name for it.")
+@click.option("--sample", default="sample", show_default=True, help="Its name for a batch.")
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Also draw the schedule: .html, .png, or .json for Chrome's trace viewer.",
+)
+@click.option(
+    "--save", metavar="FILE", type=click.Path(dir_okay=False), help="Keep the plan, for stages=."
+)
+def plan(
+    script: str,
+    ranks: int,
+    micro_batches: int,
+    schedule: str,
+    by: str,
+    memory: float | None,
+    model: str,
+    sample: str,
+    output: str | None,
+    save: str | None,
+) -> None:
+    """Print how the model of SCRIPT would be cut and scheduled; launch nothing.
+
+    The script names a model and a batch for it, as objects or as functions without arguments.
+    What is under `if __name__ == "__main__"` does not run.
+    """
+    from hvdx.pipeline.dispatch import dry_run
+    from hvdx.pipeline.dry_run import load
+
+    try:
+        network, batch = load(script, [model, sample])
+        made = dry_run(
+            network,
+            batch,
+            ranks,
+            micro_batches=micro_batches,
+            schedule=schedule,
+            by=by,
+            memory=memory and memory * 2**30,
+        )
+        click.echo(str(made))
+        if output:
+            made.draw(output)
+        if save:
+            made.plan.save(save)
+    except (TypeError, OSError) as error:  # no model, no such folder
+        raise click.ClickException(str(error)) from error
 
 
 @main.group()

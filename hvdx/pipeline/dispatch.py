@@ -1,13 +1,19 @@
-"""``hvd.Pipeline`` for either framework."""
+"""``hvd.Pipeline`` and ``hvd.plan`` for either framework."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hvdx.frameworks import kind_of
 
+if TYPE_CHECKING:
+    from hvdx.pipeline.dry_run import DryRun
+    from hvdx.pipeline.plan import Plan
+
 _PIPELINES = {"torch": "hvdx.integrations.pytorch_pipeline"}
+_PROFILERS = {"torch": "hvdx.integrations.pytorch_profile"}
 
 
 def Pipeline(model: Any, *args: Any, **options: Any) -> Any:
@@ -24,11 +30,44 @@ def Pipeline(model: Any, *args: Any, **options: Any) -> Any:
     Raises:
         TypeError: it is no model of a framework that has pipelines.
     """
-    library = kind_of(type(model))
-    if library not in _PIPELINES:
+    return importlib.import_module(_module(model, _PIPELINES)).Pipeline(model, *args, **options)
+
+
+def plan(model: Any, sample: Any, ranks: int, **options: Any) -> Plan:
+    """Cut and schedule ``model`` for ``ranks`` ranks, by what it takes here; launch nothing.
+
+    Args:
+        model: a ``torch.nn.Module``.
+        sample: a batch, which is cut into micro-batches to measure the model.
+        ranks: of the pipeline.
+        **options: ``by`` (``"time"``, ``"params"`` or ``"memory"``), ``micro_batches`` (8),
+            ``schedule`` (``"auto"``), ``stages``, ``memory`` and ``leaves`` as of
+            :class:`hvdx.integrations.pytorch_pipeline.Pipeline`; ``link``, a
+            :class:`hvdx.pipeline.plan.Link`, by default between processes of one machine.
+
+    Returns:
+        A plan, for ``Pipeline(..., stages=plan)`` or ``plan.save("plan.json")``.
+
+    Raises:
+        PlanError: it cannot be done; the message says why, and what can be.
+    """
+    return dry_run(model, sample, ranks, **options).plan
+
+
+def dry_run(model: Any, sample: Any, ranks: int, **options: Any) -> DryRun:
+    """Plan as :func:`plan` does; return with it what it was made of."""
+    from hvdx.pipeline import dry_run as dry
+
+    return dry.dry_run(_module(model, _PROFILERS), model, sample, ranks, **options)
+
+
+def _module(model: Any, modules: Mapping[str, str]) -> str:
+    """Return the one for the model's framework."""
+    module = modules.get(kind_of(type(model)) or "")
+    if module is None:
         kind = type(model)
         raise TypeError(
             f"{kind.__module__}.{kind.__qualname__} is no model that a pipeline can cut; give a "
             "torch.nn.Module"
         )
-    return importlib.import_module(_PIPELINES[library]).Pipeline(model, *args, **options)
+    return module

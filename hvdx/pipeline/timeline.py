@@ -212,7 +212,9 @@ def _png(file: Path, schedule: Schedule, lanes: Mapping[str, Lane]) -> None:
         boxes += [(gap.rank, gap.start, gap.end, gap.cause, "") for gap in gaps(lane, schedule)]
         for rank, start, end, key, label in boxes:
             left, width = 1e3 * (start - begin), 1e3 * (end - start)
-            axes.broken_barh([(left, width)], (rank - 0.45, 0.9), facecolors=_COLORS[key])
+            axes.broken_barh(
+                [(left, width)], (rank - 0.45, 0.9), fc=_COLORS[key], ec="white", lw=0.3
+            )
             axes.text(left, rank, label, fontsize=6, va="center", clip_on=True)
         axes.set(title=f"{name}: {_summary(lane, schedule)}", yticks=range(len(lane)))
         axes.set_yticklabels([f"rank {rank}" for rank in range(len(lane))])

@@ -10,6 +10,7 @@ from typing import Any
 
 from hvdx import frameworks
 from hvdx.errors import MismatchError, PipelineError, PlanError, StallError
+from hvdx.pipeline.dispatch import plan
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
 from hvdx.watchdog import patience
@@ -75,6 +76,7 @@ __all__ = [
     "elastic",
     "parameter_hash",
     "patience",
+    "plan",
     "uneven",
 ]
 __all__ += mpi_ops.__all__
