@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import math
 import os
 import traceback
 import weakref
@@ -68,6 +69,8 @@ class Pipeline:
             Default: the ranks of the job, if there are several, else this one process.
         schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
             ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times.
+        clip_norm: scales all gradients down to this norm over all stages where theirs is larger,
+            as ``torch.nn.utils.clip_grad_norm_`` does.
         leaves: classes, or paths, of modules to be kept whole.
         seed: of dropout and the like; default ``torch.initial_seed()`` of rank 0.
 
@@ -75,6 +78,7 @@ class Pipeline:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
         optimizers: those of this process, by stage: for learning-rate schedulers.
+        gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
 
     Raises:
         PlanError: the model cannot be traced, cut or placed as asked.
@@ -100,6 +104,7 @@ class Pipeline:
         schedule: str = "1f1b",
         by: str | None = None,
         memory: float | Sequence[float] | None = None,
+        clip_norm: float | None = None,
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
@@ -107,6 +112,8 @@ class Pipeline:
         self._rank = world.rank() if self._across else 0
         self._loss, self._step, self._failed = loss, 0, ""
         self._times: Times | None = None
+        self._clip_norm = clip_norm
+        self.gradient_norm: float | None = None
         self._measured: collections.deque[Any] = collections.deque(maxlen=_LAST_STEPS)
         self._channel: ZmqChannel | None = None
         self._threads: LocalRanks | None = None
@@ -117,6 +124,8 @@ class Pipeline:
             self._seed = core.broadcast_object(self._seed, 0, next_name("pipeline"), None)
         with self._alike():
             _check_arguments(model, loss, optimizer, micro_batches, place)
+            if clip_norm is not None and not clip_norm > 0:
+                raise PlanError(f"clip_norm={clip_norm!r}: give a number above 0, or None")
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
             by = by or ("time" if schedule == "auto" else "params")
@@ -362,6 +371,7 @@ class Pipeline:
                    for unit in self._graph.units}  # fmt: skip
         for name in ("cuts", "place", "schedule", "micro_batches"):
             entries[name] = f"= {getattr(self.plan, name)}"
+        entries["clip_norm"] = f"= {self._clip_norm}"
         core = world.core("torch")
         check_same(core, "pipeline", entries, next_name("pipeline"))
         if model.state_dict():
@@ -464,6 +474,8 @@ class Pipeline:
         totals: dict[str, torch.Tensor] = {}
         for (_, name), gradient in sorted(found.items(), key=lambda entry: entry[0][0]):
             totals[name] = totals[name] + gradient if name in totals else gradient
+        if self._clip_norm is not None:
+            self._clip(totals, self._clip_norm)
         for number, params in self._params.items():
             for name, p in params.items():
                 p.grad = totals.get(name)
@@ -471,6 +483,26 @@ class Pipeline:
                 self.optimizers[number].step()
             for p in params.values():
                 p.grad = None
+
+    def _clip(self, totals: dict[str, torch.Tensor], limit: float) -> None:
+        """Scale gradients by their norm over all stages: summed in the order of the model."""
+        order = {name: i for i, (name, _) in enumerate(self._graph.model.named_parameters())}
+        norms = [torch.linalg.vector_norm(totals[name]).double().cpu() for name in totals]
+        own = [torch.tensor([order[name] for name in totals], dtype=torch.int64),
+               torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)]  # fmt: skip
+        parts = [own]
+        if self._channel is not None:
+            key = Key("N", self._step, 0, 0)
+            others = set(self.plan.place) - {self._rank}
+            for rank in others:
+                self._channel.send(rank, key, own)
+            parts += [list(self._channel.receive(rank, key)) for rank in others]
+        every = {i: norm for part in parts for i, norm in zip(*(x.tolist() for x in part),
+                                                              strict=True)}  # fmt: skip
+        self.gradient_norm = math.sqrt(sum(every[i] * every[i] for i in sorted(every)))
+        scale = limit / (self.gradient_norm + 1e-6)
+        if not scale >= 1.0:
+            totals.update({name: gradient * scale for name, gradient in totals.items()})
 
     def _exchange(self, channel: ZmqChannel, found: dict[tuple[int, str], torch.Tensor]) -> None:
         """Give and get the gradients of parameters that several ranks have."""

@@ -47,7 +47,7 @@ def train(model, batches, loss=F.mse_loss, **options):
     return weights(model), last
 
 
-def train_plain(model, batches, loss=F.mse_loss):
+def train_plain(model, batches, loss=F.mse_loss, clip_norm=None):
     model = copy.deepcopy(model)
     optimizer = adam(model.parameters())
     for x, y in batches:
@@ -55,6 +55,8 @@ def train_plain(model, batches, loss=F.mse_loss):
         optimizer.zero_grad()
         last = loss(model(*args, **kwargs), y)
         last.backward()
+        if clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
     return weights(model), last.detach()
 
@@ -217,6 +219,25 @@ def test_uneven_and_small_batches():
     assert_near(one, train_plain(model, data)[0])
 
 
+def test_gradients_are_clipped_by_their_norm_over_all_stages():
+    """The residual model's tied weight counts once."""
+    model, data = made(Residual), batches(5)
+    one, loss = train(model, data, clip_norm=0.05)
+    for schedule, stages in (("1f1b", 3), ("zbv", 4)):
+        other, last = train(model, data, schedule=schedule, stages=stages, clip_norm=0.05)
+        assert_same(one, other)
+        assert torch.equal(loss, last)
+    assert_near(one, train_plain(model, data, clip_norm=0.05)[0])
+    assert not torch.equal(one["first.weight"], train(model, data)[0]["first.weight"])
+    assert_same(train(model, data)[0], train(model, data, clip_norm=1e9)[0])
+    pipe = hvd.Pipeline(copy.deepcopy(model), data[0][0], F.mse_loss, adam, stages=2, clip_norm=1e9)
+    pipe.step(*data[0])
+    pipe.close()
+    F.mse_loss(model(data[0][0]), data[0][1]).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert pipe.gradient_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_frozen_layers():
     model = made(Residual)
     for name in ("first.weight", "first.bias", "leave.weight", "enter.bias"):
@@ -336,6 +357,7 @@ def wrong(**options):
         ({"stages": 3, "schedule": "zbv"}, PlanError, "3 stages"),
         ({"schedule": "fast"}, PlanError, "schedule='fast': use one of"),
         ({"micro_batches": 0}, PlanError, "micro_batches=0"),
+        ({"clip_norm": -1}, PlanError, "clip_norm=-1: give a number above 0"),
         ({"place": ["cpu", "cuda:99"]}, PlanError, "place has 'cuda:99', which cannot be used"),
         ({"place": "cpu"}, PlanError, "place='cpu': give a list"),
         ({"optimizer": adam([nn.Parameter(torch.ones(1))])}, TypeError, "Adam; give a function"),

@@ -361,3 +361,17 @@ def test_a_timeline_has_all_ranks(shared):
         pipe.timeline(shared / "missing" / "run.html")
     pipe.step(x, y)  # a picture that failed does no harm
     pipe.close()
+
+
+def test_clipping_over_ranks(shared):
+    data = models.batches(4)
+    model = models.made(models.Residual)
+    expected, _ = models.train(model, data, place=["cpu"], clip_norm=0.05)
+    pipe = pipeline(model, data[0][0], clip_norm=0.05)
+    for x, y in data:
+        pipe.step(x, y)
+    models.assert_same(learnt(pipe, shared / "state"), expected)
+    assert len(set(hvd.allgather_object(pipe.gradient_norm))) == 1
+    pipe.close()
+    with pytest.raises(MismatchError, match="clip_norm"):
+        pipeline(models.made(models.Residual), data[0][0], clip_norm=1.0 + hvd.rank())
