@@ -60,6 +60,7 @@ class Graph:
         result: what forward returns: nested containers of ``fx.Node``.
         kinds: by value, how its leaves travel; see :func:`flat`.
         line: the units as the planner sees them.
+        changing: names of the buffers of modules whose forward writes into theirs.
     """
 
     model: nn.Module
@@ -68,6 +69,12 @@ class Graph:
     result: Any
     kinds: dict[str, tuple[Any, list[Any]]] = field(default_factory=dict)
     line: Any = None
+    changing: list[str] = field(default_factory=list)
+
+    def written(self, units: Sequence[Unit]) -> list[str]:
+        """Return those of :attr:`changing` that ``units`` have."""
+        nodes = [node for unit in units for node in unit.nodes]
+        return [name for name in self.changing if any(_within(name, node) for node in nodes)]
 
     def bind(self, given: Any) -> dict[str, Any]:
         """Give the inputs of forward their values: a tuple's in order, a dictionary's by name."""
@@ -355,9 +362,12 @@ def _learn(graph: Graph, sample: Any) -> dict[str, int]:
                     maker[node.name] = index
                 versions = {name: _versions(value) for name, value in values.items()}
     finally:
+        changed_buffers = {id(each) for each, saved in buffers.items()
+                           if not torch.equal(each, saved)}  # fmt: skip
         with torch.no_grad():
             for buffer, saved in buffers.items():
                 buffer.copy_(saved)
+    graph.changing = _of_their_modules(model, changed_buffers)
     _join(graph, joins)
     for name, value in values.items():
         with contextlib.suppress(TypeError):  # told where a cut would have it travel
@@ -367,6 +377,16 @@ def _learn(graph: Graph, sample: Any) -> dict[str, int]:
                   if isinstance(leaf, torch.Tensor))
         for name, value in values.items()
     }  # fmt: skip
+
+
+def _of_their_modules(model: nn.Module, changed: set[int]) -> list[str]:
+    """Name all buffers of the modules that have one of ``changed``.
+
+    All, since the sample may leave as it was what other batches change.
+    """
+    names = dict(model.named_buffers(remove_duplicate=False))
+    homes = {name.rpartition(".")[0] for name, each in names.items() if id(each) in changed}
+    return [name for name in names if name.rpartition(".")[0] in homes]
 
 
 def _named_perform(graph: Graph, unit: Unit, values: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from hvdx.pipeline.ir import Graph
 from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, make, schedule_of, stage_times
 from hvdx.pipeline.probe import THREADS, measure_link
 from hvdx.pipeline.run import LocalRanks, run
-from hvdx.pipeline.schedule import Schedule, forward_only
+from hvdx.pipeline.schedule import CHECKPOINTS, Schedule, forward_only, recomputed
 from hvdx.pipeline.simulator import Times
 from hvdx.pipeline.timeline import write as write_timeline
 from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
@@ -71,6 +71,8 @@ class Pipeline:
             ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times.
         clip_norm: scales all gradients down to this norm over all stages where theirs is larger,
             as ``torch.nn.utils.clip_grad_norm_`` does.
+        checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
+            rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
         leaves: classes, or paths, of modules to be kept whole.
         seed: of dropout and the like; default ``torch.initial_seed()`` of rank 0.
 
@@ -105,6 +107,7 @@ class Pipeline:
         by: str | None = None,
         memory: float | Sequence[float] | None = None,
         clip_norm: float | None = None,
+        checkpoint: str = "never",
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
@@ -112,7 +115,7 @@ class Pipeline:
         self._rank = world.rank() if self._across else 0
         self._loss, self._step, self._failed = loss, 0, ""
         self._times: Times | None = None
-        self._clip_norm = clip_norm
+        self._clip_norm, self._checkpoint = clip_norm, checkpoint
         self.gradient_norm: float | None = None
         self._measured: collections.deque[Any] = collections.deque(maxlen=_LAST_STEPS)
         self._channel: ZmqChannel | None = None
@@ -126,6 +129,8 @@ class Pipeline:
             _check_arguments(model, loss, optimizer, micro_batches, place)
             if clip_norm is not None and not clip_norm > 0:
                 raise PlanError(f"clip_norm={clip_norm!r}: give a number above 0, or None")
+            if checkpoint not in CHECKPOINTS:
+                raise PlanError(f"checkpoint={checkpoint!r}: use one of {', '.join(CHECKPOINTS)}")
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
             by = by or ("time" if schedule == "auto" else "params")
@@ -319,7 +324,8 @@ class Pipeline:
                 len(stages) + isinstance(next(iter(stages), ""), str))  # fmt: skip
             ranks = max(1, count // SCHEDULES.get(schedule, 1))
         limits = [memory] * ranks if isinstance(memory, (int, float)) else memory
-        means = Means(ranks, link, memory=limits)
+        recompute = self._checkpoint != "never"
+        means = Means(ranks, link, memory=limits, recompute=recompute)
         plan = make(line, means, micro_batches, schedule=schedule, stages=stages, by=by)
         if plan.step:
             self._times = stage_times(line, means, plan.order(), plan.edges(line))
@@ -372,6 +378,7 @@ class Pipeline:
         for name in ("cuts", "place", "schedule", "micro_batches"):
             entries[name] = f"= {getattr(self.plan, name)}"
         entries["clip_norm"] = f"= {self._clip_norm}"
+        entries["checkpoint"] = f"= {self._checkpoint}"
         core = world.core("torch")
         check_same(core, "pipeline", entries, next_name("pipeline"))
         if model.state_dict():
@@ -428,8 +435,9 @@ class Pipeline:
             train,
             _autocast(),
         )
-        for stage in self._stages.values():
-            stage.begin(batch)
+        again = recomputed(order, self._checkpoint)
+        for number, stage in self._stages.items():
+            stage.begin(batch, again[number])
         if self._channel is None:
             assert self._threads is not None
             spans = self._threads.run(order, self._step)

@@ -167,6 +167,7 @@ class TorchStage:
         own = list(enumerate(graph.units))[first:stop]
         parts = [[each] for each in own] if split else [own]
         self._segments = [self._segment(units, units is parts[-1]) for units in parts]
+        self._written = graph.written(graph.units[first:stop])
         self.unit: str | None = None
 
     def _segment(self, units: list[tuple[int, Unit]], last: bool) -> _Segment:
@@ -181,9 +182,16 @@ class TorchStage:
         reads = [name for name in dict.fromkeys(read) if name not in made]
         return _Segment(units, reads, makes, has_loss)
 
-    def begin(self, batch: Batch) -> None:
-        """Forget the last step and take the batch of the next."""
-        self._batch = batch
+    def begin(self, batch: Batch, again: frozenset[int] = frozenset()) -> None:
+        """Forget the last step and take the batch of the next.
+
+        Args:
+            batch: of the step.
+            again: micro-batches of which only the inputs are kept; their backward begins with
+                their forward.
+        """
+        self._batch, self._again = batch, again
+        self._inputs: dict[int, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
         self._kept: dict[int, list[_Pass]] = {}
         self.gradients: dict[tuple[int, str], torch.Tensor] = {}
         self._own: set[tuple[int, str]] = set()  # whose memory nobody else has
@@ -200,18 +208,19 @@ class TorchStage:
     def forward(self, micro_batch: int, inputs: Sequence[Any] | None) -> list[Any]:
         """See :meth:`Stage.forward`."""
         values = self._entered(micro_batch, inputs)
-        passes = []
-        with torch.set_grad_enabled(self._batch.train), self._casting():
-            for segment in self._segments:
-                passes.append(self._advance(segment, values, micro_batch))
-        if self._batch.train:
-            self._kept[micro_batch] = passes
+        if self._batch.train and micro_batch in self._again:
+            self._skim(values, micro_batch)
+        else:
+            passes = self._compute(values, micro_batch, self._batch.train)
+            if self._batch.train:
+                self._kept[micro_batch] = passes
         self.unit = None
         return [leaf.detach() for name in self._leaving for leaf in flat(values[name])[2]]
 
     def backward(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:
         """See :meth:`Stage.backward`."""
         found = self._returned(gradients)
+        self._recall(micro_batch)
         for done in reversed(self._kept.pop(micro_batch)):
             self._differentiate(done, found, [*done.entered.items(), *done.weights.items()])
         return self._passed_back(found)
@@ -219,6 +228,7 @@ class TorchStage:
     def input_gradient(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:
         """See :meth:`Stage.input_gradient`."""
         found = self._returned(gradients)
+        self._recall(micro_batch)
         for done in reversed(self._kept[micro_batch]):
             self._differentiate(done, found, list(done.entered.items()), retain=True)
         return self._passed_back(found)
@@ -237,6 +247,50 @@ class TorchStage:
             return pytree.tree_map_only(torch.Tensor, lambda x: x.to(self._device), given)
         leaves = (leaf.to(self._device) for leaf in inputs)
         return {name: unflat(*self._graph.kinds[name], leaves) for name in self._entering}
+
+    def _compute(self, values: dict[str, Any], micro_batch: int, grad: bool) -> list[_Pass]:
+        """Compute all segments; what they make goes to ``values``."""
+        with torch.set_grad_enabled(grad), self._casting():
+            return [self._advance(segment, values, micro_batch) for segment in self._segments]
+
+    def _skim(self, values: dict[str, Any], micro_batch: int) -> None:
+        """Compute what the next stage needs, and keep only what :meth:`_recall` does.
+
+        The last stage, whose results nobody waits for, leaves all to its backward.
+        """
+        given = dict(values)
+        self._inputs[micro_batch] = given, {} if self._last else self._buffers()
+        if self._last:
+            return
+        before = [x._version for x in _tensors_of(given)]
+        self._compute(values, micro_batch, grad=False)
+        if [x._version for x in _tensors_of(given)] != before:
+            raise ValueError(
+                "the stage writes into its inputs, so that it cannot compute them again: use "
+                "checkpoint='never'"
+            )
+
+    def _recall(self, micro_batch: int) -> None:
+        """Make what was not kept of a micro-batch: by the same numbers, so the same to the bit."""
+        if micro_batch not in self._inputs:
+            return
+        given, before = self._inputs.pop(micro_batch)
+        now = self._buffers() if before else {}
+        self._set_buffers(before)
+        try:
+            self._kept[micro_batch] = self._compute(given, micro_batch, grad=True)
+        finally:
+            self._set_buffers(now)
+        self.unit = None
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        model = self._graph.model
+        return {name: model.get_buffer(name).clone() for name in self._written}
+
+    def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self._graph.model.get_buffer(name).copy_(value)
 
     def _advance(self, segment: _Segment, values: dict[str, Any], micro_batch: int) -> _Pass:
         """Compute a segment; what it makes goes to ``values``."""
@@ -396,6 +450,10 @@ class TorchStage:
             self._own.add(key)
         else:
             self.gradients[key].add_(gradient)
+
+
+def _tensors_of(values: dict[str, Any]) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 def _fit(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -225,6 +225,7 @@ class Means:
         speeds: by rank, relative; None: all the same.
         memory: by rank, bytes; None: enough. Several stages of a rank are cut to equal shares.
         copies: bytes per byte of parameters: weight, gradient and Adam's two moments make 4.
+        recompute: whether stages keep their inputs alone, and backward begins with forward.
     """
 
     ranks: int
@@ -232,6 +233,7 @@ class Means:
     speeds: Sequence[float] | None = None
     memory: Sequence[float] | None = None
     copies: float = 4.0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("speeds", "memory"):
@@ -367,6 +369,7 @@ class _Memory:
         sizes = [sum(unit.parameters.values()) for unit in graph.units]
         self._parameters = [0, *accumulate(sizes)]
         self._kept = [0, *accumulate(unit.kept_bytes for unit in graph.units)]
+        self._entering = graph.live_bytes() if means.recompute else None
         bytes_of = {k: v for unit in graph.units for k, v in unit.parameters.items()}
         self._tied = [(bytes_of[name], units) for name, units in graph.tied().items()]
         given = means.memory or [float("inf")] * means.ranks
@@ -378,6 +381,8 @@ class _Memory:
         for each, units in self._tied:  # there once in a stage, however often it is used
             size -= each * max(0, sum(start <= unit < stop for unit in units) - 1)
         kept = self._kept[stop] - self._kept[start]
+        if self._entering is not None:  # all of one micro-batch at a time, inputs of the others
+            return self._means.copies * size + self._live[stage] * self._entering[start] + kept
         return self._means.copies * size + self._live[stage] * kept
 
     def of_ranks(self, found: Sequence[tuple[int, int]]) -> tuple[float, ...]:
@@ -386,9 +391,15 @@ class _Memory:
         for rank, (start, stop) in zip(self._order.place, found, strict=True):
             for unit in self._graph.units[start:stop]:
                 owned[rank].update(unit.parameters)
-        kept = peak_kept(
-            self._order, [self._kept[stop] - self._kept[start] for start, stop in found]
-        )
+        whole = [self._kept[stop] - self._kept[start] for start, stop in found]
+        if self._entering is None:
+            kept = peak_kept(self._order, whole)
+        else:
+            kept = peak_kept(self._order, [self._entering[start] for start, _ in found])
+            for rank in range(len(kept)):
+                own = [w for w, owner in zip(whole, self._order.place, strict=True)
+                       if owner == rank]  # fmt: skip
+                kept[rank] += max(own, default=0)
         return tuple(
             self._means.copies * sum(parameters.values()) + live
             for parameters, live in zip(owned, kept, strict=True)
@@ -408,9 +419,13 @@ def stage_times(
     weights = total("weights")
     if order.splits:
         weights = [each + more for each, more in zip(weights, total("apart"), strict=True)]
+    forward, inputs = total("forward"), total("inputs")
+    if means.recompute:
+        inputs = [each + more for each, more in zip(inputs, forward, strict=True)]
+        forward[-1] = 0.0  # nobody waits for its results, so backward does it all
     sizes = graph.live_bytes()
     hops = tuple(means.link.seconds(sizes[start]) for start, _ in found[1:])
-    return Times(tuple(total("forward")), tuple(total("inputs")), tuple(weights), hops)
+    return Times(tuple(forward), tuple(inputs), tuple(weights), hops)
 
 
 def _predicted(

@@ -18,6 +18,7 @@ Two of them for 2 ranks and 3 micro-batches, F forward and B backward, in slots 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,31 @@ def _peaks(schedule: Schedule, group: Sequence[int], kept: Sequence[float]) -> l
             held[index] += kept[action.stage] * {"F": 1, "I": 0}.get(action.kind, -1)
             peak[index] = max(peak[index], held[index])
     return peak
+
+
+CHECKPOINTS = "never", "except_last", "always"
+
+
+def recomputed(schedule: Schedule, checkpoint: str) -> list[frozenset[int]]:
+    """Return by stage the micro-batches that keep their inputs alone (Chen et al., 2016).
+
+    Args:
+        schedule: that is run.
+        checkpoint: ``"always"``: all but those whose backward follows their forward at once,
+            which would gain nothing; ``"except_last"``: nor the last micro-batch, save in the
+            last stage: that computes nothing twice, and must take them in order; ``"never"``.
+    """
+    found: list[set[int]] = [set() for _ in schedule.place]
+    if checkpoint == "never":
+        return [frozenset() for _ in found]
+    for row in schedule.rows:
+        for action, following in itertools.pairwise(row):
+            if action.kind == "F" and following[1:] != action[1:]:
+                found[action.stage].add(action.micro_batch)
+    if checkpoint == "except_last":
+        for each in found[:-1]:
+            each.discard(schedule.micro_batches - 1)
+    return [frozenset(each) for each in found]
 
 
 def validate(schedule: Schedule) -> None:

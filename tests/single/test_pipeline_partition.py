@@ -349,3 +349,14 @@ def test_the_table():
     drawn = planning.table(make(graph, means, 4, schedule="1f1b"), graph, means).splitlines()
     assert drawn[1].split() == ["0", "0", "2", "6.00", "200", "B", "8", "B", "block0.linear"]
     assert drawn[2].split() == ["1", "1", "1", "6.00", "100", "B", "0", "B", "block2.linear"]
+
+
+def test_a_plan_that_computes_again():
+    """Less memory and more time; the last stage only does later what it does once."""
+    units = [Unit(f"u{i}", makes={"": 10}, kept_bytes=100, forward=1.0, inputs=1.0, weights=1.0)
+             for i in range(4)]  # fmt: skip
+    graph = Graph.chain(units, input_bytes=10)
+    plans = [make(graph, Means(2, recompute=again), 8, schedule="gpipe", by="memory")
+             for again in (False, True)]  # fmt: skip
+    assert [plan.memory for plan in plans] == [(1600, 1600), (280, 280)]
+    assert plans[0].step < plans[1].step < plans[0].step * 4 / 3 + 1e-9

@@ -19,6 +19,7 @@ from hvdx.pipeline.schedule import (
     parse,
     peak_live,
     peak_live_of_ranks,
+    recomputed,
     validate,
     vee,
     zb1p,
@@ -261,3 +262,12 @@ def test_the_simulator_s_picture():
     ]
     assert (seen.step, seen.live) == (9, (2, 1))
     assert seen.bubble == pytest.approx(1 - 12 / 18)
+
+
+def test_what_is_computed_again():
+    """Not what backward needs at once: under 1f1b the last stage computes nothing twice."""
+    every = frozenset(range(4))
+    assert recomputed(gpipe(2, 4), "always") == [every, every]
+    assert recomputed(gpipe(2, 4), "except_last") == [every - {3}, every]
+    assert recomputed(one_f_one_b(2, 4), "always") == [every, frozenset()]
+    assert recomputed(gpipe(2, 4), "never") == [frozenset()] * 2

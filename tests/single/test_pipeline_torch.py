@@ -238,6 +238,78 @@ def test_gradients_are_clipped_by_their_norm_over_all_stages():
     assert pipe.gradient_norm == pytest.approx(norm.item(), rel=1e-5)
 
 
+class Everything(nn.Module):
+    """Dropout, BatchNorm, a buffer that forward reads and writes, and the residual net."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop, self.norm = Residual(), nn.Dropout(0.2), nn.BatchNorm1d(6)
+        self.power = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.last = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.power(self.norm(self.drop(self.body(x))))))
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "except_last"])
+def test_computing_again_changes_no_bit(checkpoint):
+    model, data = made(Everything), batches(4)
+    one, loss = train(model, data)
+    for schedule, stages in (("gpipe", 3), ("1f1b", 4), ("zb1p", 2), ("zbv", 4)):
+        options = {"schedule": schedule, "stages": stages, "checkpoint": checkpoint}
+        other, last = train(model, data, **options)
+        assert_same(one, other)
+        assert torch.equal(loss, last)
+
+
+def test_computing_again_keeps_less():
+    """Counted by what autograd saves and has not let go of, over all micro-batches of gpipe."""
+    layers = [each for _ in range(6) for each in (nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 6))]
+    model, (x, y) = nn.Sequential(*layers), batches(1, rows=64)[0]
+
+    def peak(checkpoint):
+        alive, most = 0, 0
+
+        class Saved:
+            def __init__(self, tensor):
+                nonlocal alive, most
+                self.tensor = tensor.detach()
+                self.size = 0 if isinstance(tensor, nn.Parameter) else tensor.numel()
+                alive += self.size
+                most = max(most, alive)
+
+            def __del__(self):
+                nonlocal alive
+                alive -= self.size
+
+        options = {"schedule": "gpipe", "micro_batches": 8, "stages": 2, "checkpoint": checkpoint}
+        pipe = hvd.Pipeline(copy.deepcopy(model), x, F.mse_loss, adam, **options)
+        stage = pipe._stages[0]
+        compute = stage._compute
+
+        def watched(*args, **kwargs):  # hooks belong to threads
+            with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+                return compute(*args, **kwargs)
+
+        stage._compute = watched
+        pipe.step(x, y)
+        pipe.close()
+        return most
+
+    never, last, always = map(peak, ("never", "except_last", "always"))
+    assert always == never / 8
+    assert last == never / 4
+
+
+def test_a_stage_that_writes_into_its_inputs_cannot_compute_them_again():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Linear(6, 6))
+    x, y = batches(1)[0]
+    pipe = hvd.Pipeline(model, x, F.mse_loss, adam, stages=2, checkpoint="always")
+    with pytest.raises(PipelineError, match=r"writes into its inputs, .* checkpoint='never'"):
+        pipe.step(x, y)
+    pipe.close()
+
+
 def test_frozen_layers():
     model = made(Residual)
     for name in ("first.weight", "first.bias", "leave.weight", "enter.bias"):
@@ -357,6 +429,7 @@ def wrong(**options):
         ({"stages": 3, "schedule": "zbv"}, PlanError, "3 stages"),
         ({"schedule": "fast"}, PlanError, "schedule='fast': use one of"),
         ({"micro_batches": 0}, PlanError, "micro_batches=0"),
+        ({"checkpoint": "some"}, PlanError, "checkpoint='some': use one of never, exc"),
         ({"clip_norm": -1}, PlanError, "clip_norm=-1: give a number above 0"),
         ({"place": ["cpu", "cuda:99"]}, PlanError, "place has 'cuda:99', which cannot be used"),
         ({"place": "cpu"}, PlanError, "place='cpu': give a list"),
