@@ -90,7 +90,8 @@ def DistributedOptimizer(
             What it keeps from step to step is no variable of the optimizer and not in Keras'
             files; :class:`CheckpointCallback` saves it.
         sparse_as_dense: send sparse gradients (``tf.IndexedSlices``) in the dense buckets. Else
-            they stay sparse: all ranks' rows are gathered, uncompressed, as in Horovod.
+            they stay sparse: all ranks' rows are gathered, their values by 2 bytes or 1 a number
+            under a ``compression``, and as they are without.
         gradient_predivide_factor: with Average, divides before the sum and multiplies after.
         op: ``hvd.Average`` or ``hvd.Sum``.
         num_groups: accepted for Horovod's sake; buckets take its place.

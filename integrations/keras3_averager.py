@@ -18,7 +18,9 @@ from hvdx.agreement import check_same
 from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import FORMAT, Compressor, Spec, none
+from hvdx.compression.codecs import Codec
 from hvdx.compression.portable import Origin
+from hvdx.compression.rows import row_codec
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_state import States
 from hvdx.ops import Ops
@@ -77,12 +79,19 @@ class Bucket:
         return any(map(_remembers, self.compressors))
 
 
+class Rows(NamedTuple):
+    """How the rows of a sparse gradient travel."""
+
+    name: str  # of the operations that gather them
+    codec: Codec | None  # what writes them; None if they travel raw
+
+
 class Layout(NamedTuple):
     """How the gradients of one list of variables travel; places count from 0 in that list."""
 
     variables: list[Any]  # kept alive, since layouts are found by their identity
     buckets: list[Bucket]
-    sparse: dict[int, str]  # place -> name of the operations that gather its rows
+    sparse: dict[int, Rows]  # by place
     local: frozenset[int]  # places whose gradients stay here
     idle: frozenset[int]  # places for which no rank had a gradient in the first step
     remembers: bool  # whether compressors keep anything from step to step
@@ -373,15 +382,20 @@ class Averager(abc.ABC):
         self.states.count_from(max(step for step, _ in everyone))
         kinds = {place: {own[i] for _, own in everyone} for i, place in enumerate(specs)}
         prefix = f"{self.options.name}.{len(self._layouts)}"
-        sparse = {
+        names = {
             p: f"{prefix}.rows.{i}" for i, p in enumerate(specs) if kinds[p] - {None} == {"sparse"}
         }
-        dense = {place: spec for place, spec in specs.items() if place not in sparse}
+        dense = {place: spec for place, spec in specs.items() if place not in names}
         made = self._buckets(prefix, dense, variables)
+        sparse = {place: specs[place] for place in names}
+        chosen = self._compressors(sparse, variables)
         return Layout(
             variables,
             made,
-            sparse,
+            {
+                place: self._rows(name, chosen[place], sparse[place])
+                for place, name in names.items()
+            },
             local,
             frozenset(place for place, found in kinds.items() if found == {None}),
             any(bucket.remembers for bucket in made),
@@ -413,6 +427,10 @@ class Averager(abc.ABC):
             else self._compressor.of(spec)
             for place, spec in specs.items()
         }
+
+    def _rows(self, name: str, compressor: Compressor, spec: Spec) -> Rows:
+        alone = spec.ranks == 1  # nothing is sent, and nothing need be lost
+        return Rows(name, None if alone else row_codec(compressor, spec.shape, spec.dtype))
 
     def kind(self, grad: Any) -> str | None:
         """Say how a gradient would travel: ``dense``, ``sparse``, or None if there is none."""

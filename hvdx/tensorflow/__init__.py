@@ -349,7 +349,8 @@ def DistributedGradientTape(
             Sparse gradients travel as they are. What it keeps from step to step belongs to the
             sources, which must be variables, and to the compressor: tapes may come and go. It
             cannot be saved, and a tape knows of no loss scale: ``hvd.DistributedOptimizer`` does.
-        sparse_as_dense: make ``tf.IndexedSlices`` dense first. Else all ranks' rows are gathered.
+        sparse_as_dense: make ``tf.IndexedSlices`` dense first. Else all ranks' rows are gathered,
+            their values in 2 bytes or 1 a number under a ``compression``.
         op: how gradients combine. Adasum needs Horovod with MPI.
         gradient_predivide_factor: with Average, divides before the sum and multiplies after.
         num_groups: Horovod's older spelling of ``groups``.

@@ -12,6 +12,7 @@ import hvdx
 from hvdx.comm import in_step
 from hvdx.compression import Spec, after
 from hvdx.integrations import tensorflow_tape
+from hvdx.integrations.tensorflow2 import TensorFlowAdapter
 from hvdx.ops import NumpyOps
 
 C = hvdx.Compression
@@ -70,6 +71,46 @@ def test_as_between_ranks_in_memory(hvd, method, run):
     for variable, total in zip(variables, in_memory(METHODS[method](), everyone), strict=True):
         np.testing.assert_allclose(variable, total, atol=1e-5)
     assert len(set(hvd.allgather_object(b"".join(v.numpy().tobytes() for v in variables)))) == 1
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("run", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("method", "error", "width"),
+    [(C.fp16, 1e-3, 2), (C.by_layer({"emb*": C.int4}), 0.01, 1), (C.powersgd, 0.01, 1)],
+    ids=["fp16", "int4 by layer", "powersgd"],
+)
+def test_rows_of_sparse_gradients(hvd, monkeypatch, method, error, width, run):
+    """Their values travel by a codec, as under PyTorch; ranks have different numbers of them."""
+    rank, columns, sent = hvd.rank(), 300, []
+    table = tf.Variable(tf.zeros((20, columns)), name="embedding")
+    gather = TensorFlowAdapter.allgather
+
+    def watched(self, tensor, *args, **options):
+        sent.append((tensor.dtype, tensor.shape[1:].num_elements()))
+        return gather(self, tensor, *args, **options)
+
+    def step(rows, factors):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.gather(table, rows) * factors)
+        tape = hvd.DistributedGradientTape(tape, compression=method)
+        return tape.gradient(loss, table)
+
+    rows = [[3, 7, 3], [7, 19]]
+    factors = [np.random.default_rng(r).normal(size=(len(rows[r]), columns)) for r in range(2)]
+    call = tf.function(step) if run == "graph" else step
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFlowAdapter, "allgather", watched)
+        mean = call(tf.constant(rows[rank]), tf.constant(factors[rank], tf.float32))
+    assert isinstance(mean, tf.IndexedSlices)
+    expected = np.zeros((20, columns))
+    for each, values in zip(rows, factors, strict=True):
+        np.add.at(expected, each, values / 2)
+    difference = tf.convert_to_tensor(mean).numpy() - expected
+    assert 0 < np.abs(difference).max() <= error * np.abs(expected).max()
+    padded = 4 + (2 * columns if width == 2 else 512 + 2)
+    assert [one for one in sent if one[0] == tf.uint8 and one[1] != 1] == [(tf.uint8, padded)]
+    assert tf.float32 not in [dtype for dtype, _ in sent]
 
 
 @pytest.mark.ranks(2)
