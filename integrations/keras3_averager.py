@@ -9,6 +9,7 @@ import itertools
 import json
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -17,7 +18,7 @@ from hvdx import buckets, collectives, world
 from hvdx.agreement import check_same
 from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import FORMAT, Compressor, Spec, none
+from hvdx.compression import FORMAT, CompressionError, Compressor, Spec, none
 from hvdx.compression.codecs import Codec
 from hvdx.compression.portable import Origin
 from hvdx.compression.rows import row_codec
@@ -230,6 +231,21 @@ class Averager(abc.ABC):
         return self.states.portable(
             functools.partial(perform, self.adapter, name=name, process_set=process_set)
         )
+
+    def saved_state(self) -> dict[str, Any]:
+        """Return what compressors keep on this rank."""
+        return self.states.saved(self.origin)
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what was saved, on this rank or for any number of them.
+
+        Raises:
+            CompressionError: it does not fit; the message names the rank.
+        """
+        try:
+            self.states.load(saved, self.origin)
+        except CompressionError as error:
+            raise CompressionError(f"rank {world.rank()}: {error}") from None
 
     def everywhere(self, condition: Any, purpose: str = "finite") -> Any:
         """Tell whether ``condition``, a boolean tensor, holds on every rank.
