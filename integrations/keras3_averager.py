@@ -20,7 +20,7 @@ from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression import FORMAT, CompressionError, Compressor, Spec, none
 from hvdx.compression.codecs import Codec
-from hvdx.compression.portable import Origin
+from hvdx.compression.portable import Origin, in_order, warn_of_lost
 from hvdx.compression.rows import row_codec
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_state import States
@@ -139,7 +139,7 @@ class Averager(abc.ABC):
         self._unseen.clear()
         self._names.clear()
         self._compressor = None
-        self.states.forget()
+        self.states.leave()
 
     @property
     def started(self) -> bool:
@@ -394,15 +394,17 @@ class Averager(abc.ABC):
         check_same(self.adapter, subject, entries, name, process_set)
         own = ["dense" if as_dense and grads[i] is not None else self.kind(grads[i]) for i in specs]
         step = int(self.states.step)  # of those that go on with others than before
-        everyone = self.adapter.allgather_object((step, own), f"{name}.kinds", process_set)
-        self.states.count_from(max(step for step, _ in everyone))
-        kinds = {place: {own[i] for _, own in everyone} for i, place in enumerate(specs)}
+        everyone = self.adapter.allgather_object(
+            (step, own, self.states.left), f"{name}.kinds", process_set
+        )
+        self.states.count_from(max(step for step, _, _ in everyone))
+        kinds = {place: {own[i] for _, own, _ in everyone} for i, place in enumerate(specs)}
         prefix = f"{self.options.name}.{len(self._layouts)}"
         names = {
             p: f"{prefix}.rows.{i}" for i, p in enumerate(specs) if kinds[p] - {None} == {"sparse"}
         }
         dense = {place: spec for place, spec in specs.items() if place not in names}
-        made = self._buckets(prefix, dense, variables)
+        made = self._buckets(prefix, dense, variables, [left for _, _, left in everyone])
         sparse = {place: specs[place] for place in names}
         chosen = self._compressors(sparse, variables)
         return Layout(
@@ -485,7 +487,35 @@ class Averager(abc.ABC):
                 stacklevel=2,
             )
 
-    def _buckets(self, prefix: str, specs: dict[int, Spec], variables: list[Any]) -> list[Bucket]:
+    def _meet(
+        self,
+        prefix: str,
+        parameters: list[tuple[Spec, Compressor, str]],
+        origins: list[Origin | None],
+    ) -> None:
+        """Make the states of parameters, of what waits for them on any rank."""
+        place, ranks = self.origin
+        self.states.origin = place, ranks
+        if not in_order(origins):
+            if place == 0:
+                warn_of_lost(origins)
+            answer = functools.partial(
+                perform,
+                self.adapter,
+                name=f"{prefix}.carried",
+                process_set=self.options.process_set,
+            )
+            self.states.carry(parameters, origins, place, answer)
+        for parameter in parameters:
+            self.states.meet(*parameter)
+
+    def _buckets(
+        self,
+        prefix: str,
+        specs: dict[int, Spec],
+        variables: list[Any],
+        origins: list[Origin | None],
+    ) -> list[Bucket]:
         # Backward meets the last layers first, so that their bucket shall fill first.
         order = list(specs)[::-1]
         plan = buckets.plan(
@@ -501,8 +531,8 @@ class Averager(abc.ABC):
             buckets.limit_bytes(),
         )
         compressors = self._compressors(specs, variables)
-        for place, compressor in compressors.items():
-            self.states.meet(specs[place], compressor, self.device(variables[place]))
+        parameters = [(specs[p], c, self.device(variables[p])) for p, c in compressors.items()]
+        self._meet(prefix, parameters, origins)
         made = []
         for number, members in enumerate(plan):
             places = [order[i] for i in members]
