@@ -19,7 +19,7 @@ from keras.src.saving import object_registration
 
 from hvdx import world
 from hvdx.agreement import next_name
-from hvdx.compression import CompressionError, as_compressor, as_local, none
+from hvdx.compression import as_compressor, as_local, none
 from hvdx.compression.base import refuse_momentum
 from hvdx.frameworks import framework_of_kind
 from hvdx.integrations.keras3_averager import Averager, Options
@@ -90,7 +90,8 @@ def DistributedOptimizer(
             What it keeps from step to step is no variable of the optimizer and not in Keras'
             files; :class:`CheckpointCallback` saves it.
         sparse_as_dense: send sparse gradients (``tf.IndexedSlices``) in the dense buckets. Else
-            they stay sparse: all ranks' rows are gathered, uncompressed, as in Horovod.
+            they stay sparse: all ranks' rows are gathered, their values by 2 bytes or 1 a number
+            under a ``compression``, and as they are without.
         gradient_predivide_factor: with Average, divides before the sum and multiplies after.
         op: ``hvd.Average`` or ``hvd.Sum``.
         num_groups: accepted for Horovod's sake; buckets take its place.
@@ -344,7 +345,7 @@ class AveragingOptimizer:
             Numbers, strings and NumPy arrays: under ``"parameters"`` arrays by path of the
             parameter and name; ``"step"``; and whose state it is.
         """
-        return self._averager.states.saved(self._averager.origin)
+        return self._averager.saved_state()
 
     def portable_compression_state(self) -> dict[str, Any]:
         """Return what any number of ranks can go on from, equal on all; a collective call.
@@ -363,10 +364,7 @@ class AveragingOptimizer:
             CompressionError: it is of another compressor or number of ranks, or nothing of the
                 kind; of another model: in the first step, unless training has begun before.
         """
-        try:
-            self._averager.states.load(state, self._averager.origin)
-        except CompressionError as error:
-            raise CompressionError(f"rank {world.rank()}: {error}") from None
+        self._averager.load_state(state)
 
     def begin_anew(self) -> None:
         """Note that variables were replaced, equally on all ranks; of no matter to gradients."""

@@ -9,6 +9,7 @@ import itertools
 import json
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -17,8 +18,10 @@ from hvdx import buckets, collectives, world
 from hvdx.agreement import check_same
 from hvdx.collectives import perform
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import FORMAT, Compressor, Spec, none
-from hvdx.compression.portable import Origin
+from hvdx.compression import FORMAT, CompressionError, Compressor, Spec, none
+from hvdx.compression.codecs import Codec
+from hvdx.compression.portable import Origin, in_order, warn_of_lost
+from hvdx.compression.rows import row_codec
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_state import States
 from hvdx.ops import Ops
@@ -77,12 +80,19 @@ class Bucket:
         return any(map(_remembers, self.compressors))
 
 
+class Rows(NamedTuple):
+    """How the rows of a sparse gradient travel."""
+
+    name: str  # of the operations that gather them
+    codec: Codec | None  # what writes them; None if they travel raw
+
+
 class Layout(NamedTuple):
     """How the gradients of one list of variables travel; places count from 0 in that list."""
 
     variables: list[Any]  # kept alive, since layouts are found by their identity
     buckets: list[Bucket]
-    sparse: dict[int, str]  # place -> name of the operations that gather its rows
+    sparse: dict[int, Rows]  # by place
     local: frozenset[int]  # places whose gradients stay here
     idle: frozenset[int]  # places for which no rank had a gradient in the first step
     remembers: bool  # whether compressors keep anything from step to step
@@ -129,7 +139,7 @@ class Averager(abc.ABC):
         self._unseen.clear()
         self._names.clear()
         self._compressor = None
-        self.states.forget()
+        self.states.leave()
 
     @property
     def started(self) -> bool:
@@ -221,6 +231,21 @@ class Averager(abc.ABC):
         return self.states.portable(
             functools.partial(perform, self.adapter, name=name, process_set=process_set)
         )
+
+    def saved_state(self) -> dict[str, Any]:
+        """Return what compressors keep on this rank."""
+        return self.states.saved(self.origin)
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what was saved, on this rank or for any number of them.
+
+        Raises:
+            CompressionError: it does not fit; the message names the rank.
+        """
+        try:
+            self.states.load(saved, self.origin)
+        except CompressionError as error:
+            raise CompressionError(f"rank {world.rank()}: {error}") from None
 
     def everywhere(self, condition: Any, purpose: str = "finite") -> Any:
         """Tell whether ``condition``, a boolean tensor, holds on every rank.
@@ -369,19 +394,26 @@ class Averager(abc.ABC):
         check_same(self.adapter, subject, entries, name, process_set)
         own = ["dense" if as_dense and grads[i] is not None else self.kind(grads[i]) for i in specs]
         step = int(self.states.step)  # of those that go on with others than before
-        everyone = self.adapter.allgather_object((step, own), f"{name}.kinds", process_set)
-        self.states.count_from(max(step for step, _ in everyone))
-        kinds = {place: {own[i] for _, own in everyone} for i, place in enumerate(specs)}
+        everyone = self.adapter.allgather_object(
+            (step, own, self.states.left), f"{name}.kinds", process_set
+        )
+        self.states.count_from(max(step for step, _, _ in everyone))
+        kinds = {place: {own[i] for _, own, _ in everyone} for i, place in enumerate(specs)}
         prefix = f"{self.options.name}.{len(self._layouts)}"
-        sparse = {
+        names = {
             p: f"{prefix}.rows.{i}" for i, p in enumerate(specs) if kinds[p] - {None} == {"sparse"}
         }
-        dense = {place: spec for place, spec in specs.items() if place not in sparse}
-        made = self._buckets(prefix, dense, variables)
+        dense = {place: spec for place, spec in specs.items() if place not in names}
+        made = self._buckets(prefix, dense, variables, [left for _, _, left in everyone])
+        sparse = {place: specs[place] for place in names}
+        chosen = self._compressors(sparse, variables)
         return Layout(
             variables,
             made,
-            sparse,
+            {
+                place: self._rows(name, chosen[place], sparse[place])
+                for place, name in names.items()
+            },
             local,
             frozenset(place for place, found in kinds.items() if found == {None}),
             any(bucket.remembers for bucket in made),
@@ -413,6 +445,10 @@ class Averager(abc.ABC):
             else self._compressor.of(spec)
             for place, spec in specs.items()
         }
+
+    def _rows(self, name: str, compressor: Compressor, spec: Spec) -> Rows:
+        alone = spec.ranks == 1  # nothing is sent, and nothing need be lost
+        return Rows(name, None if alone else row_codec(compressor, spec.shape, spec.dtype))
 
     def kind(self, grad: Any) -> str | None:
         """Say how a gradient would travel: ``dense``, ``sparse``, or None if there is none."""
@@ -451,7 +487,35 @@ class Averager(abc.ABC):
                 stacklevel=2,
             )
 
-    def _buckets(self, prefix: str, specs: dict[int, Spec], variables: list[Any]) -> list[Bucket]:
+    def _meet(
+        self,
+        prefix: str,
+        parameters: list[tuple[Spec, Compressor, str]],
+        origins: list[Origin | None],
+    ) -> None:
+        """Make the states of parameters, of what waits for them on any rank."""
+        place, ranks = self.origin
+        self.states.origin = place, ranks
+        if not in_order(origins):
+            if place == 0:
+                warn_of_lost(origins)
+            answer = functools.partial(
+                perform,
+                self.adapter,
+                name=f"{prefix}.carried",
+                process_set=self.options.process_set,
+            )
+            self.states.carry(parameters, origins, place, answer)
+        for parameter in parameters:
+            self.states.meet(*parameter)
+
+    def _buckets(
+        self,
+        prefix: str,
+        specs: dict[int, Spec],
+        variables: list[Any],
+        origins: list[Origin | None],
+    ) -> list[Bucket]:
         # Backward meets the last layers first, so that their bucket shall fill first.
         order = list(specs)[::-1]
         plan = buckets.plan(
@@ -467,8 +531,8 @@ class Averager(abc.ABC):
             buckets.limit_bytes(),
         )
         compressors = self._compressors(specs, variables)
-        for place, compressor in compressors.items():
-            self.states.meet(specs[place], compressor, self.device(variables[place]))
+        parameters = [(specs[p], c, self.device(variables[p])) for p, c in compressors.items()]
+        self._meet(prefix, parameters, origins)
         made = []
         for number, members in enumerate(plan):
             places = [order[i] for i in members]

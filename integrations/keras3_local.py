@@ -47,6 +47,7 @@ class Rounds(Averager):
     def forget(self) -> None:
         """See :meth:`Averager.forget`; rounds begin from the variables as they are then."""
         super().forget()
+        self.states.forget()
         self._variables.clear()
         self._alone.clear()
         self._loaded = []

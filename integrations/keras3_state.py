@@ -12,7 +12,15 @@ import numpy as np
 
 from hvdx.comm import drive, in_step, together
 from hvdx.compression import CompressionError, Compressor, Spec
-from hvdx.compression.portable import PORTABLE, Origin, check_saved, pooled, restored
+from hvdx.compression.portable import (
+    PORTABLE,
+    Origin,
+    carried,
+    check_saved,
+    pooled,
+    restored,
+    shares,
+)
 from hvdx.compression.state import Leaf, leaves
 from hvdx.ops import NumpyOps, Ops
 
@@ -35,27 +43,74 @@ class States:
 
     Attributes:
         step: how many steps with finite means there were; equal on all ranks.
+        origin: this rank's place among those that share the states; None before they meet.
+        left: whose the states are that wait for their parameters, which were loaded or are left
+            of a job that has ended (elastic training); None if there are none.
     """
 
     step: Any
+    origin: Origin | None = None
+    left: Origin | None = None
 
     def __init__(self, ops: Ops, compressor: Compressor) -> None:
         self.ops = ops
         self.step = 0
         self._asked = compressor
         self._kept: dict[str, Kept] = {}
-        self._loaded: dict[str, list[Leaf]] = {}  # arrays, of parameters not met yet
+        self._loaded: dict[str, list[Leaf]] = {}  # of parameters not met yet
 
     def forget(self) -> None:
         """Begin anew with other ranks, but for the step."""
         self._kept.clear()
         self._loaded.clear()
+        self.left = self.origin = None
+
+    def leave(self) -> None:
+        """Keep what there is for the next ranks."""
+        if self._kept:  # what still waits in a job that has gone on is of an older one
+            held = {name: leaves(self[name]) for name in self._kept}
+            self._loaded = {name: own for name, own in held.items() if own}
+            self.left = self.origin
+        self._kept.clear()
+        self.origin = None
+
+    def carry(
+        self,
+        parameters: Sequence[tuple[Spec, Compressor, str]],
+        origins: Sequence[Origin | None],
+        place: int,
+        answer: Callable[[Any], Any],
+    ) -> None:
+        """Bring together what waits on all ranks; each old rank's counts once. A collective call.
+
+        Args:
+            parameters: those that are met next, with their compressors and devices.
+            origins: what :attr:`left` is on every rank.
+            place: this rank's among them.
+            answer: carries out requests of :mod:`hvdx.comm`.
+        """
+        known = [origin for origin in origins if origin is not None]
+        mine = self.left is not None and origins.index(self.left) == place
+        lead = bool(known) and origins.index(known[0]) == place
+        works = []
+        for spec, compressor, device in parameters:
+            kept = Kept(spec, compressor, device, None)
+            with self.beside(kept):
+                held = self._tensors(self._loaded.pop(spec.name, ()))
+                given = shares(self.ops, held, *self.left) if mine and self.left else {}
+                works.append(carried(self.ops, compressor.init(self.ops, spec), given, lead))
+        found = drive(together(works, self.ops), answer)
+        for (spec, *_), state in zip(parameters, found, strict=True):
+            if own := leaves(state):
+                self._loaded[spec.name] = own
 
     def meet(self, spec: Spec, compressor: Compressor, device: str) -> None:
         """Make the first state of a parameter that has none yet, or take the one loaded."""
         if spec.name not in self._kept:
             kept = Kept(spec, compressor, device, None)
             loaded = self._loaded.pop(spec.name, ())
+            if not self._loaded:
+                self.left = None
             try:
                 state = self._fresh(kept, loaded)
             except CompressionError as error:
@@ -89,6 +144,8 @@ class States:
     def saved(self, origin: Origin) -> dict[str, Any]:
         """Return what this rank, which is ``origin``, keeps, as numbers and NumPy arrays."""
         held = self._held()
+        if not self._kept and self.left is not None:
+            origin = self.left
         return self._spelt(origin, {name: _by_path(own) for name, own in held.items()})
 
     def portable(self, answer: Callable[[Any], Any]) -> dict[str, Any]:
@@ -115,6 +172,7 @@ class States:
         for name, state in fresh.items():
             self.replace(name, state)
         self._loaded = given
+        self.left = (saved["rank"], saved["ranks"])
         self.count_from(int(saved["step"]))
 
     def _held(self) -> dict[str, list[Leaf]]:

@@ -16,10 +16,11 @@ from hvdx import world
 from hvdx.collectives import perform
 from hvdx.comm import drive
 from hvdx.compression import Compressor
+from hvdx.compression.rows import gather_rows
 from hvdx.compression.state import leaves, rebuilt
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3 import averaging
-from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options
+from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options, Rows
 from hvdx.integrations.keras3_state import Kept, States
 from hvdx.integrations.tensorflow2 import refuse_xla
 from hvdx.ops import Ops, TensorFlowOps
@@ -201,8 +202,8 @@ class TensorFlowAverager(Averager):
             states.update(kept)
             for place, mean in zip(bucket.members, found, strict=True):
                 means[place] = mean
-        for place, name in layout.sparse.items():
-            means[place] = self._gathered(grads[place], name)
+        for place, how in layout.sparse.items():
+            means[place] = self._gathered(grads[place], how)
         arrived = [m.values if isinstance(m, tf.IndexedSlices) else m for m in means]
         with tf.control_dependencies([start, *(m for m in arrived if m is not None)]):
             end = tf.timestamp()
@@ -240,14 +241,19 @@ class TensorFlowAverager(Averager):
         states = zip(names, kept, strict=True)
         return means, {name: self.states.rebuilt(name, tensors) for name, tensors in states}
 
-    def _gathered(self, rows: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+    def _gathered(self, rows: tf.IndexedSlices, how: Rows) -> tf.IndexedSlices:
         """Return all ranks' rows, which the update adds up: so a sum of gradients, or the mean."""
-        values, indices = (
-            self.adapter.allgather(
-                part, name=f"{name}.{word}", process_set=self.options.process_set
+        process_set = self.options.process_set
+        if how.codec is None:
+            values, indices = (
+                self.adapter.allgather(part, name=f"{how.name}.{word}", process_set=process_set)
+                for word, part in (("values", rows.values), ("indices", rows.indices))
             )
-            for word, part in (("values", rows.values), ("indices", rows.indices))
-        )
+        else:
+            indices, values, _ = drive(
+                gather_rows(self.ops, how.codec, rows.indices, rows.values),
+                functools.partial(perform, self.adapter, name=how.name, process_set=process_set),
+            )
         divisor = self.ranks() if self.options.op is ReduceOp.Average else 1
         values = self.ops.scale(values, self.options.times / divisor)
         return tf.IndexedSlices(values, indices, rows.dense_shape)
@@ -272,6 +278,7 @@ def _rows(grad: Any, variable: Any) -> tf.IndexedSlices:
         values, indices = tf.zeros((0, *shape[1:]), variable.dtype), tf.zeros((0,), tf.int64)
     else:
         values, indices = grad, tf.range(shape[0], dtype=tf.int64)
+    values = tf.ensure_shape(values, (None, *shape[1:]))  # which a graph may not know yet
     return tf.IndexedSlices(
         tf.cast(values, variable.dtype), tf.cast(indices, tf.int64), tf.constant(shape, tf.int64)
     )

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 
 from hvdx.elastic import ObjectState, StateHandler
+from hvdx.integrations.keras3 import averaging
+from hvdx.integrations.keras3_local import Rounds
 from hvdx.integrations.keras_data import DistributedDataset
 from hvdx.replicas import broadcast_object, broadcast_parameters
 from hvdx.world import rank
@@ -19,7 +21,8 @@ class KerasState(ObjectState):
 
     Weights and optimizer state are shared; states of random numbers (dropout) are saved and
     stay each rank's own. A :class:`DistributedDataset` among the parts is resumed within its
-    epoch: no sample is lost or comes twice.
+    epoch: no sample is lost or comes twice. What the optimizer's compression holds back is saved
+    with it; when ranks have changed, those that are left bring what they owe.
 
     Args:
         model: built.
@@ -56,7 +59,11 @@ class KerasState(ObjectState):
 
 
 class _ModelHandler(StateHandler):
-    """Saves and shares a model with its optimizer."""
+    """Saves and shares a model with its optimizer.
+
+    What compression holds back of gradients is each rank's own. It is brought together in the
+    first step of other ranks (:meth:`hvdx.integrations.keras3_state.States.carry`).
+    """
 
     def __init__(self, model: Any, optimizer: Any) -> None:
         super().__init__(model)
@@ -71,10 +78,19 @@ class _ModelHandler(StateHandler):
             (variable, np.array(keras.ops.convert_to_numpy(variable)))
             for variable in [*self.value.variables, *own]
         ]
+        self._owed = None if self._averager is None else self._averager.saved_state()
 
     def restore(self) -> None:
         for variable, saved in self._saved:
             variable.assign(saved)
+        if self._owed and (self._owed["rank"], self._owed["ranks"]) == self._averager.origin:
+            self._averager.load_state(self._owed)  # else it is of ranks that are no more
+
+    @property
+    def _averager(self) -> Any:
+        """What averages gradients, if it holds any back; rounds of training alone begin anew."""
+        found = getattr(averaging(self._optimizer), "_averager", None)
+        return None if found is None or isinstance(found, Rounds) or not found.remembers else found
 
     def sync(self) -> None:
         if self.value.weights:

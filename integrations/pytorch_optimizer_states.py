@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,11 @@ from hvdx.compression.portable import (
     Origin,
     carried,
     check_saved,
+    in_order,
     pooled,
     restored,
     shares,
+    warn_of_lost,
 )
 from hvdx.compression.state import Leaf, leaves
 from hvdx.errors import MismatchError
@@ -104,21 +105,15 @@ class Kept:
         self.steps = max(steps for _, steps, _, _ in everyone)
         self._loaded = False
         origins = [origin for origin, _, _, _ in everyone]
-        if _in_order(origins) and all(fits for _, _, _, fits in everyone):
+        if in_order(origins) and all(fits for _, _, _, fits in everyone):
             return made
         return self._carried(made, origins)
 
     def _carried(self, made: dict[str, Any], origins: list[Origin | None]) -> dict[str, Any]:
         """Bring together what ranks have; each old rank's counts once."""
         known = [origin for origin in origins if origin is not None]
-        for ranks in {ranks for _, ranks in known}:
-            lost = sorted(set(range(ranks)) - {rank for rank, of in known if of == ranks})
-            if lost and self._place == 0:
-                warnings.warn(
-                    f"what compression has held back of gradients of ranks {lost} of {ranks} is "
-                    "lost: none of the ranks there are now has their states",
-                    stacklevel=2,
-                )
+        if self._place == 0:
+            warn_of_lost(origins)
         mine = self._origin is not None and origins.index(self._origin) == self._place
         lead = bool(known) and origins.index(known[0]) == self._place
         works = {}
@@ -187,7 +182,7 @@ class Kept:
         self._savings += 1
         name = f"{self._name}.portable{self._savings}"
         origins = self._adapter.allgather_object(self._origin, name, self._process_set)
-        if not _in_order(origins):
+        if not in_order(origins):
             raise CompressionError(
                 f"ranks hold compression states of other ranks ({origins}, as rank and ranks): "
                 "call portable_compression_state() after the next step"
@@ -247,12 +242,6 @@ class Kept:
                     f"the saved state has parameter {name!r}, which this optimizer has not: it "
                     "is that of another model"
                 )
-
-
-def _in_order(origins: Sequence[Origin | None]) -> bool:
-    """Tell whether every rank has its own state, all have a portable one, or none has any."""
-    own = [(rank, len(origins)) for rank in range(len(origins))]
-    return list(origins) in ([None] * len(origins), [PORTABLE] * len(origins), own)
 
 
 def _moved(held: Sequence[Leaf], like: Any) -> list[Leaf]:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -140,6 +140,55 @@ class AveragingTape(tf.GradientTape):
             pairs[id(variable_of(source)) not in self._local].append((source, grad))
         return pairs
 
+    def compression_state(self, sources: Any) -> dict[str, Any]:
+        """Return what the compressor keeps on this rank of the gradients of ``sources``.
+
+        It belongs to the sources and to the tape's options, so that any tape with these will do.
+        To be saved on every rank; loaded by as many, in their order, training goes on as if it
+        had never stopped. Called on all ranks, and not in a ``tf.function``.
+
+        Args:
+            sources: variables, as they are given to :meth:`gradient`.
+
+        Returns:
+            Numbers, strings and NumPy arrays: under ``"parameters"`` arrays by name of the
+            variable and name; ``"step"``; and whose state it is.
+
+        Raises:
+            CompressionError: the compressor cannot keep anything of ``sources``.
+        """
+        state: dict[str, Any] = self._averager_of(sources).saved_state()
+        return state
+
+    def portable_compression_state(self, sources: Any) -> dict[str, Any]:
+        """Return what any number of ranks can go on from, equal on all; a collective call.
+
+        See :meth:`compression_state`. What is owed is the same then; which rank owes how much of
+        it is not.
+        """
+        state: dict[str, Any] = self._averager_of(sources).portable_state()
+        return state
+
+    def load_compression_state(self, state: Mapping[str, Any], sources: Any) -> None:
+        """Go on from what was saved of ``sources``; on all ranks, before or during training.
+
+        Args:
+            state: this rank's own, or the portable one.
+            sources: as for :meth:`compression_state`, in the same order.
+
+        Raises:
+            CompressionError: it is of another compressor or number of ranks, or nothing of the
+                kind; of other variables: in the first step, unless training has begun before.
+        """
+        self._averager_of(sources).load_state(state)
+
+    def _averager_of(self, sources: Any) -> Any:
+        values = map(variable_of, tf.nest.flatten(sources))
+        shared = [value for value in values if id(value) not in self._local]
+        if (hindrance := _hindrance(self._options, shared)) is not None:
+            raise _stateless(self._options, hindrance)
+        return _plan(_core(), self._options, shared).averager
+
     def jacobian(self, *args: Any, **options: Any) -> Any:
         """Differentiate as ``tf.GradientTape`` does: only :meth:`gradient` averages."""
         with self._alone():
@@ -199,11 +248,15 @@ def average(options: TapeOptions, sources: Sequence[Any], grads: Sequence[Any]) 
     if hindrance is None:
         return _plan(adapter, options, sources).average(list(grads))
     if options.compressor.stateful:
-        raise CompressionError(
-            f"compression={options.compressor} keeps state from step to step, which a tape cannot "
-            f"{hindrance}: use hvd.DistributedOptimizer for it"
-        )
+        raise _stateless(options, hindrance)
     return [_alone(options, grad) for grad in grads]
+
+
+def _stateless(options: TapeOptions, hindrance: str) -> CompressionError:
+    return CompressionError(
+        f"compression={options.compressor}: a tape cannot keep state from step to step "
+        f"{hindrance}: use hvd.DistributedOptimizer for it"
+    )
 
 
 def _hindrance(options: TapeOptions, sources: Sequence[Any]) -> str | None:

@@ -4,6 +4,9 @@ With two ranks each gathers the other's bytes: one phase, one rounding. With mor
 would cost as much as it saves, so that rank j gets the j-th piece of everyone (alltoall), adds
 the pieces up in float32, and sends their mean, written once more, to all (allgather). Every rank
 decodes the same bytes, so that replicas stay equal to the last bit.
+
+A gradient for which that would be no fewer bytes travels raw: a block is written in full, however
+few elements are in it.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+from hvdx.buckets import width
 from hvdx.comm import Allgather, Alltoall, Rank, Ranks, Work
 from hvdx.compression import draws
-from hvdx.compression.base import Compressor, Reduced, Spec
+from hvdx.compression.base import Compressor, Reduced, Spec, none
 from hvdx.compression.codecs import Codec
 from hvdx.compression.state import OwedPiece
 from hvdx.ops import Ops
@@ -57,6 +61,10 @@ def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Co
         ranks = yield Ranks()
         if ranks == 1 or size == 0:
             return Reduced(grad, grad, state)
+        if not pays(codec, size, dtype, ranks):
+            # States have their form all the same: with other ranks it may pay. What error
+            # feedback has kept till then is delivered, and nothing is lost.
+            return (yield from none.reduce(ops, grad, state))
         draw, owner = state if codec.noisy else (None, state)
 
         def write(rows: Any, used: int, stream: int) -> Any:
@@ -75,6 +83,17 @@ def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Co
         )
 
     return Compressor(codec.name, init, reduce, stateful=owner_feedback or codec.noisy)
+
+
+def pays(codec: Codec, size: int, dtype: str, ranks: int) -> bool:
+    """Tell whether a gradient is fewer bytes as ``codec`` writes it than as it is.
+
+    Both ways a rank sends 2 (ranks - 1) / ranks times those bytes.
+    """
+    rows = 1 if ranks == 2 else ranks
+    written = rows * codec.row_bytes(_columns(size, rows, codec.block))
+    raw = width("float32" if dtype == "bfloat16" else dtype)  # as which Horovod sums it
+    return written < size * raw
 
 
 Write: TypeAlias = Callable[[Any, int, int], Any]

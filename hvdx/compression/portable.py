@@ -13,6 +13,7 @@ this is exact but for the rounding of a sum, and a job of N ranks saves one tens
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -27,6 +28,26 @@ Origin: TypeAlias = tuple[int, int]
 
 PORTABLE: Origin = (0, 1)
 """What the only rank of a job has kept is all that is owed: any number of ranks may start so."""
+
+
+def in_order(origins: Sequence[Origin | None]) -> bool:
+    """Tell whether every rank has its own state, all have a portable one, or none has any."""
+    own = [(rank, len(origins)) for rank in range(len(origins))]
+    return list(origins) in ([None] * len(origins), [PORTABLE] * len(origins), own)
+
+
+def warn_of_lost(origins: Sequence[Origin | None]) -> None:
+    """Warn of ranks that have gone with what they owed; ``origins`` is what there is now."""
+    known = {origin for origin in origins if origin is not None}
+    for ranks in {ranks for _, ranks in known}:
+        lost = sorted(set(range(ranks)) - {rank for rank, of in known if of == ranks})
+        if lost:
+            warnings.warn(
+                f"what compression has held back of gradients of ranks {lost} of {ranks} is "
+                "lost: none of the ranks there are now has their states",
+                stacklevel=3,
+            )
+
 
 _FIELDS = frozenset({"compressor", "step", "rank", "ranks", "kinds", "parameters"})
 

@@ -346,10 +346,13 @@ def DistributedGradientTape(
         device_dense: accepted for Horovod's sake and not needed.
         device_sparse: likewise.
         compression: a compressor of ``hvd.Compression``, or a Horovod ``Compressor`` class.
-            Sparse gradients travel as they are. What it keeps from step to step belongs to the
-            sources, which must be variables, and to the compressor: tapes may come and go. It
-            cannot be saved, and a tape knows of no loss scale: ``hvd.DistributedOptimizer`` does.
-        sparse_as_dense: make ``tf.IndexedSlices`` dense first. Else all ranks' rows are gathered.
+            What it keeps from step to step belongs to the list of sources, which must be
+            variables, and to the options: tapes may come and go. ``compression_state(sources)``,
+            ``portable_compression_state(sources)`` and ``load_compression_state(state, sources)``
+            of any such tape save and load it. A tape knows of no loss scale:
+            ``hvd.DistributedOptimizer`` does.
+        sparse_as_dense: make ``tf.IndexedSlices`` dense first. Else all ranks' rows are gathered,
+            their values in 2 bytes or 1 a number under a ``compression``.
         op: how gradients combine. Adasum needs Horovod with MPI.
         gradient_predivide_factor: with Average, divides before the sum and multiplies after.
         num_groups: Horovod's older spelling of ``groups``.

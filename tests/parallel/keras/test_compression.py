@@ -271,6 +271,62 @@ def test_states_go_on(hvd, method):
             np.testing.assert_allclose(again[name][path], array, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", at_two(["onebit", "randomk", "dgc"], ["onebit"]))
+def test_ranks_that_are_left_bring_what_they_owe(hvd, method):
+    """The last rank is new, and the others are of a job of one rank more."""
+    last, size = hvd.size() - 1, hvd.size() + 1
+    first, second = optimizer_with(hvd, method), optimizer_with(hvd, method)
+    train(given_gradients(), first, gradients(hvd.rank(), 2), "eager")
+    saved = first.compression_state()
+    saved["parameters"] = {
+        name: {path: array for path, array in own.items() if path != "inner.lost"}
+        for name, own in saved["parameters"].items()
+    }
+    kind = "owed" if method == "dgc" else "residual"
+    mine = saved["parameters"][f"{PATH}/weight"][kind]
+    expected = sum(hvd.allgather_object(mine)[:last]) / size
+    if hvd.rank() != last:
+        second._averager.states.load({**saved, "ranks": size}, (hvd.rank(), size))
+    model = given_gradients()
+    second.build(model.trainable_variables)
+    zeros = [keras.ops.zeros(s) for s in SHAPES.values()]
+    second._averager._layout(second, zeros, model.trainable_variables)
+    portable = second.portable_compression_state()["parameters"][f"{PATH}/weight"]
+    np.testing.assert_allclose(portable[kind], expected, atol=1e-6)
+    assert np.abs(expected).max() > 0.1
+    assert second.compression_state()["step"] == 2
+    if method == "randomk":
+        draws = hvd.allgather_object(int(portable["inner.draw"]))
+        assert set(draws) == {int(saved["parameters"][f"{PATH}/weight"]["inner.draw"])}
+
+
+@pytest.mark.parametrize("way", ["eager"] + ["fit"] * GRAPHS)
+def test_the_elastic_state_keeps_what_is_owed(hvd, way):
+    """Through commits, undone steps, and a job that starts anew."""
+    grads = gradients(hvd.rank())
+    straight = train(given_gradients(), optimizer_with(hvd, "onebit"), grads, "eager")
+    model, optimizer = given_gradients(), optimizer_with(hvd, "onebit")
+    model.compile(optimizer, total)
+    state = hvd.elastic.KerasState(model, optimizer)
+    train(model, optimizer, grads[:2], way)
+    state.save()
+    before = optimizer.compression_state()
+    train(model, optimizer, grads[:1], way)  # to be undone
+    state.restore()
+    assert optimizer.compression_state()["step"] == 2
+    optimizer._averager.forget()  # as when the job ends
+    after = optimizer.compression_state()
+    assert [after[key] for key in ("rank", "ranks")] == [hvd.rank(), hvd.size()]
+    for name, own in before["parameters"].items():
+        for path, array in own.items():
+            np.testing.assert_array_equal(after["parameters"][name][path], array)
+    state.reset()
+    state.sync()
+    ended = train(model, optimizer, grads[2:], way)
+    for one, other in zip(straight, ended, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 @pytest.mark.ranks(2)
 def test_states_that_do_not_fit(hvd):
     Error = hvdx.compression.CompressionError

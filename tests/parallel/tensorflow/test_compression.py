@@ -12,6 +12,7 @@ import hvdx
 from hvdx.comm import in_step
 from hvdx.compression import Spec, after
 from hvdx.integrations import tensorflow_tape
+from hvdx.integrations.tensorflow2 import TensorFlowAdapter
 from hvdx.ops import NumpyOps
 
 C = hvdx.Compression
@@ -70,6 +71,108 @@ def test_as_between_ranks_in_memory(hvd, method, run):
     for variable, total in zip(variables, in_memory(METHODS[method](), everyone), strict=True):
         np.testing.assert_allclose(variable, total, atol=1e-5)
     assert len(set(hvd.allgather_object(b"".join(v.numpy().tobytes() for v in variables)))) == 1
+
+
+@pytest.mark.parametrize("run", ["eager", "graph"])
+def test_a_tape_goes_on_from_what_was_saved(hvd, run):
+    """Exactly on as many ranks; and what is portable is owed as before."""
+    grads = gradients(hvd.rank())
+
+    def tape_of(tape):
+        return hvd.DistributedGradientTape(tape, compression=C.onebit)
+
+    def train(steps, load=None, started=False):
+        """Return the sum of the means, the tape's variables, and what is owed afterwards."""
+        variables = [tf.Variable(tf.zeros(shape)) for shape in SHAPES]
+
+        def step(grads):
+            with tf.GradientTape() as tape:
+                pairs = zip(variables, grads, strict=True)
+                loss = tf.add_n([tf.reduce_sum(v * g) for v, g in pairs])
+            return tape_of(tape).gradient(loss, variables)
+
+        call = tf.function(step) if run == "graph" else step
+        if started:  # what this has left is replaced
+            call([tf.ones(shape) for shape in SHAPES])
+        if load is not None:
+            tape_of(tf.GradientTape()).load_compression_state(load, variables)
+        for own in steps:
+            means = call([tf.constant(grad) for grad in own])
+            for variable, mean in zip(variables, means, strict=True):
+                variable.assign_add(mean)
+        tape = tape_of(tf.GradientTape())
+        states = (tape.compression_state(variables), tape.portable_compression_state(variables))
+        return [v.numpy() for v in variables], *states
+
+    straight, saved, _ = train(grads)
+    begun, middle, portable = train(grads[:2])
+    assert middle["step"] == 2 and len(middle["parameters"]) == len(SHAPES)
+    for started in (False, True):
+        rest, end, _ = train(grads[2:], middle, started)
+        for whole, one, other in zip(straight, begun, rest, strict=True):
+            np.testing.assert_allclose(whole, one + other, atol=1e-6)
+        for name, tensors in saved["parameters"].items():
+            np.testing.assert_array_equal(end["parameters"][name]["residual"], tensors["residual"])
+    residuals = [tensors["residual"] for tensors in middle["parameters"].values()]
+    assert max(np.abs(residual).max() for residual in residuals) > 0.1
+    _, _, again = train([], portable)
+    for name, tensors in portable["parameters"].items():
+        np.testing.assert_allclose(again["parameters"][name]["residual"], tensors["residual"])
+
+
+@pytest.mark.ranks(2)
+def test_states_of_tapes_that_do_not_fit(hvd):
+    variable = tf.Variable(tf.zeros((30, 40)))
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=C.onebit)
+    saved = tape.compression_state([variable])
+    other = hvd.DistributedGradientTape(tf.GradientTape(), compression=C.topk)
+    Error = hvdx.compression.CompressionError
+    with pytest.raises(Error, match=f"rank {hvd.rank()}: .*of compression=onebit"):
+        other.load_compression_state(saved, [variable])
+    with pytest.raises(Error, match=r"rank 7 of 9"):
+        tape.load_compression_state({**saved, "rank": 7, "ranks": 9}, [variable])
+    with pytest.raises(Error, match="source 0 is a tensor"):
+        tape.compression_state([tf.zeros((3, 3))])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("run", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("method", "error", "width"),
+    [(C.fp16, 1e-3, 2), (C.by_layer({"emb*": C.int4}), 0.01, 1), (C.powersgd, 0.01, 1)],
+    ids=["fp16", "int4 by layer", "powersgd"],
+)
+def test_rows_of_sparse_gradients(hvd, monkeypatch, method, error, width, run):
+    """Their values travel by a codec, as under PyTorch; ranks have different numbers of them."""
+    rank, columns, sent = hvd.rank(), 300, []
+    table = tf.Variable(tf.zeros((20, columns)), name="embedding")
+    gather = TensorFlowAdapter.allgather
+
+    def watched(self, tensor, *args, **options):
+        sent.append((tensor.dtype, tensor.shape[1:].num_elements()))
+        return gather(self, tensor, *args, **options)
+
+    def step(rows, factors):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.gather(table, rows) * factors)
+        tape = hvd.DistributedGradientTape(tape, compression=method)
+        return tape.gradient(loss, table)
+
+    rows = [[3, 7, 3], [7, 19]]
+    factors = [np.random.default_rng(r).normal(size=(len(rows[r]), columns)) for r in range(2)]
+    call = tf.function(step) if run == "graph" else step
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFlowAdapter, "allgather", watched)
+        mean = call(tf.constant(rows[rank]), tf.constant(factors[rank], tf.float32))
+    assert isinstance(mean, tf.IndexedSlices)
+    expected = np.zeros((20, columns))
+    for each, values in zip(rows, factors, strict=True):
+        np.add.at(expected, each, values / 2)
+    difference = tf.convert_to_tensor(mean).numpy() - expected
+    assert 0 < np.abs(difference).max() <= error * np.abs(expected).max()
+    padded = 4 + (2 * columns if width == 2 else 512 + 2)
+    assert [one for one in sent if one[0] == tf.uint8 and one[1] != 1] == [(tf.uint8, padded)]
+    assert tf.float32 not in [dtype for dtype, _ in sent]
 
 
 @pytest.mark.ranks(2)
