@@ -21,6 +21,8 @@ demo: .venv
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_torch.py
 	$(RUN) -np 2 -- $(BIN)/python examples/digits_keras.py
 
+# Ranks start by the hundred, and each would compile every module and test anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv hosts
 	$(BIN)/python -m pytest --timeout 300 --numprocesses 2 --dist loadfile tests/single
 	$(BIN)/python tests/parallel/run.py 2 4

@@ -19,14 +19,16 @@ PROCESS_SETS = [list(range(int(os.environ["HOROVOD_SIZE"]) - 1))]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "ranks(number): on that number only, since what it shows is the same on others"
+        "markers",
+        "ranks(number, ...): on these numbers only, since what it shows is the same on others; "
+        "a test's own mark goes before its module's",
     )
     # When another rank fails or hangs, the launcher ends this one: say where it stands.
     faulthandler.register(signal.SIGTERM, file=sys.__stderr__, all_threads=True, chain=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that are marked for another number of ranks."""
+    """Leave out tests that are marked for other numbers of ranks."""
     size = int(os.environ["HOROVOD_SIZE"])
     elsewhere = [
         item

@@ -11,6 +11,7 @@ from hvdx.compression import Compression, Spec
 from hvdx.compression.auto import survey
 from hvdx.compression.methods import candidates
 
+pytestmark = pytest.mark.ranks(2)
 frameworks = pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 
 
@@ -24,6 +25,7 @@ def test_the_network(framework):
     assert hvd.allgather_object(network) == [network] * hvd.size()
 
 
+@pytest.mark.ranks(2, 4)
 @frameworks
 def test_between_some_ranks(framework, process_set):
     if process_set.included():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 WAYS = {"fit": {}, "eager fit": {"run_eagerly": True}, "loop": None}
+ON_TWO = [pytest.param(way, marks=pytest.mark.ranks(2)) for way in ("fit", "eager fit")]
 
 
 @contextlib.contextmanager
@@ -20,7 +21,7 @@ def counted(optimizer):
     yield times
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["loop", *ON_TWO])
 def test_equals_one_process(hvd, way, data, make_model, ways, farthest, exact):
     batches = data("float64")
     options = dict(momentum=0.9, gradient_accumulation_steps=2, clipnorm=0.05, weight_decay=0.01)
@@ -38,6 +39,7 @@ def test_equals_one_process(hvd, way, data, make_model, ways, farthest, exact):
     assert farthest(alone, together) < exact
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("average", [False, True])
 def test_backward_passes_per_step(hvd, average, data, make_model, ways, farthest, exact):
     """Horovod's argument, with Horovod's sum unless the mean is asked for."""
@@ -64,6 +66,7 @@ def test_one_rank_has_no_gradient_in_some_steps(hvd):
     np.testing.assert_allclose(variables[1].numpy(), -0.5 / hvd.size(), rtol=1e-6)
 
 
+@pytest.mark.ranks(2)
 def test_inside_a_loss_scaler(hvd, data, make_model, ways, farthest):
     batches = data()
     alone, together = make_model(), make_model()

@@ -126,7 +126,7 @@ def at_two(methods, everywhere):
     return [m if m in everywhere else pytest.param(m, marks=pytest.mark.ranks(2)) for m in methods]
 
 
-@pytest.mark.parametrize("method", at_two(METHODS, ["int8", "onebit", "dgc"]))
+@pytest.mark.parametrize("method", at_two(METHODS, ["int8", "dgc"]))
 def test_compiled_fit(hvd, method):
     everyone = [gradients(rank) for rank in range(hvd.size())]
     optimizer = optimizer_with(hvd, method)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 
 import hvdx
 
@@ -14,6 +15,7 @@ GUIDE = (Path(__file__).resolve().parents[3] / "docs" / "compression.md").read_t
 BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.ranks(2)
 def test_the_example_of_the_guide():
     (example,) = [block for block in BLOCKS if "keras.optimizers" in block]
     keras.utils.set_random_seed(hvdx.rank())

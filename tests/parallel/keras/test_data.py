@@ -36,7 +36,15 @@ def test_every_sample_once_in_equally_many_steps(extra):
     np.testing.assert_array_equal(batch[1], 2 * batch[0])
 
 
-@pytest.mark.parametrize(("extra", "workers"), [(0, 1), (1, 1), (-1, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("extra", "workers"),
+    [
+        pytest.param(0, 1, marks=pytest.mark.ranks(2)),
+        (1, 1),
+        (-1, 1),
+        pytest.param(1, 2, marks=pytest.mark.ranks(2)),
+    ],
+)
 def test_fit_on_ranks_equals_fit_in_one_process(extra, workers, make_model, farthest, exact):
     samples = 8 * hvd.size() + extra
     random = np.random.default_rng(0)
@@ -56,6 +64,7 @@ def test_fit_on_ranks_equals_fit_in_one_process(extra, workers, make_model, fart
     assert dataset.epoch == 2
 
 
+@pytest.mark.ranks(2)
 def test_an_epoch_is_resumed_and_the_next_ones_are_whole(make_model):
     steps = []
 
@@ -103,6 +112,7 @@ def test_sample_weights_and_nested_arrays():
     np.testing.assert_array_equal(inputs["a"], targets)
 
 
+@pytest.mark.ranks(2)
 def test_wrong_data():
     with pytest.raises(ValueError, match="equally many samples, and some; they have 3, 4"):
         hvd.DistributedDataset(np.zeros(4), np.zeros(3))

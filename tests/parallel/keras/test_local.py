@@ -14,7 +14,7 @@ def value(variable):
 
 
 @pytest.mark.parametrize("scale", [True, False])
-@pytest.mark.parametrize("way", ["apply", "graph"])
+@pytest.mark.parametrize("way", ["apply", pytest.param("graph", marks=pytest.mark.ranks(2))])
 def test_register_local_var(hvd, way, scale):
     shared, local = (keras.Variable(np.zeros(2), name=name) for name in ("shared", "local"))
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), scale_local_gradients=scale)
@@ -58,6 +58,7 @@ def test_partial_optimizer(hvd, data, make_model, ways, assert_equal_replicas):
     assert (value(local.kernel) != mine).any()
 
 
+@pytest.mark.ranks(2)
 def test_overflow_of_a_local_gradient_reaches_all(hvd):
     shared, local = (keras.Variable(np.zeros(1), name=name) for name in ("shared", "local"))
     scaler = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=4.0)
@@ -86,13 +87,14 @@ def different_start(hvd, make_model):
     return model, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
 
 
-@pytest.mark.parametrize("way", ["fit", "loop"])
+@pytest.mark.parametrize("way", [pytest.param("fit", marks=pytest.mark.ranks(2)), "loop"])
 def test_forgotten_broadcast_is_told(hvd, way, data, make_model, ways):
     model, optimizer = different_start(hvd, make_model)
     with pytest.warns(UserWarning, match=r"'sequential/dense/kernel'.*BroadcastGlobal"):
         getattr(ways, way)(model, optimizer, data().shard)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.filterwarnings("error:ranks train")
 def test_broadcast_before_or_after_the_first_step_is_not_told(hvd, data, make_model, ways):
     x, y = data().shard

@@ -55,7 +55,9 @@ def differ(model):
     return len(set(hvdx.allgather_object(hvdx.parameter_hash(model)))) > 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["fit", *(pytest.param(w, marks=pytest.mark.ranks(2)) for w in ("eager fit", "loop"))]
+)
 def test_equals_simulated_workers(hvd, way, data, make_model, ways, exact):
     batches = data("float64")
     if not SIMULATED:
@@ -80,6 +82,7 @@ def test_equals_simulated_workers(hvd, way, data, make_model, ways, exact):
     assert_close(model, after, exact)
 
 
+@pytest.mark.ranks(2)
 def test_one_step_alone_is_the_mean_of_gradients(hvd, data, make_model, ways, farthest, exact):
     batches = data("float64")
     alone, together = make_model("float64"), make_model("float64")

@@ -40,7 +40,7 @@ def rows(rank: int, uneven: bool) -> int:
     return 2 + rank * uneven
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.ranks(2))])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_equals_one_process(hvd, graph, masked, axis):
@@ -76,6 +76,7 @@ def test_equals_one_process(hvd, graph, masked, axis):
     np.testing.assert_allclose(*inferred, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ranks(2)
 def test_trains_in_fit_and_loads(hvd, tmp_path, data, assert_equal_replicas):
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
@@ -99,6 +100,7 @@ def test_trains_in_fit_and_loads(hvd, tmp_path, data, assert_equal_replicas):
     np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, rtol=1e-6)
 
 
+@pytest.mark.ranks(2)
 def test_fused_is_refused(hvd):
     for fused in (True, None):
         with pytest.raises(ValueError, match=f"fused={fused}"):

@@ -15,7 +15,7 @@ FLOATS = [tf.float16, tf.bfloat16, tf.float32, tf.float64]
 INTEGERS = [tf.uint8, tf.int8, tf.int16, tf.int32, tf.int64]
 
 
-@pytest.fixture(params=["eager", "graph"])
+@pytest.fixture(params=["eager", pytest.param("graph", marks=pytest.mark.ranks(2))])
 def run(request):
     """Call a function as it is, and inside a ``tf.function``."""
     return (lambda f: f) if request.param == "eager" else tf.function
@@ -40,6 +40,7 @@ def test_operators(hvd, run, op):
     np.testing.assert_allclose(result, [expected[op]], rtol=1e-12)
 
 
+@pytest.mark.ranks(2)
 def test_variables_arrays_and_numbers(hvd):
     import keras
 
@@ -64,6 +65,7 @@ def test_many_in_one_graph(hvd):
             np.testing.assert_array_equal(result, np.full(3, i))
 
 
+@pytest.mark.ranks(2)
 def test_constants_in_a_graph(hvd):
     """TensorFlow computed them once on the rank that had constants, and merged equal ones."""
     rank, size = hvd.rank(), hvd.size()
@@ -121,6 +123,7 @@ def test_indexed_slices(hvd, run):
     np.testing.assert_allclose(result[:, 0], expected, rtol=1e-6)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("dtype", [tf.bool, tf.bfloat16, tf.uint32, tf.float32, tf.complex64])
 def test_moves_any_type(hvd, run, dtype):
     rank, size = hvd.rank(), hvd.size()
@@ -183,6 +186,7 @@ def test_mismatch_names_what_each_rank_has(hvd):
     assert str(copy) == str(error.value)
 
 
+@pytest.mark.ranks(2)
 def test_mismatch_in_a_graph(hvd):
     step = tf.function(lambda x: hvd.allreduce(x, name="odd.in.graph"))
     with pytest.raises(tf.errors.FailedPreconditionError, match=r"Mismatched(.|\n)*odd\.in\.graph"):
@@ -240,6 +244,7 @@ def test_indexed_slices_in_a_group(hvd, run):
         hvd.allreduce(slices, op=hvd.Max)
 
 
+@pytest.mark.ranks(2)
 def test_names_and_scopes(hvd):
     """The same name in two scopes is two operations, as in Horovod, unless scopes are ignored."""
 
@@ -289,11 +294,13 @@ def test_join(hvd):
     assert int(last.numpy()) == hvd.size() - 1
 
 
+@pytest.mark.ranks(2)
 def test_refuses_what_cannot_be_reduced(hvd):
     with pytest.raises(ValueError, match="cannot reduce bool"):
         hvd.allreduce(tf.constant([True]))
 
 
+@pytest.mark.ranks(2)
 def test_takes_horovods_arguments(hvd):
     import horovod.tensorflow as horovod
 
@@ -308,6 +315,7 @@ def test_takes_horovods_arguments(hvd):
                 assert taken[key].default == parameter.default, (name, key)
 
 
+@pytest.mark.ranks(2)
 def test_the_rest_is_horovods(hvd):
     import horovod.tensorflow as horovod
 

@@ -15,6 +15,7 @@ GUIDE = (Path(__file__).resolve().parents[3] / "docs" / "compression.md").read_t
 BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="trains a Keras model by tape")
 def test_the_examples_of_the_guide():
     example, saving = [block for block in BLOCKS if "GradientTape" in block]

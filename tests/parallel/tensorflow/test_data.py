@@ -13,7 +13,7 @@ def seen_by_all(batches):
 
 
 @pytest.mark.parametrize("extra", [0, 1, -1])
-@pytest.mark.parametrize("shuffle", [False, True, 5])
+@pytest.mark.parametrize("shuffle", [pytest.param(False, marks=pytest.mark.ranks(2)), True, 5])
 def test_every_element_once_in_equally_many_steps(hvd, extra, shuffle):
     tf.random.set_seed(hvd.rank())  # as scripts do for dropout; orders must not care
     elements = 8 * hvd.size() + extra
@@ -31,6 +31,7 @@ def test_every_element_once_in_equally_many_steps(hvd, extra, shuffle):
         assert seen_by_all(batches) == passes[0]
 
 
+@pytest.mark.ranks(2)
 def test_only_own_elements_are_transformed(hvd):
     calls = tf.Variable(0)
 
@@ -61,6 +62,7 @@ def test_weights_make_the_last_step_right(hvd):
         start += size
 
 
+@pytest.mark.ranks(2)
 def test_endless_and_uncounted_datasets(hvd):
     endless = hvd.data.shard(tf.data.Dataset.range(6 * hvd.size()).repeat(), 2, shuffle=False)
     first = hvdx.allgather_object(next(iter(endless)).numpy().tolist())

@@ -12,7 +12,7 @@ import tensorflow as tf
 FLOATS = [tf.float16, tf.bfloat16, tf.float32, tf.float64]
 
 
-@pytest.fixture(params=["eager", "graph"])
+@pytest.fixture(params=["eager", pytest.param("graph", marks=pytest.mark.ranks(2))])
 def run(request):
     return (lambda f: f) if request.param == "eager" else tf.function
 
@@ -62,6 +62,7 @@ def test_allreduce(hvd, run, floats):
             np.testing.assert_allclose(grad, expected, rtol=1e-2)
 
 
+@pytest.mark.ranks(2)
 def test_scale_factors(hvd, run):
     """Horovod keeps them in single precision: wrong by 1e-8 for doubles."""
     size = hvd.size()
@@ -173,6 +174,7 @@ def test_in_a_process_set(hvd, run, process_set):
     hvd.barrier()
 
 
+@pytest.mark.ranks(2)
 def test_of_gradients(hvd):
     """Second derivatives: y = mean of x^3, on ranks that hold the same x."""
     x = tf.Variable([2.0])

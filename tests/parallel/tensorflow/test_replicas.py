@@ -32,6 +32,7 @@ def test_broadcast_parameters_of_any_type(hvd):
     assert len(set(hvd.allgather_object(hvd.parameter_hash(module)))) == 1
 
 
+@pytest.mark.ranks(2)
 def test_broadcast_variables_of_equal_names(hvd):
     variables = [tf.Variable([float(hvd.rank() + i)], name="same") for i in range(3)]
     hvd.broadcast_variables(variables, root_rank=1)
@@ -44,11 +45,13 @@ def test_broadcast_of_different_variables_is_an_error(hvd):
         hvd.broadcast_variables(variables, root_rank=0)
 
 
+@pytest.mark.ranks(2)
 def test_tensors_cannot_be_written_to(hvd):
     with pytest.raises(TypeError, match=r"tf\.Variable"):
         hvd.broadcast_parameters({"fixed": tf.zeros(2)})
 
 
+@pytest.mark.ranks(2)
 def test_broadcast_of_keras_variables_among_others(hvd):
     rank, root = hvd.rank(), hvd.size() - 1
     variables: list = [tf.Variable([float(rank)]), tf.Variable([f"rank {rank}"])]
@@ -60,6 +63,7 @@ def test_broadcast_of_keras_variables_among_others(hvd):
         np.testing.assert_array_equal(variable, [root])
 
 
+@pytest.mark.ranks(2)
 def test_broadcast_within_a_function(hvd):
     """As Horovod's examples do after the first step: not when traced but whenever it runs."""
     rank = hvd.rank()
@@ -80,6 +84,7 @@ def test_broadcast_within_a_function(hvd):
         assert float(others[1][0]) == 1.0
 
 
+@pytest.mark.ranks(2)
 def test_broadcast_in_place(hvd):
     rank, root = hvd.rank(), hvd.size() - 1
     for dtypes in ([tf.float32, tf.int64, tf.bool], [tf.bfloat16, tf.float32]):
@@ -91,6 +96,7 @@ def test_broadcast_in_place(hvd):
             assert bool(tf.reduce_all(value == expected))
 
 
+@pytest.mark.ranks(2)
 def test_objects_within_a_function_and_functions_for_them(hvd):
     found = []
 
@@ -106,6 +112,7 @@ def test_objects_within_a_function_and_functions_for_them(hvd):
     assert [send(hvd.rank() + i) for i in range(2)] == [1, 2]
 
 
+@pytest.mark.ranks(2)
 def test_optimizers_of_tensorflow_1(hvd):
     rank, size = hvd.rank(), hvd.size()
     with tf.Graph().as_default():
@@ -126,6 +133,7 @@ def test_optimizers_of_tensorflow_1(hvd):
         hvd.DistributedOptimizer(variable)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras runs on torch")
 def test_optimizers_of_keras(hvd):
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))

@@ -17,7 +17,7 @@ from hvdx.integrations import tensorflow_tape
 KINDS = ["tensorflow"] + ["keras"] * (keras.backend.backend() == "tensorflow")
 
 
-@pytest.fixture(params=["eager", "graph"])
+@pytest.fixture(params=["eager", pytest.param("graph", marks=pytest.mark.ranks(2))])
 def run(request):
     return (lambda f: f) if request.param == "eager" else tf.function
 
@@ -58,6 +58,7 @@ def test_structures_and_missing_gradients(hvd, run, kind):
         np.testing.assert_allclose(grads["rest"][1][1], [1 / hvd.size()] * 2, rtol=1e-6)
 
 
+@pytest.mark.ranks(2)
 def test_the_tape_given_stays_local(hvd):
     x = tf.Variable(2.0)
     factor = hvd.rank() + 1.0
@@ -74,6 +75,7 @@ def test_the_tape_given_stays_local(hvd):
         hvd.DistributedGradientTape(x)
 
 
+@pytest.mark.ranks(2)
 def test_wrapped_before_and_while_recording(hvd):
     class Own(tf.GradientTape):
         def gradient(self, *args: Any, **options: Any) -> Any:
@@ -172,6 +174,7 @@ def test_options(hvd, run, process_set):
     np.testing.assert_allclose(own, [expected] * 2, rtol=1e-6)
 
 
+@pytest.mark.ranks(2)
 def test_options_that_have_no_meaning(hvd):
     with tf.GradientTape() as tape:
         x = tf.Variable(1.0)
@@ -228,6 +231,7 @@ def test_partial_tape(hvd, run, scale):
     np.testing.assert_allclose(ours[1], [factor / divisor], rtol=1e-6)
 
 
+@pytest.mark.ranks(2)
 def test_local_sources_that_are_sparse_or_missing(hvd):
     table, other = tf.Variable(tf.ones([3, 1])), tf.Variable(1.0)
     tape, target = recorded(lambda: tf.reduce_sum(tf.gather(table, [1])) * hvd.size())
@@ -240,6 +244,7 @@ def test_local_sources_that_are_sparse_or_missing(hvd):
     assert grads[1] is None
 
 
+@pytest.mark.ranks(2, 4)
 def test_training_equals_one_process(hvd, run):
     """Two layers, uneven buckets, double precision: N ranks with b rows are one with N * b."""
     random = np.random.default_rng(3)
@@ -270,6 +275,7 @@ def test_training_equals_one_process(hvd, run):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.ranks(2)
 def test_plans_end_with_their_variables(hvd):
     def step() -> tuple[Any, int]:
         x = tf.Variable([1.0, 2.0])
@@ -283,6 +289,7 @@ def test_plans_end_with_their_variables(hvd):
     assert len(tensorflow_tape._plans) < kept
 
 
+@pytest.mark.ranks(2)
 def test_xla_is_refused(hvd):
     x = tf.Variable([1.0])
 

@@ -67,6 +67,7 @@ def test_half_compression_divides_before_it_sums():
     torch.testing.assert_close(mean, torch.full((4,), 60000.0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.ranks(2)
 def test_a_horovod_compressor_class_is_accepted(hvd):
     import horovod.torch
 
@@ -204,6 +205,7 @@ def test_queries():
     assert not hvd.ddl_built()
 
 
+@pytest.mark.ranks(2)
 def test_the_face_has_what_horovod_has(hvd):
     import horovod.torch
 

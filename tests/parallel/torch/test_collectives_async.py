@@ -36,6 +36,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> None:
     assert torch.equal(one.to(torch.complex128), other.to(torch.complex128)), (one, other)
 
 
+@pytest.mark.ranks(2)
 def test_allreduce_of_every_dtype_and_shape():
     for dtype in REDUCED:
         for shape in SHAPES:
@@ -51,6 +52,7 @@ def test_allreduce_of_every_dtype_and_shape():
             same(given, total(shape, dtype))
 
 
+@pytest.mark.ranks(2)
 def test_many_operations_under_way():
     kinds = [(dtype, shape) for dtype in REDUCED for shape in SHAPES]
     given = [mine(shape, dtype) for dtype, shape in kinds]
@@ -62,6 +64,7 @@ def test_many_operations_under_way():
         same(tensor, total(shape, dtype))
 
 
+@pytest.mark.ranks(2)
 def test_what_is_not_contiguous_is_written_in_place():
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         whole = mine((4, 6), dtype)
@@ -78,6 +81,7 @@ def test_what_is_not_contiguous_is_written_in_place():
         same(whole[:, 1::2], mine((4, 6), dtype)[:, 1::2])
 
 
+@pytest.mark.ranks(2)
 def test_lazily_conjugated_and_negated_tensors():
     given = torch.tensor([1 + 2j]).conj()
     assert hvd.allgather(given).tolist() == [1 - 2j] * hvd.size()
@@ -85,6 +89,7 @@ def test_lazily_conjugated_and_negated_tensors():
     assert hvd.broadcast_(given * (hvd.rank() + 1), 1).tolist() == [2 - 4j]
 
 
+@pytest.mark.ranks(2)
 def test_parameters_are_written_in_place():
     for dtype in (torch.float32, torch.bfloat16):
         parameter = torch.nn.Parameter(mine((2, 3), dtype))
@@ -115,6 +120,7 @@ def test_averages():
         same(hvd.allreduce_(given.clone(), average=False), total((3,), dtype) * hvd.size())
 
 
+@pytest.mark.ranks(2)
 def test_scale_factors_with_every_dtype():
     for dtype in EXACT:
         result = hvd.allreduce(
@@ -123,6 +129,7 @@ def test_scale_factors_with_every_dtype():
         same(result, torch.full((2,), 6 * hvd.size()).to(dtype))
 
 
+@pytest.mark.ranks(2)
 def test_other_operators_on_every_dtype():
     for dtype in EXACT:
         each = torch.stack([of_rank(rank, (6,), torch.int64) for rank in ranks()])
@@ -151,6 +158,7 @@ def test_groups_of_mixed_dtypes():
             same(one, expected)
 
 
+@pytest.mark.ranks(2)
 def test_moving_every_dtype():
     for dtype in MOVED:
         length = hvd.rank() + 1
@@ -225,6 +233,7 @@ def test_scattering_with_compression():
         assert result.tolist() == [[2.0 * hvd.size()] * 2]
 
 
+@pytest.mark.ranks(2)
 def test_compressors_of_the_users_own():
     from hvdx.torch.compression import Compressor
 
@@ -246,6 +255,7 @@ def test_compressors_of_the_users_own():
     same(hvd.reducescatter(given, op=hvd.Sum, compression=Negated), expected[own])
 
 
+@pytest.mark.ranks(2)
 def test_compressed_groups_of_mixed_dtypes():
     given = [torch.full((3,), 60000.0), torch.ones(2, dtype=torch.int64), torch.ones(1).bfloat16()]
     for one, other in zip(
@@ -255,6 +265,7 @@ def test_compressed_groups_of_mixed_dtypes():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=0)
 
 
+@pytest.mark.ranks(2)
 def test_the_static_use_of_compressors():
     for dtype in (torch.float32, torch.float64):
         packed, context = hvd.Compression.fp16.compress(torch.full((2,), 1.5, dtype=dtype))
@@ -300,6 +311,7 @@ def test_handles_of_both_kinds_mix():
     assert hvd.synchronize(theirs) is None
 
 
+@pytest.mark.ranks(2)
 def test_a_handle_may_be_dropped():
     for _ in range(3):
         hvd.allreduce_async_(torch.ones(5, 4, dtype=torch.bfloat16).t())

@@ -30,6 +30,7 @@ def summed(result: torch.Tensor) -> torch.Tensor:
     return mine * sum(range(1, N() + 1))
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_allreduce(dtype):
     for op, share in ((hvd.Sum, 1.0), (hvd.Average, 1.0 / N())):
@@ -39,6 +40,7 @@ def test_allreduce(dtype):
         torch.testing.assert_close(x.grad, (summed(result) * share).to(dtype))
 
 
+@pytest.mark.ranks(2)
 def test_allreduce_with_factors_and_compression():
     x = leaf(3)
     result = hvd.allreduce(x, op=hvd.Sum, prescale_factor=2.0, postscale_factor=0.25)
@@ -51,6 +53,7 @@ def test_allreduce_with_factors_and_compression():
         torch.testing.assert_close(x.grad, summed(result) / N())
 
 
+@pytest.mark.ranks(2)
 def test_expanded_and_transposed_gradients():
     x = leaf(3)
     hvd.allreduce(x, op=hvd.Sum).sum().backward()  # the gradient of sum() is expanded
@@ -65,6 +68,7 @@ def test_expanded_and_transposed_gradients():
     torch.testing.assert_close(base.grad, summed(result).t())
 
 
+@pytest.mark.ranks(2)
 def test_grouped_allreduce():
     for op, share in ((hvd.Sum, 1.0), (hvd.Average, 1.0 / N())):
         x, y, fixed = leaf(3), leaf(2, 2, dtype=torch.bfloat16), torch.ones(2)
@@ -78,6 +82,7 @@ def test_grouped_allreduce():
     assert (x.grad.tolist(), y.grad.tolist()) == ([N()] * 3, [0.0] * 2)
 
 
+@pytest.mark.ranks(2)
 def test_operators_without_a_gradient_say_so():
     for op in (hvd.Min, hvd.Max, hvd.Product):
         result = hvd.allreduce(leaf(2), op=op)
@@ -107,6 +112,7 @@ def test_grouped_allgather():
     torch.testing.assert_close(y.grad, expected)
 
 
+@pytest.mark.ranks(2)
 def test_broadcast():
     for dtype in (torch.float32, torch.bfloat16):
         x = leaf(3, dtype=dtype)
@@ -170,6 +176,7 @@ def test_process_sets(process_set):
     assert x.grad.tolist() == [1.0] * members
 
 
+@pytest.mark.ranks(2)
 def test_second_derivatives():
     x = leaf(2, dtype=torch.float64)
     (first,) = torch.autograd.grad(
@@ -185,6 +192,7 @@ def test_names_pair_up_where_only_some_ranks_want_a_gradient():
         call(x.repeat(N()))
 
 
+@pytest.mark.ranks(2)
 def test_without_grad_there_is_none():
     x = leaf(2)
     with torch.no_grad():

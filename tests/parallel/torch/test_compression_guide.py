@@ -29,6 +29,7 @@ def train(model, optimizer, steps=3):
     assert len(set(hvdx.allgather_object(hvdx.parameter_hash(model)))) == 1
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     "told",
     ["hvd.init()\noptimizer = torch", "after(500", "by_layer(", "compression=hvd.Compression.dgc("],
@@ -46,6 +47,7 @@ def test_ways_to_compress(told):
     train(model, names["optimizer"])
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.filterwarnings("ignore:torch.amp.GradScaler")  # without a GPU it is disabled
 def test_a_scaled_loss():
     torch.manual_seed(0)
@@ -57,6 +59,7 @@ def test_a_scaled_loss():
     train(model, optimizer)
 
 
+@pytest.mark.ranks(2)
 def test_saving_and_resuming(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

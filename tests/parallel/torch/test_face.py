@@ -12,6 +12,8 @@ import hvdx.torch as hvd
 
 SUBMODULES = ["mpi_ops", "functions", "compression", "optimizer", "sync_batch_norm"]
 
+pytestmark = pytest.mark.ranks(2)
+
 
 def public(module) -> list[str]:
     """Name what ``module`` offers, without modules, and what helps to make it."""

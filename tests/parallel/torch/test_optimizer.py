@@ -29,8 +29,12 @@ from training import (
     whole,
 )  # fmt: skip
 
+MORE = pytest.mark.ranks(2)  # what makes no other collectives
 
-@pytest.fixture(params=[None, "0.0005"], ids=["one bucket", "many buckets"])
+
+@pytest.fixture(
+    params=[pytest.param(None, marks=MORE), "0.0005"], ids=["one bucket", "many buckets"]
+)
 def bucket_size(request, monkeypatch):
     if request.param:
         monkeypatch.setenv("HVDX_BUCKET_MB", request.param)
@@ -40,7 +44,9 @@ def bucket_size(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=MORE if kind != "adam" else ()) for kind in OPTIMIZERS]
+)
 def test_n_ranks_equal_one_process(kind, dtype, bucket_size):
     plain = model(dtype)
     replica = copy.deepcopy(plain)
@@ -59,6 +65,7 @@ def test_n_ranks_equal_one_process(kind, dtype, bucket_size):
     assert_replicas(replica)
 
 
+@pytest.mark.ranks(2)
 def test_gradients_are_means_when_backward_returns():
     plain, _, replica, ours = pair()
     x, y = next(data())
@@ -69,6 +76,7 @@ def test_gradients_are_means_when_backward_returns():
     assert ours.communication_seconds > 0
 
 
+@pytest.mark.ranks(2)
 def test_clipping_needs_no_ceremony():
     plain, theirs, replica, ours = pair()
     for x, y in data():
@@ -80,6 +88,7 @@ def test_clipping_needs_no_ceremony():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_horovods_ceremony_works_too():
     plain, theirs, replica, ours = pair()
     for x, y in data():
@@ -98,6 +107,7 @@ def test_horovods_ceremony_works_too():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("how", ["passes", "no_sync", "every backward"])
 def test_gradients_accumulate(how):
     options = {"backward_passes_per_step": 3} if how == "passes" else {}
@@ -117,6 +127,7 @@ def test_gradients_accumulate(how):
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_a_step_before_all_passes_averages_what_there_is():
     plain, theirs, replica, ours = pair(backward_passes_per_step=3)
     for x, y in data(steps=4):
@@ -129,6 +140,7 @@ def test_a_step_before_all_passes_averages_what_there_is():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_two_losses_through_one_model():
     plain, theirs, replica, ours = pair()
     for x, y in data():
@@ -195,6 +207,7 @@ class FailingOnce(torch.autograd.Function):
         return grad
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("large", [1, 10**9], ids=["placed at once", "placed together"])
 def test_training_goes_on_after_a_backward_that_failed(large, monkeypatch):
     # Half of the gradients were counted in, and some moved and scaled; the batch is given up
@@ -233,6 +246,7 @@ def test_a_rank_without_any_gradient_takes_part():
     assert_replicas(replica)
 
 
+@pytest.mark.ranks(2)
 def test_shared_parameters():
     def tied():
         torch.manual_seed(4)
@@ -251,6 +265,7 @@ def test_shared_parameters():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_frozen_and_later_unfrozen_parameters():
     plain, theirs, replica, ours = pair()
     for step, (x, y) in enumerate(data()):
@@ -262,6 +277,7 @@ def test_frozen_and_later_unfrozen_parameters():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_parameters_frozen_at_wrapping_and_added_later():
     plain, replica = model(), model()
     made = []
@@ -282,6 +298,7 @@ def test_parameters_frozen_at_wrapping_and_added_later():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_learning_rate_schedulers_before_and_after_wrapping():
     plain, replica = model(), model()
     theirs, ours = OPTIMIZERS["sgd"](plain.parameters()), OPTIMIZERS["sgd"](replica.parameters())
@@ -299,6 +316,7 @@ def test_learning_rate_schedulers_before_and_after_wrapping():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_state_defaults_and_class_are_kept():
     net = model()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.5)
@@ -315,6 +333,7 @@ def test_state_defaults_and_class_are_kept():
         assert all(torch.equal(state[key], after["state"][index][key]) for key in state)
 
 
+@pytest.mark.ranks(2)
 def test_state_dict_is_the_plain_optimizers():
     plain, theirs, replica, ours = pair("adam")
     for x, y in data(steps=3):
@@ -347,6 +366,7 @@ def test_optimizer_state_is_broadcast():
     assert_replicas(net)
 
 
+@pytest.mark.ranks(2)
 def test_mixed_dtypes_and_bfloat16():
     torch.manual_seed(5)
     net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4).double(), nn.Linear(4, 4).bfloat16()])
@@ -369,6 +389,7 @@ def test_half_gradients_do_not_overflow():
     assert parameter.grad.tolist() == pytest.approx([60000.0] * 3, rel=1e-3)
 
 
+@pytest.mark.ranks(2)
 def test_channels_last_gradients():
     torch.manual_seed(7)
     net = nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
@@ -382,6 +403,7 @@ def test_channels_last_gradients():
     assert net.weight.grad.stride() == net.weight.stride()
 
 
+@pytest.mark.ranks(2)
 def test_closures():
     plain, theirs, replica, ours = pair()
     for x, y in data():
@@ -406,6 +428,7 @@ def test_sum_and_predivide():
         assert parameter.grad.tolist() == pytest.approx([mean * factor] * 3)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("op", [hvd.Average, hvd.Sum])
 def test_half_compression(op):
     _, _, replica, ours = pair(compression=hvd.Compression.fp16, op=op)
@@ -468,6 +491,7 @@ def test_process_sets(process_set):
         assert parameter.grad.tolist() == pytest.approx([(len(process_set.ranks) - 1) / 2] * 2)
 
 
+@pytest.mark.ranks(2)
 def test_gradient_of_a_compiled_model():
     plain, theirs, replica, ours = pair()
     compiled = torch.compile(replica, backend="aot_eager")
@@ -481,6 +505,7 @@ def test_gradient_of_a_compiled_model():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2)
 def test_reentrant_checkpointing():
     from torch.utils.checkpoint import checkpoint
 

@@ -73,6 +73,7 @@ def test_equal_changes_are_averaged_and_orthogonal_ones_summed():
     assert apart.tolist() == pytest.approx([-1.0] * hvd.size())
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compression", [hvd.Compression.none, hvd.Compression.fp16], ids=str)
 def test_dtypes_and_unused_parameters(dtype, compression):
@@ -110,6 +111,7 @@ def test_closures_and_process_sets(process_set):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.ranks(2)
 def test_what_adasum_refuses():
     net = model()
     ours = hvd.DistributedOptimizer(torch.optim.SGD(net.parameters(), 0.1), net, op=hvd.Adasum)

@@ -14,6 +14,8 @@ import hvdx as hvd
 sys.path.insert(0, str(Path(__file__).parent))
 from training import assert_equal, assert_replicas, data, loss_of, own, pair, whole
 
+pytestmark = pytest.mark.ranks(2)
+
 
 def scaler():
     return torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -79,6 +81,7 @@ def test_fused_optimizers_skip_inside_their_kernel():
     assert_replicas(net)
 
 
+@pytest.mark.ranks(2, 4)
 def test_sums_with_skipped_steps():
     _, _, replica, ours = pair(op=hvd.Sum)
     scale = scaler()

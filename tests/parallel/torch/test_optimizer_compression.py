@@ -101,6 +101,7 @@ def test_as_between_ranks_in_memory(hvd, method):
     assert all(each == hashes[0] for each in hashes)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("method", ["onebit", "powersgd"])
 def test_a_skipped_step_leaves_what_is_kept_alone(hvd, method):
     """Loss scaling skips it, so that it has delivered nothing; and its scale falls."""
@@ -125,6 +126,7 @@ def test_a_skipped_step_leaves_what_is_kept_alone(hvd, method):
         np.testing.assert_array_equal(parameter.detach(), plain[name], err_msg=name)
 
 
+@pytest.mark.ranks(2)
 def test_parameters_without_a_gradient(hvd):
     """On one rank: others' means, and what it owes; on all: nothing, and all stays owed."""
     parameters, optimizer = wrapped(hvd, C.onebit())
@@ -141,6 +143,7 @@ def test_parameters_without_a_gradient(hvd):
     assert same(now["odd"], before["odd"]) and not same(now["weight"], before["weight"])
 
 
+@pytest.mark.ranks(2)
 def test_several_backward_passes(hvd):
     """The second reduction of a step compresses with what the first has left."""
     grads = gradients(hvd.rank(), 2)
@@ -154,6 +157,7 @@ def test_several_backward_passes(hvd):
         np.testing.assert_allclose(-parameter.detach(), mean[name], atol=0.2)
 
 
+@pytest.mark.ranks(2)
 def test_momentum_twice_is_refused(hvd):
     parameter = torch.nn.Parameter(torch.zeros(4, 4))
     for optimizer, told in (
@@ -164,6 +168,7 @@ def test_momentum_twice_is_refused(hvd):
             hvd.DistributedOptimizer(optimizer, compression=C.dgc)
 
 
+@pytest.mark.ranks(2)
 def test_ranks_with_other_compressors_are_told(hvd):
     grads = gradients(0, 1)
     chosen = C.topk(0.1) if hvd.rank() == 0 else C.topk(0.2)
@@ -171,6 +176,7 @@ def test_ranks_with_other_compressors_are_told(hvd):
         train(hvd, chosen, grads)
 
 
+@pytest.mark.ranks(2)
 def test_a_single_operation_has_no_state(hvd):
     x = torch.ones(3000)
     np.testing.assert_allclose(hvd.allreduce(x, compression=C.int8()), 1.0, atol=0.01)
@@ -188,6 +194,7 @@ def through_a_file(state):
     return torch.load(file)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("method", ["onebit", "powersgd", "dgc", "randomk", "after"])
 def test_training_goes_on_to_the_last_bit(hvd, method):
     grads, state = gradients(hvd.rank(), 6), torch.random.get_rng_state()
@@ -268,6 +275,7 @@ def test_what_a_lost_rank_owed_is_told(hvd):
         assert near(left, expected), name
 
 
+@pytest.mark.ranks(2)
 def test_states_of_different_steps_are_told(hvd):
     parameters, optimizer = wrapped(hvd, C.onebit())
     for step in gradients(hvd.rank(), 2):
@@ -280,6 +288,7 @@ def test_states_of_different_steps_are_told(hvd):
         go(parameters, optimizer, gradients(0, 1))
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -308,6 +317,7 @@ def test_states_that_do_not_fit_are_refused(hvd, change, told):
 # -- compressors that choose
 
 
+@pytest.mark.ranks(2)
 def test_a_policy_chooses_by_parameter(hvd):
     methods = {"weight": C.onebit(), "odd": C.int8()}
     prepared = []
@@ -326,6 +336,7 @@ def test_a_policy_chooses_by_parameter(hvd):
         np.testing.assert_allclose(result[name], alone, rtol=0, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.ranks(2)
 def test_where_all_choose_none_buckets_travel_as_without_compression(hvd):
     chosen = C.onebit()._replace(name="chosen", prepare=lambda *given: C.none)
     parameters, optimizer = wrapped(hvd, chosen)

@@ -30,6 +30,8 @@ from training import (
     whole,
 )
 
+pytestmark = pytest.mark.ranks(2)
+
 
 def optimizer_of(net):
     return torch.optim.SGD(net.parameters(), lr=0.1)
@@ -198,6 +200,7 @@ def test_synchronize_twice_and_zero_grad_at_any_time():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2, 4)
 def test_gradients_that_only_some_ranks_have():
     # Horovod's suite: each rank trains a branch of its own, and step() must not wait for ever.
     torch.manual_seed(12)
@@ -228,6 +231,7 @@ def test_requires_grad_turned_off_and_on():
         assert_replicas(net)
 
 
+@pytest.mark.ranks(2, 4)
 def test_ranks_outside_the_process_set_train_alone(process_set):
     plain, replica = model(), model()
     theirs, ours = OPTIMIZERS["adam"](plain.parameters()), OPTIMIZERS["adam"](replica.parameters())

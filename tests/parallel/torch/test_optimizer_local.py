@@ -87,6 +87,7 @@ def differ(net):
     return len(set(hvd.allgather_object(hvd.parameter_hash(net)))) > 1
 
 
+@pytest.mark.ranks(2)
 def test_one_step_alone_is_the_mean_of_gradients():
     plain, reference, _, _ = pair()
     net = model()
@@ -97,7 +98,7 @@ def test_one_step_alone_is_the_mean_of_gradients():
     assert_equal(plain, net)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", pytest.param("adam", marks=pytest.mark.ranks(2))])
 @pytest.mark.parametrize(
     "training, outer",
     [
@@ -154,6 +155,7 @@ def test_ranks_talk_in_outer_steps_only(monkeypatch):
     assert 0 < error < 0.02 * moved
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.filterwarnings("error:replicas start different")
 @pytest.mark.parametrize("steps", [5, 6], ids=["within a round", "after a round"])
 def test_saved_and_restored(steps):
@@ -260,6 +262,7 @@ def test_a_rank_that_skips_an_overflow_comes_to_the_outer_step(clip):
     assert_replicas(net)
 
 
+@pytest.mark.ranks(2)
 def test_accumulation_closures_and_horovods_idiom():
     """An inner step is a call of step(), however its gradients came about."""
     simulated = Simulated(hvd.size(), "sgd", 2, lr=0.7, momentum=0.9)
@@ -297,6 +300,7 @@ def test_process_sets(process_set):
         assert ours.compression_state()["step"] == 0
 
 
+@pytest.mark.ranks(2)
 def test_parameters_come_and_go():
     """A frozen parameter is averaged as it was left; one unfrozen, or added, from then on."""
     frozen, late, added = (nn.Parameter(torch.zeros(3)) for _ in range(3))
@@ -319,6 +323,7 @@ def test_parameters_come_and_go():
         assert parameter.tolist() == pytest.approx([-steps * mean] * 3)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_has_a_full_anchor(dtype):
     """Outer steps below the last bit of the parameter add up."""
@@ -338,6 +343,7 @@ def test_half_precision_has_a_full_anchor(dtype):
     assert averaged.tolist() == [(hvd.size() - 1) / 2] * 3
 
 
+@pytest.mark.ranks(2)
 def test_what_is_refused():
     def wrap(**options):
         net = model()

@@ -30,6 +30,8 @@ from training import (
     whole,
 )
 
+pytestmark = pytest.mark.ranks(2)
+
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, 0.1, momentum=0.9)
@@ -49,6 +51,7 @@ def test_one_loss_for_two_optimizers():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2, 4)
 def test_optimizers_met_in_another_order_on_each_rank():
     # Backward reaches the first layer's optimizer first on some ranks, the other one on others,
     # and each has a parameter that is never used, so that nothing leaves before the end.
@@ -94,6 +97,7 @@ def test_a_generator_and_its_critic():
         assert_equal(one, other)
 
 
+@pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("clear", [True, False], ids=["to none", "to zero"])
 def test_sums_over_ranks_of_several_backward_passes(clear):
     plain, theirs, replica, ours = pair(op=hvd.Sum)
@@ -156,6 +160,7 @@ def test_unfrozen_and_added_parameters_are_averaged_by_backward_already():
     assert_equal(plain, replica)
 
 
+@pytest.mark.ranks(2, 4)
 def test_a_rank_without_gradients_while_parameters_are_added():
     _, _, replica, ours = pair()
     extra = nn.Parameter(torch.zeros(2, dtype=torch.float64))

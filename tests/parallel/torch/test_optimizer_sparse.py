@@ -66,6 +66,7 @@ def test_n_ranks_equal_one_process(kind, dense):
     assert_replicas(replica)
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("method", ["fp16", "bf16", "int8", "by_layer"])
 def test_rows_travel_compressed(method):
     # Uneven numbers of rows, and once none at all, from one rank.
@@ -110,6 +111,7 @@ def test_a_rank_that_uses_no_word_learns_the_others(dense):
     assert optimizer.state[net.table.weight]["step"] == 3
 
 
+@pytest.mark.ranks(2)
 def test_no_rank_uses_a_word():
     net = Bag()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
@@ -126,6 +128,7 @@ def test_no_rank_uses_a_word():
     assert_replicas(net)
 
 
+@pytest.mark.ranks(2)
 def test_only_rows_with_a_gradient_travel():
     big = nn.Embedding(100_000, 8, sparse=True)
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(big.parameters(), 1.0), big)
@@ -140,6 +143,7 @@ def test_only_rows_with_a_gradient_travel():
     assert grad.values()[:, 0].tolist() == pytest.approx([1.0] + [1 / hvd.size()] * hvd.size())
 
 
+@pytest.mark.ranks(2)
 def test_gradients_that_become_sparse_later():
     # Ranks agreed on a dense gradient at the first step: it keeps travelling dense.
     parameter = nn.Parameter(torch.zeros(6, 2))
@@ -156,6 +160,7 @@ def test_gradients_that_become_sparse_later():
     )
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_other_dtypes_and_sums(dtype):
     table = nn.Embedding(4, 2, sparse=True).to(dtype)

@@ -48,6 +48,7 @@ def test_parameters_that_were_not_broadcast(op):
     assert not warned(step, net, optimizer)
 
 
+@pytest.mark.ranks(2)
 def test_parameters_that_were():
     torch.manual_seed(hvd.rank())
     net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3).half()).double()
@@ -56,6 +57,7 @@ def test_parameters_that_were():
     assert not warned(step, net, optimizer)
 
 
+@pytest.mark.ranks(2)
 def test_parameters_added_later():
     net = model()
     optimizer = wrapped(net)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import hvdx as hvd
+
+pytestmark = pytest.mark.ranks(2)
 
 
 def spread_net():
@@ -50,6 +53,7 @@ def test_large_models_travel_in_pieces(monkeypatch):
     assert len(set(hvd.allgather_object(hvd.parameter_hash(net)))) == 1
 
 
+@pytest.mark.ranks(2, 4)
 def test_dictionaries_that_ranks_filled_in_another_order():
     names = ["b", "a", "c"] if hvd.rank() else ["a", "b", "c"]
     held = {name: torch.full((2,), float(hvd.rank() * 10 + ord(name))) for name in names}
@@ -135,6 +139,7 @@ def test_state_and_options_of_every_optimizer():
         optimizer.step()
 
 
+@pytest.mark.ranks(2, 4)
 def test_the_state_of_a_fresh_optimizer():
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(1))], lr=0.1 * (hvd.rank() + 1))
     hvd.broadcast_optimizer_state(optimizer, root_rank=1)
@@ -142,6 +147,7 @@ def test_the_state_of_a_fresh_optimizer():
     assert not optimizer.state_dict()["state"]
 
 
+@pytest.mark.ranks(2, 4)
 def test_objects_of_part_of_the_job(process_set):
     if process_set.included():
         last = process_set.ranks[-1]

@@ -10,6 +10,8 @@ import hvdx.torch as hvd
 
 CHANNELS = 3
 
+pytestmark = pytest.mark.ranks(2)
+
 
 def layers(seed: int = 0, **options) -> tuple[nn.Module, nn.Module]:
     """Return our layer and torch's, with the same parameters."""
@@ -69,11 +71,13 @@ def test_it_equals_one_process(options):
         compare(ours, theirs, [4] * hvd.size(), step=step, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ranks(2, 4)
 def test_in_double_precision():
     ours, theirs = (layer.double() for layer in layers())
     compare(ours, theirs, [4] * hvd.size(), torch.float64, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.ranks(2, 4)
 def test_batches_of_unequal_size_and_an_empty_one():
     ours, theirs = layers()
     lengths = [2 * rank for rank in range(hvd.size())]  # rank 0 has none
@@ -119,6 +123,7 @@ def test_an_input_that_needs_no_gradient():
     assert ours.weight.grad is not None
 
 
+@pytest.mark.ranks(2, 4)
 def test_process_sets(process_set):
     if not process_set.included():
         return

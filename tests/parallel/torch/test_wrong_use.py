@@ -7,6 +7,8 @@ import torch
 
 import hvdx as hvd
 
+pytestmark = pytest.mark.ranks(2)
+
 
 @pytest.fixture(autouse=True)
 def _the_job_goes_on():
@@ -19,6 +21,7 @@ def other() -> int:
     return int(hvd.rank() == 1)
 
 
+@pytest.mark.ranks(2, 4)
 def test_different_shapes():
     with pytest.raises(hvd.MismatchError, match=r"'odd'.*rank 0: .*\(2,\).*rank 1: .*\(3,\)"):
         hvd.allreduce(torch.ones(2 + other()), name="odd")
@@ -35,6 +38,7 @@ def test_different_shapes_without_a_name():
         hvd.allreduce(torch.ones(2 + other()))
 
 
+@pytest.mark.ranks(2, 4)
 def test_different_roots():
     with pytest.raises(hvd.MismatchError, match=r"broadcast.*root rank 1"):
         hvd.broadcast(torch.ones(2), root_rank=other(), name="roots")
@@ -51,6 +55,7 @@ def test_different_models_are_not_broadcast():
         hvd.broadcast_parameters(model)
 
 
+@pytest.mark.ranks(2, 4)
 def test_different_models_are_not_trained():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2 + other()))
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model)
@@ -235,12 +240,14 @@ def test_different_operators_and_factors():
         hvd.allreduce(torch.ones(2), prescale_factor=1.0 + other(), name="factors")
 
 
+@pytest.mark.ranks(2, 4)
 def test_roots_outside_the_job():
     for root in (hvd.size(), -1):
         with pytest.raises(ValueError, match=rf"rank {hvd.rank()}: broadcast .*root rank {root}"):
             hvd.broadcast(torch.ones(2), root)
 
 
+@pytest.mark.ranks(2, 4)
 def test_splits_that_do_not_fit():
     whole = torch.ones(hvd.size())
     for splits, told in (
@@ -266,6 +273,7 @@ def test_empty_groups():
             getattr(face(), f"grouped_{name}")([])
 
 
+@pytest.mark.ranks(2, 4)
 def test_scattering_what_cannot_be():
     with pytest.raises(ValueError, match=r"hvd\.Average or hvd\.Sum, not Max"):
         hvd.reducescatter(torch.ones(4), op=hvd.Max)
@@ -284,6 +292,7 @@ def test_things_that_are_no_dense_tensor():
         hvd.allreduce(torch.ones(2).to_sparse())
 
 
+@pytest.mark.ranks(2, 4)
 def test_process_sets_that_are_none():
     with pytest.raises(ValueError, match=r"ProcessSet\(\[0\]\) is not registered"):
         hvd.allreduce(torch.ones(1), process_set=hvd.ProcessSet([0]))

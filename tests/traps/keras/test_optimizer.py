@@ -12,8 +12,9 @@ xla = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="XLA is
 
 
 @APART
-@pytest.mark.parametrize("kind", ["SGD", "Adam"])
-@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+@pytest.mark.parametrize(
+    ("kind", "eager"), [("SGD", False), ("Adam", True)], ids=["SGD, graph", "Adam, eager"]
+)
 def test_fit_averages(hvd, make_model, fit, assert_replicas, kind, eager):
     model = make_model()
     optimizer = hvd.DistributedOptimizer(getattr(keras.optimizers, kind)(0.1))
