@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import traceback
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hvdx import watchdog, world
-from hvdx.agreement import check_same, next_name
-from hvdx.errors import PipelineError, PlanError
+from hvdx import world
+from hvdx.agreement import next_name
+from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_graph import mode, result_names, result_of, traced, unflat
 from hvdx.integrations.pytorch_stages import Batch, TorchCodec, TorchStage
-from hvdx.pipeline.channel import Failure, Key
-from hvdx.pipeline.plan import Means, Plan, make, schedule_of
-from hvdx.pipeline.run import LocalRanks, run
-from hvdx.pipeline.schedule import Schedule, forward_only
-from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
+from hvdx.pipeline.base import BasePipeline, check_options, rows_of
+from hvdx.pipeline.channel import Key
+from hvdx.pipeline.plan import Plan
 from hvdx.replicas import broadcast_parameters
 
 _FORMAT = 1
 
 
-class Pipeline:
+class Pipeline(BasePipeline):
     """A model whose layers are spread over devices of this process, or over the ranks of the job.
 
     Every rank calls the same lines with the same batch: the first stage reads ``x``, the last
@@ -87,19 +82,12 @@ class Pipeline:
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
-        self._across = place is None and world.is_initialized("torch") and world.size() > 1
-        self._rank = world.rank() if self._across else 0
-        self._loss, self._step, self._failed = loss, 0, ""
-        self._channel: ZmqChannel | None = None
-        self._threads: LocalRanks | None = None
-        self._orders: dict[tuple[int, bool], Schedule] = {}
-        self._seed = torch.initial_seed() if seed is None else seed
-        if self._across:
-            core = world.core("torch")
-            self._seed = core.broadcast_object(self._seed, 0, next_name("pipeline"), None)
+        super().__init__("torch", place, torch.initial_seed() if seed is None else seed)
+        self._loss = loss
         with self._alike():
             _check_arguments(model, loss, optimizer, micro_batches, place)
             self._graph = traced(model, sample, leaves)
+            self._line = self._graph.line
             self.units = [unit.name for unit in self._graph.units]
             self.plan = self._planned(stages, place, schedule, micro_batches)
             self._stages = self._make_stages(place)
@@ -110,11 +98,7 @@ class Pipeline:
             }  # fmt: skip
         if self._across:
             self._agree()
-            self._channel = self._connected()
-            self._finalizer = weakref.finalize(self, self._channel.close)
-        else:
-            self._threads = LocalRanks(self._stages, max(self.plan.place) + 1, None)
-            self._finalizer = weakref.finalize(self, self._threads.close)
+        self._connect(TorchCodec())
 
     # --- what users call
 
@@ -189,53 +173,7 @@ class Pipeline:
             for stage in self._stages.values():
                 stage.seed = self._seed
 
-    def close(self) -> None:
-        """Give back threads and sockets; the pipeline is of no more use."""
-        self._failed = self._failed or "it has been closed"
-        self._finalizer()
-
     # --- making one
-
-    @contextlib.contextmanager
-    def _alike(self) -> Iterator[None]:
-        """Raise on every rank what one of them raises inside."""
-        problem: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            if not self._across:
-                raise
-            problem = error
-        if not self._across:
-            return
-        core = world.core("torch")
-        told = f"{type(problem).__name__}: {problem}" if problem else ""
-        everyone = core.allgather_object(told, next_name("pipeline"), None)
-        if problem is not None:
-            raise problem
-        for rank, each in enumerate(everyone):
-            if each:
-                raise PlanError(f"rank {rank} cannot make the pipeline: {each}")
-
-    def _planned(
-        self, stages: Any, place: Sequence[Any] | None, schedule: str, micro_batches: int
-    ) -> Plan:
-        line = self._graph.line
-        ranks = world.size() if self._across else place and len(place)
-        if isinstance(stages, Plan):
-            needed = max(stages.place) + 1
-            if ranks and needed != ranks:
-                what = "ranks" if self._across else "devices"
-                raise PlanError(f"the plan is for {needed} {what}, but there are {ranks}")
-            stages.edges(line)
-            return stages
-        if not ranks:
-            count = 1 if stages is None else stages if isinstance(stages, int) else (
-                len(stages) + isinstance(next(iter(stages), ""), str))  # fmt: skip
-            ranks = max(1, count // 2 if schedule in ("interleaved", "zbv") else count)
-        return make(
-            line, Means(ranks), micro_batches, schedule=schedule, stages=stages, by="params"
-        )
 
     def _make_stages(self, place: Sequence[Any] | None) -> dict[int, TorchStage]:
         graph = self._graph
@@ -244,11 +182,8 @@ class Pipeline:
         devices = [_device(each) for each in place] if place is not None else []
         stages: dict[int, TorchStage] = {}
         at: dict[int, torch.device] = {}  # parameter: where it is needed
-        for number, (first, stop) in enumerate(self.plan.edges(graph.line)):
-            rank = self.plan.place[number]
-            if self._across and rank != self._rank:
-                continue
-            device = devices[rank] if devices else home
+        for number, first, stop in self._own_stages():
+            device = devices[self.plan.place[number]] if devices else home
             for unit in graph.units[first:stop]:
                 for name, p in unit.params.items():
                     if at.setdefault(id(p), device) != device:
@@ -281,56 +216,18 @@ class Pipeline:
         model = self._graph.model
         entries = {unit.name: str({name: tuple(p.shape) for name, p in unit.params.items()})
                    for unit in self._graph.units}  # fmt: skip
-        for name in ("cuts", "place", "schedule", "micro_batches"):
-            entries[name] = f"= {getattr(self.plan, name)}"
-        core = world.core("torch")
-        check_same(core, "pipeline", entries, next_name("pipeline"))
+        self._check_agreed(entries)
         if model.state_dict():
             broadcast_parameters(model)
 
-    def _connected(self) -> ZmqChannel:
-        core = world.core("torch")
-        return ZmqChannel(
-            self.plan.place,
-            self._rank,
-            lambda each: core.allgather_object(each, next_name("pipeline"), None),
-            TorchCodec(),
-            address=own_address(one_machine=core.horovod.local_size() == core.horovod.size()),
-            seconds=watchdog.timeout_seconds(),
-        )
-
     # --- a step
-
-    @contextlib.contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
-        """Tell the other ranks what fails here outside of stages."""
-        if self._failed:
-            raise PipelineError(f"this pipeline is of no more use, since {self._failed}")
-        if self._channel is None:
-            yield
-            return
-        try:
-            yield
-        except PipelineError as error:
-            self._failed = str(error).partition("\n")[0]
-            raise
-        except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-            where = f"{what} {self._step}"
-            failure = Failure(self._rank, told, where, "", traceback.format_exc())
-            self._channel.fail(failure)
-            self._failed = told
-            if not isinstance(error, Exception):
-                raise
-            raise failure.exception() from error
 
     def _run(self, x: Any, y: Any, train: bool) -> list[torch.Tensor]:
         """Run the schedule; return the loss, or the tensors of the output, on every rank."""
         inputs = self._graph.bind(x)
-        rows = _rows(inputs, y)
-        order = self._order(rows, train)
-        count = order.micro_batches
-        sizes = [rows // count + (k < rows % count) for k in range(count)]
+        tensors = [t for t in pytree.tree_leaves((inputs, y)) if isinstance(t, torch.Tensor)]
+        rows = rows_of([tensor.shape for tensor in tensors])
+        sizes = self._sizes(rows, train)
         batch = Batch(
             self._step,
             _pieces(inputs, sizes),
@@ -339,50 +236,11 @@ class Pipeline:
             train,
             _autocast(),
         )
-        for stage in self._stages.values():
-            stage.begin(batch)
-        if self._channel is None:
-            assert self._threads is not None
-            self._threads.run(order, self._step)
-        else:
-            verb = "step" if train else "call"
-            self._channel.note = f"{verb} {self._step} with {rows} rows in {count} micro-batches"
-            run(order, self._rank, self._stages, self._channel, self._step)
-        return self._spread(order.place[-1], train)
-
-    def _order(self, rows: int, train: bool) -> Schedule:
-        """Return the schedule for a batch: of as many micro-batches as it has rows for."""
-        most = min(rows, self.plan.micro_batches)
-        if (most, train) not in self._orders:
-            place = self.plan.place
-            self._orders[most, train] = (
-                _largest(self.plan, most) if train else forward_only(place, most)
-            )
-        return self._orders[most, train]
-
-    def _spread(self, owner: int, train: bool) -> list[torch.Tensor]:
-        """Return what the last stage found on every rank."""
-        last = self._stages.get(len(self.plan.place) - 1)
-        found: list[Any] = []
-        if last is not None:
-            found = [last.total] if train else _joined(last.outputs)
-        if self._channel is None:
-            return found
-        key = Key("L", self._step, 0, 0)
-        if last is None:
-            return list(self._channel.receive(owner, key))
-        for rank in set(self.plan.place) - {self._rank}:
-            self._channel.send(rank, key, found)
-        return found
+        return self._perform(batch, rows, train)
 
     def _update(self) -> None:
-        """Add up the uses of each parameter in the order of units, and step the optimizers."""
-        found = {key: g for stage in self._stages.values() for key, g in stage.gradients.items()}
-        if self._channel is not None:
-            self._exchange(self._channel, found)
-        totals: dict[str, torch.Tensor] = {}
-        for (_, name), gradient in sorted(found.items(), key=lambda entry: entry[0][0]):
-            totals[name] = totals[name] + gradient if name in totals else gradient
+        """Step the optimizers with the sums of the gradients."""
+        totals = self._totals()
         for number, params in self._params.items():
             for name, p in params.items():
                 p.grad = totals.get(name)
@@ -391,27 +249,8 @@ class Pipeline:
             for p in params.values():
                 p.grad = None
 
-    def _exchange(self, channel: ZmqChannel, found: dict[tuple[int, str], torch.Tensor]) -> None:
-        """Give and get the gradients of parameters that several ranks have."""
-        ranks = [self.plan.place[number] for number in self._stage_of()]
-        shared = []
-        for index, (name, units) in enumerate(sorted(self._graph.line.tied().items())):
-            owners: dict[int, list[int]] = {}
-            for unit in units:
-                owners.setdefault(ranks[unit], []).append(unit)
-            if self._rank in owners and len(owners) > 1:
-                shared.append((name, owners, Key("T", self._step, index, 0)))
-        for name, owners, key in shared:
-            mine = [found.get((unit, name)) for unit in owners[self._rank]]
-            for rank in set(owners) - {self._rank}:
-                channel.send(rank, key, mine)
-        for name, owners, key in shared:
-            for rank in set(owners) - {self._rank}:
-                theirs = channel.receive(rank, key)
-                for unit, gradient in zip(owners[rank], theirs, strict=True):
-                    if gradient is not None:
-                        device = self._graph.units[unit].params[name].device
-                        found[unit, name] = gradient.to(device)
+    def _arrived(self, gradient: torch.Tensor, unit: int, name: str) -> torch.Tensor:
+        return gradient.to(self._graph.units[unit].params[name].device)
 
     # --- checkpoints
 
@@ -466,17 +305,6 @@ class Pipeline:
                 told[kind].update({k: v for k, v in part[kind].items() if k not in told[kind]})
         return told
 
-    def _stage_of(self) -> list[int]:
-        """Return by unit its stage."""
-        edges = self.plan.edges(self._graph.line)
-        return [number for number, (first, stop) in enumerate(edges) for _ in range(first, stop)]
-
-    def _from_first(self, value: Any) -> Any:
-        """Return rank 0's ``value`` on every rank."""
-        if self._channel is None:
-            return value
-        return world.core("torch").broadcast_object(value, 0, next_name("pipeline"), None)
-
 
 def _filled(outline: Any, tensors: Sequence[Any]) -> Any:
     return pytree.tree_map_only(_Slot, lambda slot: tensors[slot.index], outline)
@@ -501,10 +329,7 @@ def _check_arguments(model: Any, loss: Any, optimizer: Any, count: Any, place: A
         )
     if loss is not None and not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}; give a function of output and target")
-    if not isinstance(count, int) or count < 1:
-        raise PlanError(f"micro_batches={count!r}: give a whole number from 1")
-    if place is not None and (isinstance(place, str) or not len(place)):
-        raise PlanError(f"place={place!r}: give a list of devices, such as ['cpu', 'cpu']")
+    check_options(count, place)
 
 
 def _device(told: Any) -> torch.device:
@@ -522,23 +347,6 @@ def _device(told: Any) -> torch.device:
     return device
 
 
-def _rows(*batches: Any) -> int:
-    """Count the rows of a batch.
-
-    Raises:
-        ValueError: its tensors differ in that, or there is none.
-    """
-    tensors = [each for each in pytree.tree_leaves(batches) if isinstance(each, torch.Tensor)]
-    counts = {len(each) for each in tensors if each.dim()}
-    if len(counts) != 1 or counts == {0}:
-        told = ", ".join(str(tuple(each.shape)) for each in tensors)
-        raise ValueError(
-            f"the batch has tensors of shapes {told or 'none'}: all need the same first dimension, "
-            "of at least 1, along which micro-batches are cut"
-        )
-    return counts.pop()
-
-
 def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
     """Cut all tensors of ``batch`` into runs of rows; what has no rows is in each piece."""
     pieces, start = [], 0
@@ -552,27 +360,6 @@ def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
 
 def _cut(rows: slice, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[rows] if tensor.dim() else tensor
-
-
-def _largest(plan: Plan, most: int) -> Schedule:
-    """Return the schedule with the most micro-batches, up to ``most``, that there is."""
-    ranks, stages = max(plan.place) + 1, len(plan.place)
-    problem: PlanError | None = None
-    for count in range(most, 0, -1):
-        try:
-            return schedule_of(plan.schedule, ranks, count, stages)
-        except PlanError as error:
-            problem = problem or error
-    assert problem is not None
-    raise PlanError(f"a batch of {most} rows: {problem}")
-
-
-def _joined(outputs: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Put the micro-batches' outputs together again."""
-    return [
-        torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
-        for pieces in zip(*(outputs[k] for k in sorted(outputs)), strict=True)
-    ]
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:
