@@ -7,15 +7,19 @@ from typing import Any
 
 from hvdx.frameworks import kind_of
 
-_PIPELINES = {"torch": "hvdx.integrations.pytorch_pipeline"}
+_PIPELINES = {
+    "torch": "hvdx.integrations.pytorch_pipeline",
+    "keras": "hvdx.integrations.keras3_pipeline",
+}
 
 
 def Pipeline(model: Any, *args: Any, **options: Any) -> Any:
     """Train ``model`` in stages, on several devices of this process or over the job's ranks.
 
     Args:
-        model: a ``torch.nn.Module``.
-        *args: see the framework's own :class:`hvdx.integrations.pytorch_pipeline.Pipeline`.
+        model: a ``torch.nn.Module``, or a Sequential or functional Keras model.
+        *args: see the framework's own, :class:`hvdx.integrations.pytorch_pipeline.Pipeline` and
+            :class:`hvdx.integrations.keras3_pipeline.Pipeline`.
         **options: likewise.
 
     Returns:
@@ -29,6 +33,6 @@ def Pipeline(model: Any, *args: Any, **options: Any) -> Any:
         kind = type(model)
         raise TypeError(
             f"{kind.__module__}.{kind.__qualname__} is no model that a pipeline can cut; give a "
-            "torch.nn.Module"
+            "torch.nn.Module or a keras.Model"
         )
     return importlib.import_module(_PIPELINES[library]).Pipeline(model, *args, **options)
