@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from hvdx.agreement import next_name
 from hvdx.errors import PlanError
+from hvdx.integrations.keras3_fit import Shuffled, Trainer
 from hvdx.integrations.keras3_stages import Batch, KerasStage, TensorFlowCodec, traced
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
 from hvdx.pipeline.channel import Key
@@ -123,6 +124,57 @@ class Pipeline(BasePipeline):
             self._step += 1
         return self._as_result(tensors)
 
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        batch_size: int = 32,
+        epochs: int = 1,
+        *,
+        shuffle: bool = True,
+        metrics: Sequence[Any] | None = None,
+        validation_data: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Train as Keras' ``fit``; every rank calls it with the same data, and trains all of it.
+
+        Args:
+            x: arrays, or a dataset that gives every rank the same batches.
+            y: arrays; None with a dataset.
+            batch_size: of arrays.
+            epochs: through the data.
+            shuffle: arrays, in an order of the pipeline's seed.
+            metrics: as for ``compile``.
+            validation_data: ``(x, y)`` or a dataset.
+            **options: others of Keras' ``fit``: ``callbacks`` among them. Their ``model`` saves
+                the whole model by ``save`` and ``save_weights``, called on every rank.
+
+        Returns:
+            Keras' history.
+        """
+        trainer = self._trainer(metrics)
+        if validation_data is not None:
+            validation_data = self._dataset(*_pair(validation_data), batch_size, False)
+        data = self._dataset(x, y, batch_size, shuffle)
+        return trainer.fit(data, epochs=epochs, validation_data=validation_data, **options)
+
+    def evaluate(
+        self,
+        x: Any,
+        y: Any = None,
+        batch_size: int = 32,
+        *,
+        metrics: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Compute loss and metrics as Keras' ``evaluate``, on every rank."""
+        data = self._dataset(x, y, batch_size, False)
+        return self._trainer(metrics).evaluate(data, **options)
+
+    def predict(self, x: Any, batch_size: int = 32, **options: Any) -> Any:
+        """Compute the outputs as Keras' ``predict``: arrays, on every rank."""
+        return self._trainer(None).predict(self._dataset(x, None, batch_size, False), **options)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write model, optimizer, step and plan to one ``.npz`` file; every rank calls it.
 
@@ -136,7 +188,7 @@ class Pipeline(BasePipeline):
                 try:
                     beside = f"{os.fspath(path)}.partial"
                     with open(beside, "wb") as file:
-                        np.savez(file, **arrays)
+                        np.savez(file, **arrays)  # type: ignore[arg-type]  # names are arrays'
                     os.replace(beside, path)
                 except OSError as error:
                     problem = str(error)
@@ -165,6 +217,41 @@ class Pipeline(BasePipeline):
             self._step, self._seed = about["step"], about["seed"]
             for stage in self._stages.values():
                 stage.seed = self._seed
+
+    # --- fit
+
+    def _trainer(self, metrics: Sequence[Any] | None) -> Trainer:
+        def train(x: Any, y: Any, outputs: bool) -> tuple[Any, Any]:
+            loss, *tensors = self._train(x, y, outputs)
+            return loss, self._as_result(tensors) if outputs else None
+
+        def collect() -> bool:
+            with self._telling("save"):
+                self._gathered()
+            return self._rank == 0
+
+        def settle(problem: str) -> None:
+            told = self._from_first(problem)
+            if told:
+                raise OSError(f"the model cannot be saved: {told}")
+
+        def compare(y: Any, outputs: Any) -> Any:
+            assert self._loss is not None
+            return self._loss(keras.tree.flatten(y), keras.tree.flatten(outputs))
+
+        trainer = Trainer(self._graph.model, train, self, self._loss and compare, collect, settle)
+        trainer.prepare(self.optimizer, metrics)
+        return trainer
+
+    def _dataset(self, x: Any, y: Any, size: int, shuffle: bool) -> Any:
+        """Make batches of arrays; leave datasets as they are."""
+        arrays = keras.tree.flatten(x if y is None else (x, y))
+        if not all(hasattr(each, "shape") for each in arrays):
+            return x
+        data = (x,) if y is None else (x, y)
+        data = keras.tree.map_structure(np.asarray, data)
+        rows = rows_of([each.shape for each in keras.tree.flatten(data)])
+        return Shuffled(data, rows, size, self._seed if shuffle else None)
 
     # --- making one
 
@@ -289,6 +376,10 @@ class Pipeline(BasePipeline):
         about = {"format": _FORMAT, "step": self._step, "seed": self._seed}
         about["plan"] = self.plan.to_json()
         return {**arrays, _ABOUT: np.array(json.dumps(about))}
+
+
+def _pair(data: Any) -> tuple[Any, Any]:
+    return tuple(data) if isinstance(data, (tuple, list)) and len(data) == 2 else (data, None)
 
 
 class _Losses:

@@ -504,7 +504,7 @@ class KerasStage:
         told = f"{self.seed} {self._batch.step} {micro_batch} {index}".encode()
         seeds = np.frombuffer(hashlib.blake2b(told, digest_size=8).digest(), "<u4") >> 1
         with _lock:
-            before = [np.array(each.state) for each in unit.generators]
+            before = [each.state.numpy() for each in unit.generators]
             try:
                 for number, each in enumerate(unit.generators):
                     each.state.assign([int(seeds[0]), int(seeds[1]) ^ number << 20])
