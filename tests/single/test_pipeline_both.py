@@ -28,12 +28,16 @@ def test_torch_and_keras_learn_alike_from_one_plan(tmp_path):
         "leave": nn.Linear(8, 2),
     }  # fmt: skip
     one = nn.Sequential(OrderedDict(parts))
-    dense = {name: keras.layers.Dense(part.out_features, name=name)
-             for name, part in parts.items() if isinstance(part, nn.Linear)}  # fmt: skip
-    other = keras.Sequential([keras.Input((6,)), *(
-        dense.get(name) or keras.layers.Activation(name, name=name) for name in parts)])  # fmt: skip
-    for name, layer in dense.items():
-        layer.set_weights([parts[name].weight.detach().numpy().T, parts[name].bias.detach()])
+    line = [
+        keras.layers.Dense(part.out_features, name=name)
+        if isinstance(part, nn.Linear) else keras.layers.Activation(name, name=name)
+        for name, part in parts.items()
+    ]  # fmt: skip
+    other = keras.Sequential([keras.Input((6,)), *line])
+    for layer in line:
+        if layer.weights:  # copies, since TensorFlow may share an array's memory
+            part = parts[layer.name]
+            layer.set_weights([w.detach().numpy().T.copy() for w in (part.weight, part.bias)])
     draw = np.random.default_rng(0)
     x, y = (draw.normal(size=(20, 12, n)).astype("float32") for n in (6, 2))
 
