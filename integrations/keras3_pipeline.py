@@ -156,6 +156,8 @@ class Pipeline(BasePipeline):
         if validation_data is not None:
             validation_data = self._dataset(*_pair(validation_data), batch_size, False)
         data = self._dataset(x, y, batch_size, shuffle)
+        # Keras would shuffle the batches once more, on each rank in its own way.
+        options["shuffle"] = False
         return trainer.fit(data, epochs=epochs, validation_data=validation_data, **options)
 
     def evaluate(
