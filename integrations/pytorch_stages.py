@@ -238,6 +238,16 @@ class TorchStage:
         for done in reversed(self._kept.pop(micro_batch)):
             self._differentiate(done, {}, list(done.weights.items()))
 
+    def found(self) -> list[torch.Tensor]:
+        """Return the loss, or the outputs of all micro-batches put together."""
+        if self._batch.train:
+            assert self.total is not None
+            return [self.total]
+        return [
+            torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
+            for pieces in zip(*(self.outputs[k] for k in sorted(self.outputs)), strict=True)
+        ]
+
     # --- forward
 
     def _entered(self, micro_batch: int, inputs: Sequence[Any] | None) -> dict[str, Any]:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from hvdx.pipeline.dry_run import DryRun
     from hvdx.pipeline.plan import Plan
 
-_PIPELINES = {"torch": "hvdx.integrations.pytorch_pipeline"}
+_PIPELINES = {
+    "torch": "hvdx.integrations.pytorch_pipeline",
+    "keras": "hvdx.integrations.keras3_pipeline",
+}
 _PROFILERS = {"torch": "hvdx.integrations.pytorch_profile"}
 
 
@@ -20,8 +23,9 @@ def Pipeline(model: Any, *args: Any, **options: Any) -> Any:
     """Train ``model`` in stages, on several devices of this process or over the job's ranks.
 
     Args:
-        model: a ``torch.nn.Module``.
-        *args: see the framework's own :class:`hvdx.integrations.pytorch_pipeline.Pipeline`.
+        model: a ``torch.nn.Module``, or a Sequential or functional Keras model.
+        *args: see the framework's own, :class:`hvdx.integrations.pytorch_pipeline.Pipeline` and
+            :class:`hvdx.integrations.keras3_pipeline.Pipeline`.
         **options: likewise.
 
     Returns:
@@ -63,11 +67,16 @@ def dry_run(model: Any, sample: Any, ranks: int, **options: Any) -> DryRun:
 
 def _module(model: Any, modules: Mapping[str, str]) -> str:
     """Return the one for the model's framework."""
-    module = modules.get(kind_of(type(model)) or "")
-    if module is None:
-        kind = type(model)
+    kind = type(model)
+    framework = kind_of(kind) or ""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if framework not in _PIPELINES:
         raise TypeError(
-            f"{kind.__module__}.{kind.__qualname__} is no model that a pipeline can cut; give a "
-            "torch.nn.Module"
+            f"{name} is no model that a pipeline can cut; give a torch.nn.Module or a keras.Model"
         )
-    return module
+    if framework not in modules:
+        raise TypeError(
+            f"{name} cannot be planned without ranks yet, only a torch.nn.Module; let the job "
+            "measure it: hvd.Pipeline(..., schedule='auto')"
+        )
+    return modules[framework]

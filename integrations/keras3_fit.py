@@ -1,0 +1,132 @@
+"""``fit``, ``evaluate`` and ``predict`` of pipelines: Keras' own, around ``step`` and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+
+class Shuffled(keras.utils.PyDataset):
+    """Batches in an order that is equal on all ranks, where Keras' own would differ.
+
+    Args:
+        data: arrays of equal length, or containers of some: ``(x, y)``.
+        rows: in all of them.
+        size: of a batch; the last one has what is left.
+        seed: of the order, with the number of the epoch; None: in order.
+    """
+
+    def __init__(self, data: Any, rows: int, size: int, seed: int | None) -> None:
+        super().__init__()
+        self._data, self._rows, self._size, self._seed = data, rows, size, seed
+        self._epoch = -1
+        self.on_epoch_begin()
+
+    def __len__(self) -> int:
+        return -(-self._rows // self._size)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return batch ``index`` of this epoch."""
+        rows = self._order[index * self._size : (index + 1) * self._size]
+        return keras.tree.map_structure(lambda each: each[rows], self._data)
+
+    def on_epoch_begin(self) -> None:
+        """Draw the next order."""
+        self._epoch += 1
+        self._order = np.arange(self._rows)
+        if self._seed is not None:
+            self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
+
+
+class Trainer(keras.Model):
+    """What callbacks know as the model: its steps are a pipeline's, and it saves as a whole.
+
+    Args:
+        model: that is trained in stages.
+        train: trains on a batch; the loss and the outputs, if there are metrics.
+        predict: computes outputs.
+        loss: of targets and outputs.
+        collect: brings rank 0's model up to date; True there.
+        settle: raises on every rank the problem that rank 0 tells.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        train: Callable[[Any, Any, bool], tuple[Any, Any]],
+        predict: Callable[[Any], Any],
+        loss: Callable[[Any, Any], Any] | None,
+        collect: Callable[[], bool],
+        settle: Callable[[str], None],
+    ) -> None:
+        super().__init__(name=f"{model.name}_in_stages")
+        self.whole = model
+        self._train, self._call, self._compare = train, predict, loss
+        self._collect, self._settle = collect, settle
+        self._mean = keras.metrics.Mean(name="loss")
+        self.built = True
+
+    def prepare(self, optimizer: Any, metrics: Sequence[Any] | None) -> None:
+        """Compile: only this wrapper is eager, units stay compiled."""
+        self.compile(optimizer, metrics=metrics, run_eagerly=True, auto_scale_loss=False)
+        self._measures = bool(metrics)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        """Compute as the whole model does; Keras asks for shapes in this way."""
+        return self.whole(x, training=training)
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Train on a batch."""
+        x, y = _without_weights(data)
+        loss, outputs = self._train(x, y, self._measures)
+        return self._report(x, y, outputs, loss)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """Compute a batch's loss and metrics."""
+        x, y = _without_weights(data)
+        outputs = self._call(x)
+        loss = self._compare(y, outputs) if self._compare else None
+        return self._report(x, y, outputs, loss)
+
+    def predict_step(self, data: Any) -> Any:
+        """Compute the outputs for a batch."""
+        return self._call(keras.utils.unpack_x_y_sample_weight(data)[0])
+
+    def _report(self, x: Any, y: Any, outputs: Any, loss: Any) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        if loss is not None:
+            self._mean.update_state(loss, sample_weight=len(keras.tree.flatten(x)[0]))
+            told["loss"] = self._mean.result()
+        if self._measures:
+            measured = self.compute_metrics(x, y, outputs)
+            told.update({name: value for name, value in measured.items() if name != "loss"})
+        return told
+
+    # --- what callbacks save
+
+    def save_weights(self, filepath: Any, overwrite: bool = True, **options: Any) -> None:
+        """Save the whole model's weights on rank 0; every rank calls it."""
+        self._save(lambda: self.whole.save_weights(filepath, overwrite=overwrite, **options))
+
+    def save(self, filepath: Any, overwrite: bool = True, **options: Any) -> None:
+        """Save the whole model on rank 0; every rank calls it."""
+        self._save(lambda: self.whole.save(filepath, overwrite=overwrite, **options))
+
+    def _save(self, write: Callable[[], None]) -> None:
+        problem = ""
+        if self._collect():
+            try:
+                write()
+            except (OSError, ValueError) as error:
+                problem = f"{type(error).__name__}: {error}"
+        self._settle(problem)
+
+
+def _without_weights(data: Any) -> tuple[Any, Any]:
+    x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+    if weights is not None:
+        raise ValueError("sample weights and class weights have no meaning in pipelines yet")
+    return x, y

@@ -1,0 +1,137 @@
+"""Pipelines of Keras models over ranks: they learn, bit for bit, what one process learns."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import hvdx as hvd
+from hvdx.errors import MismatchError, PipelineError, PlanError
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("pipelines of Keras models need TensorFlow", allow_module_level=True)
+
+
+def load_models():
+    """The models of the tests in one process."""
+    path = Path(__file__).parents[2] / "single" / "test_pipeline_keras.py"
+    spec = importlib.util.spec_from_file_location("pipeline_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+models = load_models()
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A folder that all ranks know."""
+    return Path(hvd.broadcast_object(str(tmp_path)))
+
+
+@functools.cache
+def alone(build, rows=(12, 7, 3, 1)):
+    """What one process learns, and its last loss."""
+    return models.train(build, models.batches(rows=list(rows)), place=["cpu"])
+
+
+def learnt(pipe, path):
+    """Rank 0's whole model, gathered by a checkpoint."""
+    pipe.save(path)
+    hvd.barrier()
+    with np.load(path) as file:
+        names = [n for n in file.files if n.startswith("model/") and "seed" not in n]
+        return {name.removeprefix("model/"): file[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("build", "schedule"),
+    [
+        pytest.param(models.sequential, "gpipe", marks=pytest.mark.ranks(2)),
+        (models.residual, "1f1b"),
+        (models.dropped, "1f1b"),
+    ],
+)
+def test_ranks_learn_what_one_process_learns(build, schedule, shared):
+    data = models.batches(rows=[12, 7, 3, 1])
+    expected, loss = alone(build)
+    model = models.made(build, seed=3 + hvd.rank())  # they begin with rank 0's weights
+    pipe = models.pipeline(model, data[0][0], schedule=schedule)
+    for x, y in data:
+        last = pipe.step(x, y)
+    assert float(last) == loss
+    models.assert_same(learnt(pipe, shared / "state.npz"), expected)
+    plain = models.made(build)
+    for variable in plain.variables:
+        if variable.path in expected:
+            variable.assign(expected[variable.path])
+    for x, _ in data:
+        np.testing.assert_allclose(pipe(x), plain(x), rtol=1e-5, atol=1e-5)
+    if build is models.dropped:
+        _go_on(pipe, data, shared / "state.npz")
+    pipe.close()
+
+
+def _go_on(pipe, data, path):
+    """A checkpoint of ranks goes on in one process, and in ranks, as if nothing had happened."""
+    following = [float(pipe.step(x, y)) for x, y in data]
+    for place in (["cpu"] * 2, None):
+        again = models.pipeline(models.made(models.dropped, seed=9), data[0][0], place=place)
+        again.load(path)
+        for x, _ in data:  # counts the calls that were made meanwhile
+            again(x)
+        assert [float(again.step(x, y)) for x, y in data] == following
+        again.close()
+
+
+class Failing(keras.layers.Layer):
+    def call(self, x, training=None):
+        if training:
+            raise ArithmeticError("no such luck")
+        return x
+
+
+def test_an_error_reaches_all_ranks():
+    size = hvd.size()
+    model = keras.Sequential(
+        [keras.Input((6,)), *(keras.layers.Dense(6) for _ in range(size - 1)), Failing(name="bad")]
+    )
+    x, _ = models.batches(1)[0]
+    pipe = models.pipeline(model, x, stages=[1] * size)
+    told = f"rank {size - 1}, stage {size - 1}, unit 'bad', forward of micro-batch 0 in step 0"
+    with pytest.raises(PipelineError, match=told):
+        pipe.step(x, x)
+    with pytest.raises(PipelineError, match="of no more use"):
+        pipe.step(x, x)
+    pipe.close()
+
+
+def test_ranks_that_differ_are_told():
+    x, _ = models.batches(1)[0]
+    with pytest.raises(MismatchError, match="micro_batches"):
+        models.pipeline(models.made(models.sequential), x, micro_batches=2 + hvd.rank())
+    with pytest.raises(PlanError, match="no unit is named 'nowhere'"):
+        stages = None if hvd.rank() else ["nowhere"]
+        models.pipeline(models.made(models.sequential), x, stages=stages)
+    with pytest.raises(PlanError, match="global_clipnorm"):
+        hvd.Pipeline(
+            models.made(models.sequential), x, "mse", keras.optimizers.SGD(global_clipnorm=1.0)
+        )
+
+
+def test_fit_is_the_same_on_every_rank():
+    x, y = (np.concatenate(parts) for parts in zip(*models.batches(3), strict=True))
+    losses = []
+    for place in (["cpu"], None):
+        pipe = models.pipeline(models.made(models.sequential), x[:4], place=place)
+        keras.utils.set_random_seed(hvd.rank())  # an order of Keras' own would differ by rank
+        told = pipe.fit(x, y, batch_size=8, epochs=2, verbose=0, metrics=["mae"])
+        losses.append(told.history)
+        pipe.close()
+    assert losses[0] == losses[1]

@@ -1,0 +1,236 @@
+"""Pipelines of Keras models in one process: several stages learn what the plain model learns."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+keras = pytest.importorskip("keras")
+pytest.importorskip("tensorflow")
+import numpy as np  # noqa: E402
+
+import hvdx as hvd  # noqa: E402
+from hvdx.errors import PipelineError, PlanError  # noqa: E402
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("Keras runs on another backend", allow_module_level=True)
+
+layers = keras.layers
+
+
+def made(build, seed=3):
+    keras.utils.set_random_seed(seed)
+    keras.backend.clear_session(free_memory=False)  # equal names each time
+    return build()
+
+
+def sequential():
+    sizes = (8, 8, 8, 1)
+    dense = [layers.Dense(n, "tanh", name=f"dense{i}") for i, n in enumerate(sizes)]
+    return keras.Sequential([keras.Input((6,)), *dense])
+
+
+def residual():
+    """A skip over everything, a value with three readers, and a layer called twice."""
+    x = keras.Input((6,), name="x")
+    tied = layers.Dense(8, "tanh", name="tied")
+    a = layers.Dense(8, "tanh", name="enter")(x)
+    b = tied(a)
+    c = layers.BatchNormalization(name="norm", momentum=0.5)(b + a)
+    d = tied(c) + a
+    return keras.Model(x, layers.Dense(1, name="leave")(layers.Concatenate()([d, x])))
+
+
+def dropped():
+    x = keras.Input((6,), name="x")
+    h = x
+    for i in range(3):
+        h = layers.Dropout(0.3, name=f"drop{i}")(layers.Dense(6, "tanh", name=f"dense{i}")(h))
+    return keras.Model(x, layers.Dense(1, name="leave")(h))
+
+
+def two_by_two():
+    left, right = keras.Input((6,), name="left"), keras.Input((4,), name="right")
+    h = layers.Dense(8, name="a")(left) + layers.Dense(8, name="b")(right)
+    h = layers.Dense(8, "relu", name="both")(h)
+    return keras.Model([left, right], {"one": layers.Dense(2, name="one")(h), "two": h})
+
+
+def batches(steps=4, rows=12, seed=0):
+    draw = np.random.default_rng(seed)
+    sizes = rows if isinstance(rows, list) else [rows] * steps
+    return [
+        (draw.normal(size=(n, 6)).astype("float32"), draw.normal(size=(n, 1)).astype("float32"))
+        for n in sizes
+    ]
+
+
+def weights(model):
+    return {v.path: v.numpy() for v in model.variables if "seed" not in v.path}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], name)
+
+
+def pipeline(model, x, **options):
+    options = {"micro_batches": 4, "seed": 7, "loss": "mse", **options}
+    return hvd.Pipeline(model, x, optimizer=keras.optimizers.Adam(1e-2), **options)
+
+
+def train(build, data, **options):
+    """Return weights and last loss after training in a pipeline."""
+    model = made(build)
+    pipe = pipeline(model, data[0][0], **options)
+    for x, y in data:
+        last = pipe.step(x, y)
+    pipe.close()
+    return weights(model), float(last)
+
+
+def test_the_plain_model_learns_the_same():
+    data = batches()
+    learnt, loss = train(sequential, data, place=["cpu"] * 3)
+    plain = made(sequential)
+    plain.compile(keras.optimizers.Adam(1e-2), "mse")
+    for x, y in data:
+        last = plain.train_on_batch(x, y, return_dict=True)["loss"]
+        plain.reset_metrics()
+    assert loss == pytest.approx(float(last), rel=1e-5)
+    for name, value in weights(plain).items():
+        np.testing.assert_allclose(learnt[name], value, rtol=1e-5, atol=4e-5)
+
+
+@pytest.mark.parametrize("build", [sequential, residual])
+def test_cuts_and_schedules_change_no_bit(build):
+    data = batches()
+    expected, loss = train(build, data, place=["cpu"])
+    cases = [(["cpu"] * 2, "gpipe"), (["cpu"] * 3, "1f1b"), (["cpu"] * 2, "zb1p")]
+    if build is sequential:
+        cases += [(["cpu"] * 4, "1f1b"), (["cpu"] * 2, "interleaved")]
+    else:  # both calls of the normalised part stay in one stage
+        cases += [(["cpu"] * 4, "gpipe")]
+    for place, schedule in cases:
+        learnt, last = train(build, data, place=place, schedule=schedule)
+        assert last == loss
+        assert_same(learnt, expected)
+
+
+def test_dropout_and_uneven_batches_depend_on_no_cut():
+    data = batches(rows=[12, 7, 1])
+    expected, loss = train(dropped, data, place=["cpu"])
+    learnt, last = train(dropped, data, place=["cpu"] * 4, schedule="gpipe")
+    assert last == loss
+    assert_same(learnt, expected)
+    assert train(dropped, data, place=["cpu"], seed=8)[1] != loss
+
+
+def test_two_inputs_and_two_outputs():
+    model = made(two_by_two)
+    draw = np.random.default_rng(0)
+    x = {
+        name: draw.normal(size=(8, n)).astype("float32") for name, n in (("left", 6), ("right", 4))
+    }
+    y = {name: draw.normal(size=(8, n)).astype("float32") for name, n in (("one", 2), ("two", 8))}
+    expected = model(x)
+    pipe = pipeline(model, x, place=["cpu"] * 3)
+    found = pipe(x)
+    loss = float(pipe.step(x, y))
+    again = pipe.step([x["left"], x["right"]], y)
+    pipe.close()
+    for name in y:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    plain = sum(np.mean((expected[name] - y[name]) ** 2) for name in y)
+    assert loss == pytest.approx(plain, rel=1e-5)
+    assert float(again) < loss
+
+
+def test_masks_travel_with_their_tensors():
+    parts = [
+        keras.Input((5,), dtype="int32"),
+        layers.Embedding(9, 4, mask_zero=True, name="embed"),
+        layers.Dense(4, "tanh", name="dense"),
+        layers.GRU(3, name="gru"),
+        layers.Dense(1, name="leave"),
+    ]
+    x = np.random.default_rng(0).integers(0, 9, (8, 5)).astype("int32")
+    x[:, 3:] = 0
+    y = np.ones((8, 1), "float32")
+    model = made(lambda: keras.Sequential(parts))
+    expected = np.mean((model(x).numpy() - y) ** 2)
+    pipe = pipeline(model, x, place=["cpu"] * 4, stages=[1, 1, 1, 1])
+    assert float(pipe.step(x, y)) == pytest.approx(expected, rel=1e-5)
+    pipe.close()
+
+
+def test_fit_learns_digits_as_the_plain_model_does(tmp_path):
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype("float32")
+    told = {}
+
+    def build():
+        hidden = [layers.Dense(64, "relu", name=f"hidden{i}") for i in range(2)]
+        return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(10, name="leave")])
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    plain = made(build)
+    plain.compile(keras.optimizers.Adam(5e-3), loss, metrics=["accuracy"])
+    slower = keras.callbacks.LearningRateScheduler(lambda epoch: 5e-3 if epoch < 3 else 4e-3)
+    options = {"batch_size": 100, "epochs": 4, "shuffle": False, "verbose": 0}
+    plain_history = plain.fit(x[:1400], y[:1400], callbacks=[slower], **options).history
+    told["plain"] = plain.evaluate(x[1400:], y[1400:], verbose=0)[1]
+    model = made(build)
+    pipe = hvd.Pipeline(
+        model, x[:8], loss, keras.optimizers.Adam(5e-3), place=["cpu"] * 2, micro_batches=4, seed=1
+    )
+    keep = keras.callbacks.ModelCheckpoint(tmp_path / "m.weights.h5", save_weights_only=True)
+    history = pipe.fit(
+        x[:1400], y[:1400], metrics=["accuracy"], validation_data=(x[1400:], y[1400:]),
+        callbacks=[keep, slower], **options,
+    ).history  # fmt: skip
+    found = pipe.evaluate(x[1400:], y[1400:], metrics=["accuracy"], verbose=0, return_dict=True)
+    outputs = pipe.predict(x[1400:], verbose=0)
+    pipe.close()
+    np.testing.assert_allclose(history["loss"], plain_history["loss"], rtol=1e-3)
+    assert found["accuracy"] == pytest.approx(told["plain"], abs=0.01)
+    assert told["plain"] > 0.8  # it has learnt, in four epochs
+    assert history["val_accuracy"][-1] == pytest.approx(found["accuracy"])
+    assert history["accuracy"][-1] > history["accuracy"][0]
+    assert float(pipe.optimizer.learning_rate) == pytest.approx(4e-3)
+    again = made(build, seed=5)
+    again.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_allclose(outputs, again(x[1400:]), rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_use_is_told():
+    (x, y), *_ = batches(1)
+
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+    with pytest.raises(PlanError, match=r"Own 'own' is a subclassed model.*keras\.Sequential"):
+        hvd.Pipeline(Own(), x)
+    with pytest.raises(PlanError, match="place has 'tpu', but TensorFlow has CPU:0"):
+        pipeline(made(sequential), x, place=["tpu"])
+    with pytest.raises(PlanError, match="reduction='sum'"):
+        pipeline(made(sequential), x, loss=keras.losses.MeanSquaredError(reduction="sum"))
+    with pytest.raises(PlanError, match="layer 'heavy' adds a loss of its own"):
+        heavy = layers.Dense(1, kernel_regularizer="l2", name="heavy")
+        pipeline(keras.Sequential([keras.Input((6,)), heavy]), x)
+    with pytest.raises(PlanError, match=r"'norm/moving_mean', .* stages 0 and 1: cut so"):
+        norm = layers.BatchNormalization(name="norm")
+        given = keras.Input((6,))
+        pipeline(keras.Model(given, norm(norm(given))), x, place=["cpu"] * 2, stages=[1, 1])
+    pipe = pipeline(made(sequential), x, place=["cpu"])
+    with pytest.raises(ValueError, match="the same first dimension"):
+        pipe.step(x, y[:3])
+    with pytest.raises(PipelineError, match="y has 2 parts, the model 1 outputs"):
+        pipe.step(x, [y, y])
+    pipe.close()
