@@ -27,6 +27,12 @@ class Edit(NamedTuple):
     when: str = "always"  # or a framework's name: only if Horovod is built for it
 
 
+GLOO_RECEIVES_FIRST = (
+    "a peer may send once it is told that a receive is posted; told after the own send, over the "
+    "same connection, it waits behind all that data: the two directions took turns, and a slow "
+    "link took twice the time"
+)
+
 EDITS = (
     Edit(
         "CMakeLists.txt",
@@ -82,6 +88,64 @@ EDITS = (
         "  global_ctx = global_context.ctx;",
         "process sets ignored HOROVOD_GLOO_IFACE and looked up the host's own name, which is "
         "often 127.0.0.1: no two hosts could connect",
+    ),
+    Edit(
+        "third_party/gloo/gloo/alltoallv.cc",
+        "  for (int i = 1; i < worldSize; i++) {\n"
+        "    int sendRank = (myRank + i) % worldSize;\n"
+        "    int recvRank = (myRank + worldSize - i) % worldSize;\n"
+        "    in->send(\n"
+        "        sendRank, slot, inOffsetPerRank[sendRank], inLengthPerRank[sendRank]);\n"
+        "    out->recv(\n"
+        "        recvRank, slot, outOffsetPerRank[recvRank], outLengthPerRank[recvRank]);\n"
+        "  }\n",
+        "  for (int i = 1; i < worldSize; i++) {\n"
+        "    int recvRank = (myRank + worldSize - i) % worldSize;\n"
+        "    out->recv(\n"
+        "        recvRank, slot, outOffsetPerRank[recvRank], outLengthPerRank[recvRank]);\n"
+        "  }\n"
+        "  for (int i = 1; i < worldSize; i++) {\n"
+        "    int sendRank = (myRank + i) % worldSize;\n"
+        "    in->send(\n"
+        "        sendRank, slot, inOffsetPerRank[sendRank], inLengthPerRank[sendRank]);\n"
+        "  }\n",
+        GLOO_RECEIVES_FIRST,
+    ),
+    Edit(
+        "third_party/gloo/gloo/allgatherv.cc",
+        "  for (auto i = 0; i < context->size - 1; i++) {\n"
+        "    const size_t sendIndex = (baseIndex - i) % context->size;\n"
+        "    const size_t recvIndex = (baseIndex - i - 1) % context->size;\n"
+        "\n"
+        "    if (i == 0) {\n"
+        "      out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
+        "      out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
+        "      continue;\n"
+        "    }\n"
+        "\n"
+        "    // Wait for previous operations to complete before kicking off new ones.\n"
+        "    out->waitSend(opts.timeout);\n"
+        "    out->waitRecv(opts.timeout);\n"
+        "    out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
+        "    out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
+        "  }\n"
+        "\n"
+        "  // Wait for final operations to complete.\n"
+        "  out->waitSend(opts.timeout);\n"
+        "  out->waitRecv(opts.timeout);\n",
+        "  for (auto i = 0; i < context->size - 1; i++) {\n"
+        "    const size_t recvIndex = (baseIndex - i - 1) % context->size;\n"
+        "    out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
+        "  }\n"
+        "  for (auto i = 0; i < context->size - 1; i++) {\n"
+        "    const size_t sendIndex = (baseIndex - i) % context->size;\n"
+        "    out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
+        "    out->waitRecv(opts.timeout);  // what came is what goes out next\n"
+        "  }\n"
+        "  for (auto i = 0; i < context->size - 1; i++) {\n"
+        "    out->waitSend(opts.timeout);\n"
+        "  }\n",
+        GLOO_RECEIVES_FIRST,
     ),
     Edit(
         "horovod/runner/js_run.py",
