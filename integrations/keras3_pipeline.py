@@ -374,7 +374,7 @@ class Pipeline(BasePipeline):
         return tf.constant(numbers, tf.float64)
 
     def _norms(self, gradients: Sequence[Any]) -> list[float]:
-        wide = [tf.cast(each, tf.promote_types(each.dtype, tf.float32)) for each in gradients]
+        wide = [tf.cast(each, tf.float32) if each.dtype.size < 4 else each for each in gradients]
         return [float(tf.norm(each)) for each in wide]
 
     def _as_result(self, tensors: Sequence[Any]) -> Any:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from hvdx import world
 from hvdx.agreement import next_name
 from hvdx.errors import PlanError
-from hvdx.integrations.pytorch_graph import mode, result_names, result_of, traced, unflat
+from hvdx.integrations.pytorch_graph import Graph, mode, result_names, result_of, traced, unflat
 from hvdx.integrations.pytorch_profile import profiled
 from hvdx.integrations.pytorch_stages import Batch, TorchCodec, TorchStage
 from hvdx.pipeline import ir
@@ -80,6 +80,8 @@ class Pipeline(BasePipeline):
         >>> for x, y in batches:
         ...     loss = pipe.step(x, y)
     """
+
+    _graph: Graph
 
     def __init__(
         self,

@@ -115,9 +115,56 @@ def test_cuts_and_schedules_change_no_bit(build):
     else:  # both calls of the normalised part stay in one stage
         cases += [(["cpu"] * 4, "gpipe")]
     for place, schedule in cases:
-        learnt, last = train(build, data, place=place, schedule=schedule)
+        checkpoint = {"gpipe": "always", "zb1p": "except_last"}.get(schedule, "never")
+        learnt, last = train(build, data, place=place, schedule=schedule, checkpoint=checkpoint)
         assert last == loss
         assert_same(learnt, expected)
+
+
+def test_clipping_as_the_optimizer_of_the_plain_model():
+    data = batches()
+
+    def learn(place, **options):
+        model = made(residual)
+        sgd = keras.optimizers.SGD(0.1)
+        pipe = hvd.Pipeline(
+            model, data[0][0], "mse", sgd, micro_batches=1, place=place, seed=7, **options
+        )
+        for x, y in data:
+            pipe.step(x, y)
+        pipe.close()
+        return weights(model), pipe.gradient_norm
+
+    expected, norm = learn(["cpu"], clip_norm=0.05)
+    other, same = learn(["cpu"] * 3, clip_norm=0.05)
+    assert norm == same > 0.05
+    assert_same(other, expected)
+    assert learn(["cpu"])[1] is None
+    plain = made(residual)
+    plain.compile(keras.optimizers.SGD(0.1, global_clipnorm=0.05), "mse")
+    for x, y in data:
+        plain.train_on_batch(x, y)
+    for name, value in weights(plain).items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_auto_measures_and_the_timeline_shows_it(tmp_path):
+    x, y = batches(rows=[64])[0]
+    model = made(residual)
+    before = weights(model)
+    pipe = pipeline(model, x, schedule="auto", place=["cpu"] * 2)
+    assert_same(weights(model), before)
+    assert pipe.plan.step > 0
+    line = pipe._graph.line
+    assert line.inputs == {"x": 16 * 6 * 4}  # of a micro-batch
+    dense = line.units[line.find("leave")]
+    assert dense.forward > 0 and dense.inputs > 0 and dense.makes == {"leave": 16 * 4}
+    pipe.step(x, y)
+    pipe.timeline(tmp_path / "run.html")
+    pipe.close()
+    page = (tmp_path / "run.html").read_text()
+    assert f"predicted: {pipe.plan.schedule}" in page
+    assert "step 0: " in page
 
 
 def test_dropout_and_uneven_batches_depend_on_no_cut():
@@ -224,6 +271,17 @@ def test_wrong_use_is_told():
     with pytest.raises(PlanError, match="layer 'heavy' adds a loss of its own"):
         heavy = layers.Dense(1, kernel_regularizer="l2", name="heavy")
         pipeline(keras.Sequential([keras.Input((6,)), heavy]), x)
+    for option, told in {
+        "memory": 1e9,
+        "leaves": [layers.Dense],
+        "by": "memory",
+    }.items():
+        with pytest.raises(PlanError, match=f"{option}=.* is for PyTorch models only: "):
+            pipeline(made(sequential), x, place=["cpu"], **{option: told})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'micro_batch'"):
+        pipeline(made(sequential), x, place=["cpu"], micro_batch=2)
+    with pytest.raises(TypeError, match="cannot be planned without ranks yet"):
+        hvd.plan(made(sequential), x, 2)
     with pytest.raises(PlanError, match=r"'norm/moving_mean', .* stages 0 and 1: cut so"):
         norm = layers.BatchNormalization(name="norm")
         given = keras.Input((6,))

@@ -78,6 +78,23 @@ def test_ranks_learn_what_one_process_learns(build, schedule, shared):
     pipe.close()
 
 
+def test_ranks_clip_alike_and_show_why_they_wait(shared):
+    data = models.batches(2)
+    options = {"clip_norm": 0.05, "schedule": "auto", "checkpoint": "except_last"}
+    expected, loss = models.train(models.residual, data, place=["cpu"], clip_norm=0.05)
+    pipe = models.pipeline(models.made(models.residual), data[0][0], **options)
+    assert len(set(hvd.allgather_object(pipe.plan))) == 1
+    for x, y in data:
+        last = pipe.step(x, y)
+    assert float(last) == loss
+    assert pipe.gradient_norm > 0.05
+    assert len(set(hvd.allgather_object(pipe.gradient_norm))) == 1
+    models.assert_same(learnt(pipe, shared / "clipped.npz"), expected)
+    pipe.timeline(shared / "run.html")
+    pipe.close()
+    assert "step 1: " in (shared / "run.html").read_text()
+
+
 def _go_on(pipe, data, path):
     """A checkpoint of ranks goes on in one process, and in ranks, as if nothing had happened."""
     following = [float(pipe.step(x, y)) for x, y in data]
@@ -119,7 +136,9 @@ def test_ranks_that_differ_are_told():
     with pytest.raises(PlanError, match="no unit is named 'nowhere'"):
         stages = None if hvd.rank() else ["nowhere"]
         models.pipeline(models.made(models.sequential), x, stages=stages)
-    with pytest.raises(PlanError, match="global_clipnorm"):
+    with pytest.raises(MismatchError, match="clip_norm"):
+        models.pipeline(models.made(models.sequential), x, clip_norm=1.0 + hvd.rank())
+    with pytest.raises(PlanError, match=r"global_clipnorm=1\.0 .* as clip_norm=1\.0"):
         hvd.Pipeline(
             models.made(models.sequential), x, "mse", keras.optimizers.SGD(global_clipnorm=1.0)
         )
