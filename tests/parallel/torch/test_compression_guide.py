@@ -68,7 +68,7 @@ def test_saving_and_resuming(tmp_path, monkeypatch):
     hvdx.DistributedOptimizer(optimizer, model, compression=hvdx.Compression.onebit())
     train(model, optimizer)
     names = {"torch": torch, "hvd": hvdx, "model": model, "optimizer": optimizer}
-    exec(example("load_compression_state"), names)
+    exec(example("optimizer.load_compression_state"), names)
     kept = names["state"]["compression"]["parameters"]
     assert set(kept) == {"weight", "bias"}
     train(model, optimizer)
