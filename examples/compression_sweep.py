@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
 import hvdx as hvd
 from hvdx.comm import Allgather, Allreduce, Alltoall, Together, Work, in_step
@@ -130,6 +129,8 @@ def show(curves: list[Curve], title: str, file: str) -> None:
 
 def draw(curves: list[Curve], title: str, file: str) -> None:
     """Draw the loss against bytes, and against time."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+
     figure = Figure(figsize=(12, 5), layout="constrained")
     figure.suptitle(title)
     sent, timed = figure.subplots(1, 2, sharey=True)
