@@ -148,5 +148,6 @@ def test_a_killed_rank_and_other_numbers_of_ranks(tmp_path):
             means = torch.load(tmp_path / f"{method}.moved{ranks}.0")["means"]
             assert old.keys() == new.keys()
             for name, tensor in old.items():
-                error = (new[name] + means[name].double() - tensor).norm() / tensor.norm()
-                assert error <= 1e-6, (method, name, before, ranks, error)
+                assert tensor.dim() == 1 or tensor.any(), (method, name)  # biases travel raw
+                error = (new[name] + means[name].double() - tensor).norm()
+                assert error <= 1e-6 * tensor.norm(), (method, name, before, ranks, error)
