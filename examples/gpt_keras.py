@@ -130,7 +130,11 @@ class Save(keras.callbacks.Callback):
 def data_parallel(model: Any, text: Text, told: argparse.Namespace) -> Any:
     """Train the whole model on each rank, by shares of the batches; return what computes logits."""
     optimizer = keras.optimizers.AdamW(told.lr)
-    optimizer = hvd.DistributedOptimizer(optimizer, compression=method(told.compression))
+    optimizer = hvd.DistributedOptimizer(
+        optimizer,
+        compression=method(told.compression),
+        sparse_as_dense=True,  # the head gives each row of the shared weight a gradient
+    )
     model.compile(optimizer, loss=loss())
     callbacks = [
         hvd.callbacks.BroadcastGlobalVariablesCallback(0),

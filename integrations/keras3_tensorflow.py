@@ -266,7 +266,8 @@ class TensorFlowAverager(Averager):
 def _dense(grad: Any, variable: Any) -> tf.Tensor:
     if grad is None:
         return tf.zeros(variable.shape, variable.dtype)
-    return tf.cast(tf.convert_to_tensor(grad), variable.dtype)
+    grad = tf.ensure_shape(tf.convert_to_tensor(grad), variable.shape)  # rows made dense tell none
+    return tf.cast(grad, variable.dtype)
 
 
 def _rows(grad: Any, variable: Any) -> tf.IndexedSlices:
