@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from hvdx import link
-from hvdx.comm import in_step
+from hvdx.comm import in_step, operations, sent_share, through
 from hvdx.compression import Compression, CompressionError, Compressor, Spec, none
 from hvdx.compression.auto import BUDGETS, Form, Model, choose, describe, survey
 from hvdx.compression.methods import candidates
-from hvdx.link import Footprint, Line, Link, Message, fit, sent_share, watch
+from hvdx.link import Footprint, Line, Link, Message, fit, watch
 from hvdx.ops import NumpyOps
 
 OPS = NumpyOps()
@@ -191,20 +191,13 @@ def test_what_is_watched_is_what_is_sent(name, ranks):
     made = watch(Alone(ranks), compressor, about)
     sent: list[tuple[str, int]] = []
 
-    def noted(work: Any) -> Any:
-        reply = None
-        while True:
-            try:
-                request = work.send(reply)
-            except StopIteration as done:
-                return done.value
-            if hasattr(request, "tensor"):
-                sent.append((type(request).__name__.lower(), request.tensor.nbytes))
-            reply = yield request
+    def note(request: Any) -> None:
+        for each in operations(request):
+            sent.append((type(each).__name__.lower(), each.tensor.nbytes))
 
     grad = np.random.default_rng(1).standard_normal((96, 128)).astype(np.float32)
     works = [compressor.reduce(OPS, grad, compressor.init(OPS, about)) for _ in range(ranks)]
-    in_step([noted(works[0]), *works[1:]])
+    in_step([through(works[0], note), *works[1:]])
     assert [(each.kind.partition(" ")[0], each.payload) for each in made.messages] == sent
     assert made.seconds > 0
 

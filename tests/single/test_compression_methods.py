@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdx.comm import Allgather, Allreduce, Alltoall, Rank, Ranks, Work, drive, in_step
+from hvdx import link
+from hvdx.comm import Allgather, Rank, Ranks, drive, in_step, through
 from hvdx.compression import (
     Compression,
     CompressionError,
@@ -59,7 +60,7 @@ class Job:
 
     def step(self, grads: list[Any]) -> Any:
         works = [
-            self._watched(self.compressor.reduce(OPS, grad, state))
+            through(self.compressor.reduce(OPS, grad, state), see=self._count)
             for grad, state in zip(grads, self.states, strict=True)
         ]
         results = in_step(works)
@@ -69,24 +70,10 @@ class Job:
             assert result.mean.dtype == grads[0].dtype and result.mean.shape == grads[0].shape
         return results[0].mean
 
-    def _watched(self, work: Work[Any]) -> Work[Any]:
-        reply = None
-        while True:
-            try:
-                request = work.send(reply)
-            except StopIteration as done:
-                return done.value
-            self._count(request)
-            reply = yield request
-
     def _count(self, request: Any) -> None:
-        """Add up what a rank sends on average: by ring, that is, a gathered piece goes round."""
-        others = len(self.states) - 1
-        share = {Allreduce: 2 * others / (others + 1), Alltoall: others / (others + 1)}
-        share[Allgather] = others
-        if type(request) in share:
-            size = np.asarray(request.tensor).nbytes
-            self.sent += size * share[type(request)] / len(self.states)
+        """Add up what a rank sends on average."""
+        ranks = len(self.states)
+        self.sent += link.sent(OPS, request, ranks) / ranks
 
     def owed(self) -> Any:
         """Return what error feedback still has to deliver to the mean."""
@@ -176,7 +163,7 @@ def test_frameworks_agree_to_the_last_bit(name, ranks):
         states = [compressor.init(ops, spec) for _ in range(ranks)]
         for grads in gradients(ranks, 3):
             works = [
-                _native(tensor, compressor.reduce(ops, tensor(grad), state))
+                through(compressor.reduce(ops, tensor(grad), state), make=tensor)
                 for grad, state in zip(grads, states, strict=True)
             ]
             results = in_step(works)
@@ -202,7 +189,7 @@ def test_frameworks_agree_on_powersgd(name):
         states = [compressor.init(ops, spec) for _ in range(2)]
         for grads in gradients(2, 4):
             works = [
-                _native(tensor, compressor.reduce(ops, tensor(g), s))
+                through(compressor.reduce(ops, tensor(g), s), make=tensor)
                 for g, s in zip(grads, states, strict=True)
             ]
             results = in_step(works)
@@ -240,17 +227,6 @@ def test_in_a_graph(name):
         for one, other in zip(leaves(state), leaves(expected), strict=True):
             np.testing.assert_allclose(one.tensor, other.tensor, rtol=atol, atol=atol)
     assert traced.experimental_get_tracing_count() == 1
-
-
-def _native(tensor: Any, work: Work[Any]) -> Work[Any]:
-    reply = None
-    while True:
-        try:
-            request = work.send(reply)
-        except StopIteration as done:
-            return done.value
-        reply = yield request
-        reply = tensor(reply) if isinstance(reply, np.ndarray) else reply
 
 
 @every

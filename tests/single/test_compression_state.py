@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdx.comm import in_step, together
+from hvdx.comm import in_step, through, together
 from hvdx.compression import Compression, CompressionError, Compressor, Spec, after
 from hvdx.compression.portable import carried, portable, restored, shares
 from hvdx.compression.state import leaves
@@ -218,19 +218,9 @@ def test_in_every_framework(make):
     for own in job.states:
         like = METHODS["onebit"].init(ops, spec)
         state = restored(like, {leaf.path: tensor(leaf.tensor) for leaf in leaves(own["weight"])})
-        works.append(_native(tensor, portable(ops, state)))
+        works.append(through(portable(ops, state), make=tensor))
     result = np.asarray(in_step(works)[0]["residual"])
     np.testing.assert_array_equal(result, job.saved()[0]["weight"]["residual"])
-
-
-def _native(tensor: Any, work: Any) -> Any:
-    reply = None
-    while True:
-        try:
-            reply = yield work.send(reply)
-            reply = tensor(reply) if isinstance(reply, np.ndarray) else reply
-        except StopIteration as done:
-            return done.value
 
 
 @pytest.mark.parametrize(
