@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 from hvdx import link
 from hvdx.comm import in_step, operations, sent_share, through
 from hvdx.compression import Compression, CompressionError, Compressor, Spec, none
-from hvdx.compression.auto import BUDGETS, Form, Model, choose, describe, survey
+from hvdx.compression.auto import BUDGETS, Found, describe, survey
 from hvdx.compression.methods import candidates
+from hvdx.compression.plans import Form, Model, choose
+from hvdx.compression.review import Pace, Review
 from hvdx.link import Footprint, Line, Link, Message, fit, watch
 from hvdx.ops import NumpyOps
 
@@ -219,16 +222,20 @@ def test_the_plan_in_words():
     specs = [spec(LARGE, "weight"), spec(VECTOR, "bias")]
     methods = candidates(BUDGETS["balanced"])
     made = Model(network(10), specs, footprints(specs, methods, 3e-9), methods, 2**24)
-    plans = made.plans()
-    told = describe(network(10), made, plans, choose(plans), specs, {"none": 2.0}, 1.5)
+    told = describe(found(network(10), made, specs, {True: 2.0, False: 0.1}))
     assert "measured for 1.5 s: allreduce takes 1 ms and 1.25 MB/s on 2 ranks" in told
     assert "exchanging 2.1 MB of gradients" in told
-    assert "(2000.0 ms when tried)" in told
-    assert "powersgd serves 1 of 2 parameters; the rest travel raw" in told
+    assert "(2000.0 ms when tried)" in told and "100.0 ms when tried" in told
+    assert re.search(r"powersgd: predicted [\d.]+ ms; serves 1 of 2 parameters", told)
     assert all(line.startswith("hvdx: ") for line in told.splitlines())
-    quick = Model(network(1e6), specs, footprints(specs, methods, 3e-9), methods, 2**24)
-    told = describe(network(1e6), quick, quick.plans(), quick.plans()[0], specs, {}, 1.5)
+    quick = made.on(network(1e6))
+    told = describe(found(network(1e6), quick, specs, {}))
     assert "no method saves 20% of that" in told
+
+
+def found(link: Link, model: Model, specs: list[Spec], tried: dict[bool, float]) -> Found:
+    clock = Review(Alone(), None, "auto", model, model.alternatives(), Pace(0, 1.0, False))
+    return Found(link, model, clock, specs, tried, 1.5)
 
 
 def test_one_rank_sends_nothing():
@@ -247,6 +254,7 @@ def test_one_rank_sends_nothing():
         ({"methods": ["fp16", "dgc"]}, "cannot choose Compression.dgc"),
         ({"methods": ["auto"]}, "unknown compression='auto'"),
         ({"seconds": 0}, "seconds=0"),
+        ({"every": -1}, "every=-1"),
     ],
 )
 def test_bad_input(options, message):
