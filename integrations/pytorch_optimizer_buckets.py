@@ -229,6 +229,8 @@ class SparseBucket:
         compressor: says how values travel.
     """
 
+    turn = ""  # see :attr:`Bucket.turn`: rows always travel alike
+
     def __init__(
         self,
         index: int,

@@ -26,7 +26,8 @@ from hvdx.link import Link
 
 RAW = DELIVER + 1  # the turn of the first plan, which is none
 _SETTLED = 5  # steps until all is in place: names negotiated, graphs traced, caches warm
-_SHARE = 0.01  # of the time, for measuring the network; and as much for trying raw steps
+_SHARE = 0.01  # of the time, for measuring the network
+_EXTRA = 0.01  # of the time, for steps without compression where they are slower
 _TRIES = 3  # steps with compression, and as many without
 _PAYS = 0.95  # of the time of a raw step: what one with compression may take
 _BETTER = 0.9  # of the predicted time: what another plan may take to replace the one in use
@@ -102,13 +103,14 @@ class Review(Clock):
     def _live(self) -> Generator[int, bool, None]:
         yield _SETTLED
         yield from self._try(self._pace.seconds)
+        last = time.perf_counter()
         while self._pace.every:
-            start = time.perf_counter()
             yield self._pace.every
-            budget = _SHARE * self._slowest(time.perf_counter() - start)
-            if budget >= self._cost:
-                yield from self._measure(budget)
-                yield from self._try(budget)
+            passed = self._slowest(time.perf_counter() - last)
+            if _SHARE * passed >= self._cost:
+                yield from self._measure(_SHARE * passed)
+                yield from self._try(_EXTRA * passed)
+                last = time.perf_counter()
         while True:
             yield _NEVER
 
@@ -122,7 +124,7 @@ class Review(Clock):
         better = {bucket: self._better(bucket) for bucket in self._chosen}
         if better == self._chosen:
             return
-        if not self._raw:
+        if self.compressed():
             yield from self._deliver()
         self._chosen = better
         self._tell(

@@ -417,6 +417,59 @@ def test_deep_gradient_compression_sends_what_momentum_would_apply():
     assert [float(state.momentum[5, 6]) for state in job.states] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("ranks", "most"), [(2, 1.0), (4, 0.5), (8, 0.25)])
+def test_no_more_bytes_than_raw_however_many_ranks(ranks, most, dtype):
+    """What all have chosen is gathered: from some density on an allreduce of all is cheaper."""
+    shape, width = (64, 64), np.dtype(dtype).itemsize
+    raw = 2 * (ranks - 1) / ranks * 64 * 64 * width
+    most *= width / 4
+    for density in (0.9 * most, most):
+        job = Job(Compression.topk(density, min_elements=0), ranks, shape)
+        applied, true = 0.0, 0.0
+        for grads in gradients(ranks, 3, shape).astype(dtype):
+            job.sent = 0.0
+            applied = applied + job.step(list(grads)).astype("f8")
+            true = true + grads.astype("f8").mean(0)
+            assert job.sent <= raw and (job.sent == raw) == (density == most)
+        atol = 2e-2 if dtype == "float16" else 1e-4
+        np.testing.assert_allclose(applied + job.owed(), true, atol=atol)
+        assert job.owed().any() == (density < most)
+
+
+def test_what_was_owed_is_delivered_where_all_is_sent():
+    """As when ranks have come since."""
+    few, many = (Job(Compression.topk(0.3, min_elements=0), ranks) for ranks in (2, 8))
+    few.step(list(gradients(2, 1)[0]))
+    many.states = [few.states[rank % 2] for rank in range(8)]
+    owed, grads = many.owed(), gradients(8, 1, seed=1)[0]
+    assert owed.any()
+    np.testing.assert_allclose(many.step(list(grads)), grads.mean(0) + owed, atol=1e-6)
+    assert not many.owed().any()
+
+
+def test_random_choice_of_all_is_raw():
+    job = Job(Compression.randomk(1.0, min_elements=0), 3)
+    draws = [int(job.states[0].inner.draw)]
+    for grads in gradients(3, 2):
+        np.testing.assert_array_equal(job.step(list(grads)), sum(grads) / np.float32(3))
+        draws.append(int(job.states[0].inner.draw))
+    assert len(set(draws)) == 3
+
+
+def test_deep_gradient_compression_of_all_is_momentum():
+    """Also in a warm-up among many ranks: an element that is always sent has no old direction."""
+    job, velocity = Job(Compression.dgc(0.3, 0.5, min_elements=0), 8), 0.0
+    for grads in gradients(8, 3):
+        velocity = 0.5 * velocity + grads.mean(0)
+        np.testing.assert_allclose(job.step(list(grads)), velocity, atol=1e-5)
+    assert not any(state.owed.any() for state in job.states)
+    grads[3, 0, 0] = np.nan
+    before = job.states[3].momentum.copy()
+    assert np.isnan(job.step(list(grads))[0, 0])
+    assert job.states[3].momentum[0, 0] == before[0, 0] and np.isfinite(job.states[3].owed).all()
+
+
 def test_density_warms_up():
     compressor = Compression.dgc(0.001, warmup_steps=8, min_elements=0)
     sent = []

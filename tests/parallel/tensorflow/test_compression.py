@@ -135,15 +135,21 @@ def test_states_of_tapes_that_do_not_fit(hvd):
         tape.compression_state([tf.zeros((3, 3))])
 
 
+ROWS = {
+    "fp16": (C.fp16, 1e-3, 2),
+    "int4 by layer": (C.by_layer({"emb*": C.int4}), 0.01, 1),
+    "powersgd": (C.powersgd, 0.01, 1),
+}
+
+
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("run", ["eager", "graph"])
 @pytest.mark.parametrize(
-    ("method", "error", "width"),
-    [(C.fp16, 1e-3, 2), (C.by_layer({"emb*": C.int4}), 0.01, 1), (C.powersgd, 0.01, 1)],
-    ids=["fp16", "int4 by layer", "powersgd"],
+    ("name", "run"),
+    [*((name, run) for name in ROWS for run in ("eager", "graph")), ("fp16", "elastic")],
 )
-def test_rows_of_sparse_gradients(hvd, monkeypatch, method, error, width, run):
+def test_rows_of_sparse_gradients(hvd, monkeypatch, name, run):
     """Their values travel by a codec, as under PyTorch; ranks have different numbers of them."""
+    method, error, width = ROWS[name]
     rank, columns, sent = hvd.rank(), 300, []
     table = tf.Variable(tf.zeros((20, columns)), name="embedding")
     gather = TensorFlowAdapter.allgather
@@ -163,6 +169,8 @@ def test_rows_of_sparse_gradients(hvd, monkeypatch, method, error, width, run):
     call = tf.function(step) if run == "graph" else step
     with monkeypatch.context() as patch:
         patch.setattr(TensorFlowAdapter, "allgather", watched)
+        if run == "elastic":
+            patch.setenv("HOROVOD_ELASTIC", "1")
         mean = call(tf.constant(rows[rank]), tf.constant(factors[rank], tf.float32))
     assert isinstance(mean, tf.IndexedSlices)
     expected = np.zeros((20, columns))
