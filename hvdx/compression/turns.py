@@ -18,7 +18,7 @@ from hvdx.comm import Allreduce, Rank, Ranks, Work
 from hvdx.compression.base import BEFORE, Compressor, Reduced, Spec, none
 from hvdx.compression.feedback import Feedback
 from hvdx.compression.portable import shares
-from hvdx.compression.state import Owed, leaves, rebuilt
+from hvdx.compression.state import Leaf, Owed, leaves, rebuilt
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
@@ -124,7 +124,7 @@ def taking_turns(
 
 @functools.lru_cache(maxsize=256)
 def _keeps(fields: tuple[str, ...]) -> Any:
-    return NamedTuple("Keeps", [(field, Any) for field in fields])  # type: ignore[misc]
+    return NamedTuple("Keeps", [(field, Any) for field in fields])
 
 
 def _without_residual(state: Any) -> Any:
@@ -160,17 +160,15 @@ def _deliver(ops: Ops, grad: Any, state: Shared | None) -> Work[Reduced]:
     given = ops.scale(ops.cast(grad, "float32"), 1.0 / ranks) + owed
     mean = yield Allreduce(given, op=ReduceOp.Sum)
     good = ops.max(ops.reshape(ops.abs_bits(mean), (-1,))) < _INFINITE
-    paid = [
-        ops.either(good, functools.partial(_zeros, ops, leaf.tensor), lambda t=leaf.tensor: t)
-        if leaf.kind in ("owed", "piece")
-        else leaf.tensor
-        for leaf in leaves(state)
-    ]
+    paid = [_paid(ops, leaf, good) for leaf in leaves(state)]
     return Reduced(ops.cast(mean, ops.dtype(grad)), None, rebuilt(state, iter(paid)))
 
 
-def _zeros(ops: Ops, like: Any) -> Any:
-    return ops.zeros(tuple(like.shape), "float32")
+def _paid(ops: Ops, leaf: Leaf, good: Any) -> Any:
+    if leaf.kind not in ("owed", "piece"):
+        return leaf.tensor
+    shape = tuple(leaf.tensor.shape)
+    return ops.either(good, lambda: ops.zeros(shape, "float32"), lambda: leaf.tensor)
 
 
 _INFINITE = 0x7F800000  # bits of infinity in a float32; NaN lie above

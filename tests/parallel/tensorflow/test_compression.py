@@ -193,3 +193,31 @@ def test_what_a_tape_cannot_keep(hvd):
     stateful = hvd.DistributedGradientTape(tape, compression=C.onebit)
     with pytest.raises(hvdx.compression.CompressionError, match="source 1 is a tensor"):
         stateful.gradient(loss, [y, x])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("run", ["eager", "graph"])
+def test_no_update_is_lost_when_the_network_changes(hvd, links, run):
+    """Compression.auto on a link that is slow, then fast; a raw step in between delivers."""
+    links(0.1, 1e9)
+    shape, random = (96, 64), np.random.default_rng(0)
+    grads = random.normal(size=(14, hvd.size(), *shape)).astype("f4")
+    table = tf.Variable(tf.zeros(shape))
+    auto = C.auto(methods=["onebit"], verbose=False, every=4)
+
+    def step(grad):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(table * grad)
+        tape = hvd.DistributedGradientTape(tape, compression=auto)
+        return tape.gradient(loss, table)
+
+    call = tf.function(step) if run == "graph" else step
+    applied, owing = 0.0, []
+    for number, everyone in enumerate(grads):
+        applied = applied + call(tf.constant(everyone[hvd.rank()])).numpy().astype("f8")
+        tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=auto)
+        (state,) = tape.portable_compression_state([table])["parameters"].values()
+        true = grads[: number + 1].mean(1, dtype="f8").sum(0)
+        np.testing.assert_allclose(applied + state["residual"], true, atol=1e-4)
+        owing.append(bool(state["residual"].any()))
+    assert owing == [True] * 9 + [False] * 5
