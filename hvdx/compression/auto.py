@@ -20,7 +20,7 @@ from hvdx.agreement import next_name
 from hvdx.comm import Allreduce, Work, together
 from hvdx.compression.base import CompressionError, Compressor, Reduced, Spec, none
 from hvdx.compression.plans import SAVES, Form, Model, Plan, laid_out
-from hvdx.compression.review import Pace, Review, spoken
+from hvdx.compression.review import EVERY, Pace, Review, spoken
 from hvdx.compression.turns import taking_turns
 from hvdx.frameworks import Adapter
 from hvdx.link import Footprint, Link
@@ -39,7 +39,8 @@ _UNPREPARED = "Compression.auto chooses when the ranks of an optimizer meet, for
 
 def automatic(methods: Mapping[str, Compressor], pace: Pace) -> Compressor:
     """Return the compressor that measures first; see ``Compression.auto``."""
-    name = f"auto({', '.join(methods)})"
+    often = "" if pace.every == EVERY else f", every={pace.every}"  # ranks compare names
+    name = f"auto({', '.join(methods)}{often})"
 
     def prepare(adapter: Adapter, specs: list[Spec], process_set: Any) -> Compressor:
         with adapter.at_once():

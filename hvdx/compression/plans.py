@@ -81,7 +81,7 @@ class Model:
         limit: int,
     ) -> None:
         self._link, self._specs, self._limit = link, specs, limit
-        self._footprints = footprints
+        self._footprints = dict(footprints)
         self._methods = methods
         self.buckets = [tuple(map(Form.of, bucket)) for bucket in laid_out(specs, limit)]
         self._forms = list(dict.fromkeys(form for bucket in self.buckets for form in bucket))
@@ -174,7 +174,8 @@ class Model:
         if known is not None:
             return known
         # An elementwise method is measured on large forms only; small ones are like them.
-        return self._scaled(name, form)
+        self._footprints[name, form] = scaled = self._scaled(name, form)
+        return scaled
 
     def _scaled(self, name: str, form: Form) -> Footprint:
         alike = [(f, made) for (n, f), made in self._footprints.items() if n == name]

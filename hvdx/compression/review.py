@@ -24,6 +24,7 @@ from hvdx.compression.turns import DELIVER, Clock
 from hvdx.frameworks import Adapter
 from hvdx.link import Link
 
+EVERY = 500  # steps between looks at the network, unless one says otherwise
 RAW = DELIVER + 1  # the turn of the first plan, which is none
 _SETTLED = 5  # steps until all is in place: names negotiated, graphs traced, caches warm
 _SHARE = 0.01  # of the time, for measuring the network

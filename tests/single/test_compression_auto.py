@@ -268,6 +268,11 @@ def test_methods_by_name_or_as_they_are():
     assert candidates(["int8"])["int8"].name == Compression.int8().name
 
 
+def test_ranks_that_would_look_at_other_times_have_other_names():
+    names = {Compression.auto(every=every).name for every in (0, 500, 501)}
+    assert names >= {Compression.auto().name} and len(names) == 3
+
+
 def test_it_cannot_be_used_before_ranks_have_met():
     auto = Compression.auto()
     with pytest.raises(CompressionError, match="when the ranks of an optimizer meet"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import hvdx
+from hvdx import link
 from hvdx.compression import review
 
 SHAPES = {"large": (96, 64), "bias": (96,)}
@@ -77,4 +78,28 @@ def test_no_update_is_lost_when_the_network_changes(hvd, links, way):
     seen = slice(2, None, 3) if "steps_per_execution" in way else slice(None)
     assert watch.turns == turns[seen] and some.isdisjoint(raw | all_of_it)
     assert watch.owing == owing[seen]
+    assert len(set(hvd.allgather_object(hvd.parameter_hash(model)))) == 1
+
+
+@pytest.mark.ranks(2)
+def test_it_really_measures_in_training(hvd, monkeypatch):
+    """Collectives of its own, between the steps of a compiled function."""
+    measured, measure = [], link.measure
+
+    def counted(*args):
+        measured.append(measure(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(link, "measure", counted)
+    monkeypatch.setattr(review, "_SHARE", 1e9)
+    keras.backend.clear_session(free_memory=False)
+    auto = hvdx.Compression.auto("safe", seconds=0.05, verbose=False, every=2)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), compression=auto)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(96)])
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(hvd.rank()).normal(size=(25, 64)).astype("f4")
+    hvd.broadcast_parameters(model)
+    model.fit(x, np.zeros((25, 96)), batch_size=1, verbose=0)
+    assert len(measured) >= 3
+    assert hvd.allgather_object(measured) == [measured] * hvd.size()
     assert len(set(hvd.allgather_object(hvd.parameter_hash(model)))) == 1

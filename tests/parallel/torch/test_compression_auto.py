@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hvdx
+from hvdx import link
 from hvdx.compression import after, auto, review
 
 SHAPES = {"large": (128, 96), "other": (64, 128), "bias": (96,)}
@@ -142,3 +143,21 @@ def test_steps_are_tried_with_and_without(hvd, links, monkeypatch, capfd, pays):
         assert ("travel raw from here" in told) != pays
     else:
         assert "Compression.auto" not in told
+
+
+@pytest.mark.ranks(2)
+def test_it_really_measures_in_training(hvd, monkeypatch):
+    measured, measure = [], link.measure
+
+    def counted(*args):
+        measured.append(measure(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(link, "measure", counted)
+    monkeypatch.setattr(review, "_SHARE", 1e9)
+    given = Given(hvd, hvdx.Compression.auto("bold", seconds=0.05, verbose=False, every=2))
+    for _ in range(5 + 6 + 1 + 2 + 6 + 1 + 2):
+        given.step()
+        torch.testing.assert_close(given.applied() + given.owed(), given.true, rtol=0, atol=1e-2)
+    assert len(measured) >= 3
+    assert hvd.allgather_object(measured) == [measured] * hvd.size()
