@@ -125,7 +125,7 @@ class Review(Clock):
         better = {bucket: self._better(bucket) for bucket in self._chosen}
         if better == self._chosen:
             return
-        if self.compressed():
+        if not self._raw and any(self._chosen.values()):
             yield from self._deliver()
         self._chosen = better
         self._tell(
@@ -143,7 +143,8 @@ class Review(Clock):
     def _try(self, allowance: float) -> Generator[int, bool, None]:
         """Take some steps with compression and some without, and go on as is quicker.
 
-        Not if raw steps would cost more than is allowed: then compression surely pays.
+        Not if raw steps would cost more than is allowed: then compression surely pays. (Should
+        that be wrong, steps take at least as long, and 500 of them allow for three raw ones.)
         """
         saved = self._model.predict({}) - self.predicted()
         if not any(self._chosen.values()):
