@@ -168,11 +168,11 @@ def test_what_measures_and_chooses(hvd):
     optimizer = hvd.DistributedOptimizer(optimizer, compression=measuring)
     model = given_gradients()
     saved = optimizer_with(hvd, "topk").compression_state()
-    odd = {f"{PATH}/odd": {"draw": np.array(1)}}  # of another method
+    odd = {f"{PATH}/odd": {"owed": np.ones(SHAPES["odd"], "f4")}}  # of another method
     optimizer.load_compression_state(
-        {**saved, "compressor": "measuring", "kinds": {"draw": "same"}, "parameters": odd}
+        {**saved, "compressor": "measuring", "kinds": {"owed": "owed"}, "parameters": odd}
     )
-    with pytest.warns(UserWarning, match="measuring has chosen another method"):
+    with pytest.warns(UserWarning, match="measuring has chosen another method.* owed is lost"):
         result = train(model, optimizer, everyone[hvd.rank()], "graph" if GRAPHS else "eager")
     assert asked == [[f"{PATH}/{name}" for name in SHAPES]]
     weights, _ = in_memory(policy, everyone)
