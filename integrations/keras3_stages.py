@@ -208,8 +208,8 @@ class Graph:
             self._find_smooth()
         if self._new:
             raise PlanError(
-                f"variable {self._new[0]!r} was frozen when the pipeline was made, and no optimizer "
-                "knows it: make a new pipeline of the model, as Keras needs a new compile()"
+                f"variable {self._new[0]!r} was frozen when the pipeline was made, so no optimizer "
+                "has it: make a new pipeline of the model, as Keras needs a new compile()"
             )
         return self._frozen
 

@@ -293,17 +293,23 @@ def test_a_masked_norm_counts_what_it_sees():
     np.testing.assert_allclose(model.layers[1].moving_variance, seen.var(0), rtol=1e-4)
 
 
-@pytest.fixture
-def policy():
-    yield keras.config.set_dtype_policy
-    keras.config.set_dtype_policy("float32")
+def in_precision(policy, build):
+    """Build under a policy, which clearing the session would have set back."""
+
+    def made_so():
+        keras.config.set_dtype_policy(policy)
+        try:
+            return build()
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    return made_so
 
 
 @pytest.mark.parametrize("name", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_depends_on_no_cut(name, policy):
+def test_mixed_precision_depends_on_no_cut(name):
     """In float16 the first scales are too large: all stages skip those steps, as Keras does."""
-    policy(name)
-    data = batches(6)
+    data, build = batches(6), in_precision(name, sequential)
 
     def optimizer():
         sgd = keras.optimizers.SGD(0.1, momentum=0.9)
@@ -311,7 +317,7 @@ def test_mixed_precision_depends_on_no_cut(name, policy):
         return scaled if name == "mixed_float16" else sgd
 
     def learn(place):
-        model, own, skipped = made(sequential), optimizer(), []
+        model, own, skipped = made(build), optimizer(), []
         pipe = hvd.Pipeline(model, data[0][0], "mse", own, place=place, micro_batches=2, seed=7)
         for x, y in data:
             pipe.step(x, y)
@@ -322,7 +328,7 @@ def test_mixed_precision_depends_on_no_cut(name, policy):
     expected, skipped, own = learn(["cpu"])
     other, same, _ = learn(["cpu"] * 3)
     assert_same(other, expected)
-    plain = made(sequential)
+    plain = made(build)
     plain.compile(scaled := optimizer(), "mse")
     for x, y in data:
         plain.train_on_batch(x, y)
@@ -333,7 +339,7 @@ def test_mixed_precision_depends_on_no_cut(name, policy):
         assert skipped[0] and not skipped[-1]
         assert float(own.dynamic_scale) == float(scaled.dynamic_scale)
         assert int(own.step_counter) == int(scaled.step_counter)
-        pipe = pipeline(made(sequential), data[0][0], place=["cpu"])
+        pipe = pipeline(made(build), data[0][0], place=["cpu"])
         pipe.close()
         assert isinstance(pipe.optimizer, keras.optimizers.LossScaleOptimizer)  # as compile() does
 
