@@ -17,6 +17,8 @@ from hvdx.errors import PlanError
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
 from hvdx.integrations.keras3_profile import profiled
 from hvdx.integrations.keras3_stages import Batch, KerasStage, TensorFlowCodec, traced
+from hvdx.integrations.keras_loss_scale import LossScale
+from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.pipeline import ir
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
 from hvdx.pipeline.channel import Key
@@ -34,8 +36,8 @@ class Pipeline(BasePipeline):
     one ``y``, and the loss returns everywhere. Parameters begin as rank 0 has them. Schedule,
     cuts and placement change no bit of what is learnt; more micro-batches change rounding.
 
-    Each rank keeps the whole model, but trains only its stages' part: see :meth:`save`. What is
-    trainable is settled when the pipeline is made.
+    Each rank keeps the whole model, but trains only its stages' part: see :meth:`save`. Layers may
+    be frozen, on every rank, between steps; what was frozen when the pipeline was made stays so.
 
     Args:
         model: a Sequential or functional model. Each call of a layer is a unit; a model in it is
@@ -44,7 +46,9 @@ class Pipeline(BasePipeline):
             names of the inputs. It is run once.
         loss: as for ``compile``: a name, ``keras.losses.Loss``, or function of ``y_true`` and
             ``y_pred``; one for all outputs, or a list of one each. It means over samples.
-        optimizer: a Keras optimizer, new, or its name. It is this rank's alone.
+        optimizer: a Keras optimizer, new, or its name. It is this rank's alone. A model whose
+            dtype policy is ``mixed_float16`` gets a ``LossScaleOptimizer`` around it, as
+            ``compile`` does; where a rank's gradients are not finite, all ranks skip the step.
         micro_batches: pieces of a batch. Fewer where a batch has fewer rows.
         stages: how many; names of the units that all but the first begin with; how many units
             each has; or a :class:`hvdx.pipeline.plan.Plan`. Default: one per rank or device, two
@@ -62,6 +66,8 @@ class Pipeline(BasePipeline):
             in the place of the optimizer's ``global_clipnorm``.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+        batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
+            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
 
     Attributes:
@@ -70,6 +76,8 @@ class Pipeline(BasePipeline):
         steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizer: of this process' stages.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
+        skipped: whether the last step changed no variable, since a gradient under loss scaling
+            was not finite.
 
     Raises:
         PlanError: the model cannot be cut or placed as asked.
@@ -80,6 +88,8 @@ class Pipeline(BasePipeline):
         >>> for x, y in batches:
         ...     loss = pipe.step(x, y)
     """
+
+    _scale: LossScale | None = None
 
     def __init__(
         self,
@@ -95,6 +105,7 @@ class Pipeline(BasePipeline):
         by: str | None = None,
         clip_norm: float | None = None,
         checkpoint: str = "never",
+        batchnorm: str = "deferred",
         seed: int | None = None,
         **others: Any,
     ) -> None:
@@ -106,11 +117,12 @@ class Pipeline(BasePipeline):
             random.getrandbits(31) if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
+            batchnorm=batchnorm,
         )
         with self._alike():
-            check_options(micro_batches, place, clip_norm, checkpoint)
+            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm)
             _refuse(by, others)
-            self._graph = traced(model, sample)
+            self._graph = traced(model, sample, deferred=batchnorm == "deferred")
             self.units = [unit.name for unit in self._graph.units]
             self._loss = None if loss is None else _Losses(loss, len(self._graph.outputs))
             self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, None)
@@ -295,6 +307,13 @@ class Pipeline(BasePipeline):
                         f"variable {name!r}, which training changes without gradients, is used in "
                         f"stages {owner[name]} and {number}: cut so that one stage has both uses"
                     )
+        for unit in self._graph.units if self._across else ():
+            inner = unit.layer._flatten_layers() if isinstance(unit.layer, keras.Layer) else ()
+            if any(isinstance(each, SyncBatchNormalization) for each in inner):
+                raise PlanError(
+                    f"layer {unit.name!r} is a SyncBatchNormalization, which waits for all ranks, "
+                    "but those of other stages do not have it: use keras.layers.BatchNormalization"
+                )
         devices = [_device(each) for each in place] if place is not None else []
         for number, first, stop in self._own_stages():
             stages[number] = KerasStage(
@@ -312,20 +331,23 @@ class Pipeline(BasePipeline):
         if told is None:
             return None
         optimizer = keras.optimizers.get(told)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            raise PlanError("a LossScaleOptimizer scales no loss here: use bfloat16 or float32")
-        if self._across and optimizer.global_clipnorm:
+        scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if self._graph.model.dtype_policy.name == "mixed_float16" and not scaling:
+            optimizer, scaling = keras.optimizers.LossScaleOptimizer(optimizer), True
+        limit = getattr(optimizer, "inner_optimizer", optimizer).global_clipnorm
+        if self._across and limit:
             raise PlanError(
-                f"global_clipnorm={optimizer.global_clipnorm} needs the norm over all ranks, which "
-                "an optimizer does not know: give it to the pipeline, as "
-                f"clip_norm={optimizer.global_clipnorm}"
+                f"global_clipnorm={limit} needs the norm over all ranks, which an optimizer does "
+                f"not know: give it to the pipeline, as clip_norm={limit}"
             )
         if optimizer.built:
             raise PlanError(
                 f"optimizer {optimizer.name!r} is built for other variables already; give a new one"
             )
-        if self._params:
+        if self._params or scaling:  # all ranks follow the scale
             optimizer.build(list(self._params.values()))
+        if scaling:
+            self._scale = LossScale(optimizer)
         return optimizer
 
     def _agree(self) -> None:
@@ -333,8 +355,10 @@ class Pipeline(BasePipeline):
         model = self._graph.model
         entries = {
             unit.name: str({name: tuple(v.shape) for name, v in unit.params.items()})
+            + f" in {getattr(unit.layer, 'compute_dtype', 'any type')}"
             for unit in self._graph.units
         }
+        entries["the loss scale"] = f"= {self._scale and self._scale.settings()}"
         self._check_agreed(entries)
         if model.variables:
             broadcast_parameters(model.variables)
@@ -346,17 +370,33 @@ class Pipeline(BasePipeline):
         with self._telling("step"):
             if self._loss is None or self.optimizer is None:
                 raise PlanError("step() needs the loss= and optimizer= that it was made without")
-            found = self._run(x, y, train=True, outputs=outputs)
-            totals = self._totals()
-            if self._params:
-                gradients = [totals.get(name) for name in self._params]
-                self.optimizer.apply(gradients, list(self._params.values()))
+            scale = self._scale.value() if self._scale else None
+            found = self._run(x, y, train=True, outputs=outputs, scale=scale)
+            totals = self._totals(scale)
+            for stage in self._stages.values():
+                stage.commit()
+            if not self.skipped:
+                self._apply(totals)
+            if self._scale:
+                self._scale.update(self.skipped)
             self._step += 1
             self.steps += 1
         return found
 
-    def _run(self, x: Any, y: Any, train: bool, outputs: bool = False) -> list[Any]:
+    def _apply(self, totals: dict[str, Any]) -> None:
+        """Step the optimizer with the gradients there are."""
+        optimizer = self._scale.inner if self._scale else self.optimizer
+        names = [name for name in self._params if name in totals]
+        if names:
+            optimizer.apply([totals[n] for n in names], [self._params[n] for n in names])
+        elif self._params:  # all are frozen now; schedules go on
+            optimizer.iterations.assign_add(1)
+
+    def _run(
+        self, x: Any, y: Any, train: bool, outputs: bool = False, scale: float | None = None
+    ) -> list[Any]:
         """Run the schedule; return the loss, or the outputs, on every rank."""
+        frozen = self._graph.refresh() if train else 0
         inputs = {name: tf.convert_to_tensor(each) for name, each in self._graph.bind(x).items()}
         targets = keras.tree.map_structure(tf.convert_to_tensor, y) if train else None
         tensors = [*inputs.values(), *keras.tree.flatten(targets if train else [])]
@@ -369,8 +409,9 @@ class Pipeline(BasePipeline):
             [size / rows for size in sizes],
             train,
             outputs,
+            scale,
         )
-        return self._perform(batch, rows, train)
+        return self._perform(batch, rows, train, f", {frozen} variables frozen" if frozen else "")
 
     def _tensor(self, numbers: Sequence[float]) -> Any:
         return tf.constant(numbers, tf.float64)
@@ -378,6 +419,9 @@ class Pipeline(BasePipeline):
     def _norms(self, gradients: Sequence[Any]) -> list[float]:
         wide = [tf.cast(each, tf.float32) if each.dtype.size < 4 else each for each in gradients]
         return [float(tf.norm(each)) for each in wide]
+
+    def _finite(self, gradients: Sequence[Any]) -> bool:
+        return all(bool(tf.reduce_all(tf.math.is_finite(each))) for each in gradients)
 
     def _as_result(self, tensors: Sequence[Any]) -> Any:
         return keras.tree.pack_sequence_as(self._graph.result, list(tensors))
@@ -393,7 +437,7 @@ class Pipeline(BasePipeline):
         for _, first, stop in self._own_stages():
             for name, variable in self._graph.variables(first, stop).items():
                 own[f"model/{name}"] = variable
-        if self.optimizer is not None:
+        if self.optimizer is not None and self._params:
             slots = _slots(self.optimizer)
             own.update({f"optimizer/{name}": variable for name, variable in slots.items()})
         arrays = {name: _array(variable) for name, variable in own.items()}

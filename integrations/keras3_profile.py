@@ -71,7 +71,7 @@ def _unit(unit: Unit, graph: Graph, values: dict[str, Any]) -> tuple[float, floa
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(wanted)
         start = time.perf_counter()
-        made = dict(zip(unit.makes, unit.compiled(True)(given), strict=True))
+        made = dict(zip(unit.makes, unit.compiled(True)(given)[0], strict=True))
         _wait(made.values())
         forward = time.perf_counter() - start
     values.update(made)

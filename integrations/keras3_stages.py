@@ -25,6 +25,7 @@ import tensorflow as tf
 from keras.src.backend import get_keras_mask, set_keras_mask
 
 from hvdx.errors import PlanError
+from hvdx.integrations.keras_batch_norm import commit, deferrable, gathering
 from hvdx.pipeline import ir
 from hvdx.pipeline.zmq_channel import Packed
 
@@ -63,6 +64,7 @@ class Unit:
         reads: values of earlier units, or inputs of the model.
         makes: values that it makes; masks come after tensors.
         params: name in the model -> variable to train.
+        norms: layers in it whose running statistics wait for the end of the step.
         tensors: value -> ``id`` of the tensor in the model's graph, of those that are no masks.
         generators: of random numbers.
     """
@@ -74,8 +76,10 @@ class Unit:
     makes: list[str]
     tensors: dict[str, int]
     params: dict[str, Any] = field(default_factory=dict)
+    norms: list[Any] = field(default_factory=list)
     generators: list[Any] = field(default_factory=list)
     _compiled: dict[bool, Any] = field(default_factory=dict)
+    _flags: list[bool] = field(default_factory=list)
 
     def call(self, given: Mapping[str, Any], training: bool) -> list[Any]:
         """Return tensors of ``makes``, then one mask or None for each of those."""
@@ -90,16 +94,20 @@ class Unit:
         return [*made, *(get_keras_mask(each) for each in made)]
 
     def compiled(self, training: bool) -> Any:
-        """Return :meth:`call` as a function of TensorFlow that gives the values of ``makes``."""
+        """Return :meth:`call` as a function of TensorFlow.
+
+        It gives the values of ``makes`` and, in training, sums by layer of ``norms`` and call.
+        """
         if training not in self._compiled:
 
-            def call(given: dict[str, Any]) -> list[Any]:
+            def call(given: dict[str, Any]) -> tuple[list[Any], list[list[Any]]]:
                 # Distinct tensors, since masks are hung on them.
                 fresh = {name: tf.identity(value) for name, value in given.items()}
-                made = self.call(fresh, training)
+                with gathering(self.norms if training else []) as sums:
+                    made = self.call(fresh, training)
                 tensors = [name for name in self.makes if not _is_mask(name)]
                 both = dict(zip([*tensors, *(t + _MASK for t in tensors)], made, strict=True))
-                return [both[name] for name in self.makes]
+                return [both[name] for name in self.makes], sums
 
             # TensorFlow counts by code how often a function is traced, and would warn.
             call.__code__ = call.__code__.replace(co_name=f"{self.name}_{training}")
@@ -107,6 +115,18 @@ class Unit:
                 function = tf.function(call, reduce_retracing=True, autograph=False)
                 self._compiled.setdefault(training, function)
         return self._compiled[training]
+
+    def settle(self, names: Mapping[int, str]) -> bool:
+        """Find :attr:`params` anew if what is trainable has changed; tell whether it has."""
+        if not isinstance(self.layer, keras.Layer):
+            return False
+        flags = [self.layer.trainable, *(v.trainable for v in self.layer.variables)]
+        if flags == self._flags:
+            return False
+        self._flags = flags
+        self.params = {names[id(v)]: v for v in self.layer.trainable_variables}
+        self._compiled.clear()  # what a layer computes may depend on it
+        return True
 
 
 def _is_mask(name: str) -> bool:
@@ -128,7 +148,8 @@ class Graph:
         outputs: values that the model returns, in its order.
         result: structure of what it returns, with anything as leaves.
         names: ``id`` of a variable -> its path in the model, made unique.
-        smooth: values that have a gradient.
+        floating: values that may have a gradient.
+        smooth: values that have one.
         line: the units as the planner sees them.
     """
 
@@ -138,8 +159,12 @@ class Graph:
     outputs: list[str]
     result: Any
     names: dict[int, str] = field(default_factory=dict)
+    floating: set[str] = field(default_factory=set)
     smooth: set[str] = field(default_factory=set)
     line: Any = None
+    _trained: set[str] = field(default_factory=set)
+    _new: list[str] = field(default_factory=list)
+    _frozen: int = 0
 
     def bind(self, given: Any) -> dict[str, Any]:
         """Name the inputs of a batch: a list's are in the model's order, a dictionary's by name."""
@@ -160,13 +185,50 @@ class Graph:
 
     def untrained(self, first: int, stop: int) -> list[Any]:
         """Return the variables that the units may change without gradients; no random states."""
-        trained = {name for unit in self.units[first:stop] for name in unit.params}
-        return [v for name, v in self.variables(first, stop).items()
-                if name not in trained and not v.path.endswith("seed_generator_state")]  # fmt: skip
+        layers = [unit.layer for unit in self.units[first:stop]
+                  if isinstance(unit.layer, keras.Layer)]  # fmt: skip
+        weights = {id(v) for layer in layers for each in layer._flatten_layers()
+                   for v in each._trainable_variables}  # frozen or not  # fmt: skip
+        return [v for v in self.variables(first, stop).values()
+                if not (id(v) in weights or v.path.endswith("seed_generator_state"))]  # fmt: skip
+
+    def refresh(self) -> int:
+        """Find anew what is trained, where a ``trainable`` has changed since the last time.
+
+        Returns:
+            How many variables have been frozen since the first time.
+
+        Raises:
+            PlanError: one was frozen then, and is not now.
+        """
+        changed = [unit.settle(self.names) for unit in self.units]
+        if any(changed):
+            now = {name for unit in self.units for name in unit.params}
+            self._trained = self._trained or now
+            self._new = sorted(now - self._trained)
+            self._frozen = len(self._trained - now)
+            self._find_smooth()
+        if self._new:
+            raise PlanError(
+                f"variable {self._new[0]!r} was frozen when the pipeline was made, so no optimizer "
+                "has it: make a new pipeline of the model, as Keras needs a new compile()"
+            )
+        return self._frozen
+
+    def _find_smooth(self) -> None:
+        self.smooth = set()
+        for unit in self.units:
+            if unit.params or not self.smooth.isdisjoint(unit.reads):
+                self.smooth.update(self.floating.intersection(unit.makes))
 
 
-def traced(model: Any, sample: Any) -> Graph:
+def traced(model: Any, sample: Any, deferred: bool = False) -> Graph:
     """Find the units of a built or unbuilt model; compute ``sample`` once.
+
+    Args:
+        model: Sequential or functional.
+        sample: a batch, or part of one.
+        deferred: whether running statistics of batch normalization wait for the end of a step.
 
     Raises:
         PlanError: it is neither Sequential nor functional, or does what a pipeline cannot.
@@ -186,7 +248,7 @@ def traced(model: Any, sample: Any) -> Graph:
             "not record: build it as keras.Sequential or keras.Model(inputs, outputs), of which it "
             "may be one layer"
         )
-    _measure(graph, graph.bind(sample))
+    _measure(graph, graph.bind(sample), deferred)
     return graph
 
 
@@ -230,7 +292,7 @@ def _of_nodes(model: Any) -> Graph:
     return Graph(model, units, inputs, outputs, model._outputs_struct)
 
 
-def _measure(graph: Graph, given: Mapping[str, Any]) -> None:
+def _measure(graph: Graph, given: Mapping[str, Any], deferred: bool) -> None:
     """Run the units once: find masks, sizes, variables and what has gradients."""
     _name_variables(graph)
     values = {name: tf.convert_to_tensor(value) for name, value in given.items()}
@@ -244,11 +306,9 @@ def _measure(graph: Graph, given: Mapping[str, Any]) -> None:
             if mask is not None:
                 unit.makes.append(name + _MASK)
                 values[name + _MASK] = mask
-        held = getattr(unit.layer, "trainable_variables", [])
-        unit.params = {graph.names[id(v)]: v for v in held}
         unit.generators = _generators(unit.layer)
-        if unit.params or not graph.smooth.isdisjoint(unit.reads):
-            graph.smooth.update(name for name in unit.makes if values[name].dtype.is_floating)
+        unit.norms = deferrable(unit.layer) if deferred else []
+        graph.floating.update(name for name in unit.makes if values[name].dtype.is_floating)
         if getattr(unit.layer, "losses", ()):
             raise PlanError(
                 f"layer {unit.name!r} adds a loss of its own (a regularizer, say), which pipelines "
@@ -260,6 +320,7 @@ def _measure(graph: Graph, given: Mapping[str, Any]) -> None:
                 f"output {name!r} has a mask, which a loss by micro-batches cannot follow: end the "
                 "model with a layer that uses it up"
             )
+    graph.refresh()
     graph.line = _line(graph, values)
 
 
@@ -317,6 +378,7 @@ class Batch:
         weights: by micro-batch, its share of the batch.
         train: whether there will be a backward.
         outputs: whether a training step returns the outputs, too.
+        scale: that the loss is multiplied by for backward.
     """
 
     step: int
@@ -325,6 +387,7 @@ class Batch:
     weights: Sequence[float]
     train: bool
     outputs: bool = False
+    scale: float | None = None
 
 
 @dataclass
@@ -368,7 +431,9 @@ class KerasStage:
         self._entering, self._leaving = (
             list(graph.line.live(cut)) if cut else list(graph.inputs) for cut in (first, stop)
         )
-        self._changing = graph.untrained(first, stop)
+        layers = [layer for unit in graph.units[first:stop] for layer in unit.norms]
+        waiting = {id(v) for each in layers for v in (each.moving_mean, each.moving_variance)}
+        self._changing = [v for v in graph.untrained(first, stop) if id(v) not in waiting]
         self._loss = None
         if loss is not None:  # named, or the closure would change with the attribute
             compare = loss
@@ -394,6 +459,16 @@ class KerasStage:
         self._outputs: dict[int, list[Any]] = {}
         self._total: Any = None
         self.gradients: dict[tuple[int, str], Any] = {}
+        self._sums: dict[tuple[int, int, int], Any] = {}  # by unit, layer in it, call of that
+        returns = self._last or not self._graph.smooth.isdisjoint(self._leaving)
+        self._trains = batch.train and returns
+
+    def commit(self) -> None:
+        """Move the running statistics of batch normalization that were put off in this step."""
+        with self._placed():
+            for (index, layer, _), total in sorted(self._sums.items(), key=lambda each: each[0]):
+                commit(self._graph.units[index].norms[layer], total)
+        self._sums.clear()
 
     def found(self) -> list[Any]:
         """Return the loss, if training, and the outputs of all micro-batches put together."""
@@ -412,12 +487,11 @@ class KerasStage:
                 values = {n: as_input(self._graph, n, x) for n, x in given.items()}
             else:
                 values = dict(zip(self._entering, inputs, strict=True))
-            if self._batch.train and micro_batch in self._again:
+            if self._trains and micro_batch in self._again:
                 self._skim(values, micro_batch)
-            else:
+            else:  # without a gradient to come, all that is below frozen units keeps nothing
                 passes = self._walk(values, micro_batch)
-                if self._batch.train:
-                    self._kept[micro_batch] = passes
+                self._kept[micro_batch] = passes if self._trains else []
         return [] if self._last else [values[name] for name in self._leaving]
 
     def backward(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:
@@ -452,10 +526,10 @@ class KerasStage:
     def _placed(self) -> Any:
         return tf.device(self._device) if self._device else contextlib.nullcontext()
 
-    def _walk(self, values: dict[str, Any], micro_batch: int) -> list[_Pass]:
-        """Compute all units and the loss; what they make goes to ``values``."""
+    def _walk(self, values: dict[str, Any], micro_batch: int, again: bool = False) -> list[_Pass]:
+        """Compute all units and the loss, for the first time or ``again``; fill ``values``."""
         units = range(self._first, self._stop)
-        passes = [self._compute(index, values, micro_batch) for index in units]
+        passes = [self._compute(index, values, micro_batch, again) for index in units]
         self.unit = None
         return passes + (self._finish(values, micro_batch) if self._last else [])
 
@@ -477,7 +551,7 @@ class KerasStage:
         now = self._state() if before else []
         self._set_state(before)
         try:
-            self._kept[micro_batch] = self._walk(values, micro_batch)
+            self._kept[micro_batch] = self._walk(values, micro_batch, again=not self._last)
         finally:
             self._set_state(now)
 
@@ -490,7 +564,7 @@ class KerasStage:
             for each, value in zip(self._changing, values, strict=True):
                 each.assign(value)
 
-    def _compute(self, index: int, values: dict[str, Any], micro_batch: int) -> _Pass:
+    def _compute(self, index: int, values: dict[str, Any], micro_batch: int, again: bool) -> _Pass:
         """Compute a unit; what it makes goes to ``values``."""
         unit = self._graph.units[index]
         self.unit = unit.name
@@ -500,9 +574,19 @@ class KerasStage:
         with self._random(unit, index, micro_batch), _tape(train) as tape:
             if train:
                 tape.watch([*entered.values(), *(v.value for v in unit.params.values())])
-            made = dict(zip(unit.makes, unit.compiled(train)(given), strict=True))
+            results, sums = unit.compiled(train)(given)
+            made = dict(zip(unit.makes, results, strict=True))
+        if not again:
+            self._count(index, sums)
         values.update(made)
         return _Pass(index, tape, entered, made)
+
+    def _count(self, index: int, sums: Sequence[Sequence[Any]]) -> None:
+        """Add what batch normalization has found in a micro-batch."""
+        for layer, calls in enumerate(sums):
+            for call, each in enumerate(calls):
+                key = index, layer, call
+                self._sums[key] = self._sums[key] + each if key in self._sums else each
 
     def _finish(self, values: Mapping[str, Any], micro_batch: int) -> list[_Pass]:
         """Compute the loss, or keep the outputs."""
@@ -517,8 +601,10 @@ class KerasStage:
         with _tape(True) as tape:
             tape.watch(list(entered.values()))
             weighted = self._loss(targets, outputs, self._batch.weights[micro_batch])
+            scale = self._batch.scale
+            scaled = weighted if scale is None else weighted * scale
         self._total = weighted if self._total is None else self._total + weighted
-        return [_Pass(-1, tape, entered, {_LOSS: weighted})]
+        return [_Pass(-1, tape, entered, {_LOSS: scaled})]
 
     def _differentiate(self, done: _Pass, found: dict[str, Any], weights: list[Any]) -> None:
         """Find the gradients of what a unit reads, and of its weights, from those in ``found``.
