@@ -8,16 +8,14 @@ import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 keras = pytest.importorskip("keras")
-pytest.importorskip("tensorflow")
+pytest.importorskip(os.environ["KERAS_BACKEND"])
 import numpy as np  # noqa: E402
 
 import hvdx as hvd  # noqa: E402
-from hvdx.errors import PipelineError, PlanError  # noqa: E402
-
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("Keras runs on another backend", allow_module_level=True)
+from hvdx.errors import PlanError  # noqa: E402
 
 layers = keras.layers
+backend = keras.backend.backend()
 
 
 def made(build, seed=3):
@@ -65,6 +63,10 @@ def batches(steps=4, rows=12, seed=0):
         (draw.normal(size=(n, 6)).astype("float32"), draw.normal(size=(n, 1)).astype("float32"))
         for n in sizes
     ]
+
+
+def values(tensor):
+    return keras.ops.convert_to_numpy(tensor)
 
 
 def weights(model):
@@ -190,8 +192,10 @@ def test_two_inputs_and_two_outputs():
     again = pipe.step([x["left"], x["right"]], y)
     pipe.close()
     for name in y:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
-    plain = sum(np.mean((expected[name] - y[name]) ** 2) for name in y)
+        np.testing.assert_allclose(
+            values(found[name]), values(expected[name]), rtol=1e-5, atol=1e-6
+        )
+    plain = sum(np.mean((values(expected[name]) - y[name]) ** 2) for name in y)
     assert loss == pytest.approx(plain, rel=1e-5)
     assert float(again) < loss
 
@@ -208,7 +212,7 @@ def test_masks_travel_with_their_tensors():
     x[:, 3:] = 0
     y = np.ones((8, 1), "float32")
     model = made(lambda: keras.Sequential(parts))
-    expected = np.mean((model(x).numpy() - y) ** 2)
+    expected = np.mean((values(model(x)) - y) ** 2)
     pipe = pipeline(model, x, place=["cpu"] * 4, stages=[1, 1, 1, 1])
     assert float(pipe.step(x, y)) == pytest.approx(expected, rel=1e-5)
     pipe.close()
@@ -252,7 +256,7 @@ def test_fit_learns_digits_as_the_plain_model_does(tmp_path):
     assert float(pipe.optimizer.learning_rate) == pytest.approx(4e-3)
     again = made(build, seed=5)
     again.load_weights(tmp_path / "m.weights.h5")
-    np.testing.assert_allclose(outputs, again(x[1400:]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(outputs, values(again(x[1400:])), rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_use_is_told():
@@ -264,13 +268,11 @@ def test_wrong_use_is_told():
 
     with pytest.raises(PlanError, match=r"Own 'own' is a subclassed model.*keras\.Sequential"):
         hvd.Pipeline(Own(), x)
-    with pytest.raises(PlanError, match="place has 'tpu', but TensorFlow has CPU:0"):
+    there = "but TensorFlow has CPU:0" if backend == "tensorflow" else "which cannot be used"
+    with pytest.raises(PlanError, match=f"place has 'tpu', {there}"):
         pipeline(made(sequential), x, place=["tpu"])
-    with pytest.raises(PlanError, match="reduction='sum'"):
-        pipeline(made(sequential), x, loss=keras.losses.MeanSquaredError(reduction="sum"))
-    with pytest.raises(PlanError, match="layer 'heavy' adds a loss of its own"):
-        heavy = layers.Dense(1, kernel_regularizer="l2", name="heavy")
-        pipeline(keras.Sequential([keras.Input((6,)), heavy]), x)
+    with pytest.raises(PlanError, match="reduction='none', no scalar"):
+        pipeline(made(sequential), x, loss=keras.losses.MeanSquaredError(reduction="none"))
     for option, told in {
         "memory": 1e9,
         "leaves": [layers.Dense],
@@ -289,6 +291,6 @@ def test_wrong_use_is_told():
     pipe = pipeline(made(sequential), x, place=["cpu"])
     with pytest.raises(ValueError, match="the same first dimension"):
         pipe.step(x, y[:3])
-    with pytest.raises(PipelineError, match="y has 2 parts, the model 1 outputs"):
+    with pytest.raises(ValueError, match="y has 2 parts, the model 1 outputs"):
         pipe.step(x, [y, y])
     pipe.close()

@@ -1,0 +1,480 @@
+"""A Keras model as a line of units, whatever the backend: what a pipeline can cut.
+
+Each call of a layer, or of an operation, is a unit. What Keras passes on beside the tensors is made
+a value of its own, which crosses cuts like any other:
+
+* a mask that hangs on a tensor: ``NAME/mask``;
+* the sum of the losses that layers add themselves, regularizers' among them: each unit that adds
+  one reads the sum so far and makes the next, ``NAME/losses``, so that one value crosses a cut
+  however many layers have losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.backend import get_keras_mask, set_keras_mask
+
+from hvdx.errors import PlanError
+from hvdx.integrations.keras3_masks import MASK, Ahead
+from hvdx.pipeline import ir
+
+LOSSES = "/losses"
+lock = threading.RLock()  # of what layers share between threads: seeds, functions to be traced
+
+
+@dataclass
+class Unit:
+    """A call of a layer or operation.
+
+    Attributes:
+        name: the layer's; a second call's has ``#2``.
+        layer: or operation.
+        arguments: of the call, from the model's tensors by ``id``.
+        reads: values of earlier units, or inputs of the model.
+        makes: values that it makes: tensors, then masks, then the sum of the losses.
+        tensors: value -> ``id`` of the tensor in the model's graph, of those that are no masks.
+        params: name in the model -> variable to train.
+        generators: of random numbers.
+        regularized: those of the variables whose regularizers count here, once for the model.
+        adds: by training or not, the losses that a call adds: True for a sum over rows, False for
+            a mean.
+        before: sum of the losses of earlier units, if there are any.
+        cache: for what a backend makes of it.
+    """
+
+    name: str
+    layer: Any
+    arguments: Callable[[dict[int, Any]], tuple[Any, Any]]
+    reads: list[str]
+    makes: list[str]
+    tensors: dict[str, int]
+    params: dict[str, Any] = field(default_factory=dict)
+    generators: list[Any] = field(default_factory=list)
+    regularized: list[Any] = field(default_factory=list)
+    adds: dict[bool, list[bool]] = field(default_factory=lambda: {False: [], True: []})
+    before: str | None = None
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Any]:
+        """Return the layer and those in it; nothing for an operation."""
+        if "parts" not in self.cache:
+            layer = isinstance(self.layer, keras.Layer)
+            self.cache["parts"] = self.layer._flatten_layers() if layer else []
+        return self.cache["parts"]  # type: ignore[no-any-return]  # of Any
+
+    @property
+    def variables(self) -> list[Any]:
+        """Return all variables of the layer, trained or not."""
+        return list(getattr(self.layer, "variables", ()))
+
+    def call(
+        self, given: Mapping[str, Any], training: bool, aliases: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the values of :attr:`makes`.
+
+        Args:
+            given: those of :attr:`reads`.
+            training: mode of the layer.
+            aliases: name of a variable -> tensor to use in its place.
+
+        Raises:
+            ValueError: the layer adds losses that were not seen on the sample.
+        """
+        used = {id(self.params[name]): alias for name, alias in (aliases or {}).items()}
+        made, losses = self._called(given, training, used)
+        values = dict(zip(self.tensors_made, made, strict=True))
+        values.update((n + MASK, get_keras_mask(values[n])) for n in self.tensors_made)
+        if len(losses) != len(self.adds[training]):
+            raise ValueError(
+                f"layer {self.name!r} adds {len(losses)} losses with training={training}, but "
+                f"{len(self.adds[training])} on the sample: call add_loss() in the call() of the "
+                "layer, as often each time"
+            )
+        if self.has_losses:
+            values[self.name + LOSSES] = self._added(given, training, losses, used)
+        return {name: values[name] for name in self.makes}
+
+    @property
+    def tensors_made(self) -> list[str]:
+        """Return those of :attr:`makes` that the layer returns."""
+        return [name for name in self.makes if name in self.tensors]
+
+    @property
+    def has_losses(self) -> bool:
+        """Tell whether losses are added here."""
+        return bool(self.regularized or self.adds[False] or self.adds[True])
+
+    def trial(self, given: Mapping[str, Any], training: bool) -> tuple[list[Any], list[float]]:
+        """Call the layer and forget its updates; return tensors and the losses that it adds."""
+        made, losses = self._called(given, training, {}, keep=False, collect=True)
+        return made, [float(keras.ops.convert_to_numpy(keras.ops.sum(x))) for x in losses]
+
+    def _called(
+        self,
+        given: Mapping[str, Any],
+        training: bool,
+        used: Mapping[int, Any],
+        keep: bool = True,
+        collect: bool = False,
+    ) -> tuple[list[Any], list[Any]]:
+        """Call the layer; return what it returns, as a list, and the losses that it adds.
+
+        Losses, and aliases, need a scope: Keras keeps losses with the layer, which several stages
+        may call at once.
+        """
+        for name in self.reads:
+            if name.endswith(MASK):
+                set_keras_mask(given[name.removesuffix(MASK)], given[name])
+        args, kwargs = self.arguments({self.tensors[n]: given[n] for n in self.reads
+                                       if n in self.tensors})  # fmt: skip
+        if isinstance(self.layer, keras.Layer) and _takes_training(self.layer):
+            kwargs["training"] = training
+        if not (collect or used or any(self.adds.values())):
+            made = keras.tree.flatten(self.layer(*args, **kwargs))
+            return made, [loss for part in self.parts for loss in part._losses]
+        aliases = [(v, used[id(v)]) for v in self.variables if id(v) in used]
+        with keras.StatelessScope(aliases, collect_losses=True) as scope:
+            made = keras.tree.flatten(self.layer(*args, **kwargs))
+        for variable in self.variables if keep else ():
+            value = scope.get_current_value(variable)
+            if value is not None and id(variable) not in used:
+                variable.assign(value)
+        return made, scope.losses
+
+    def _added(
+        self,
+        given: Mapping[str, Any],
+        training: bool,
+        losses: Sequence[Any],
+        used: Mapping[int, Any],
+    ) -> Any:
+        """Return the sum of the losses so far: (2,), means over rows and sums over rows."""
+        kinds = [*self.adds[training], *(False for _ in self.regularized)]
+        every = [*losses, *(v.regularizer(used.get(id(v), v)) for v in self.regularized)]
+        sums: list[Any] = [keras.ops.zeros((), keras.config.floatx())] * 2
+        for kind, loss in zip(kinds, every, strict=True):
+            sums[kind] = sums[kind] + keras.ops.cast(keras.ops.sum(loss), keras.config.floatx())
+        total = keras.ops.stack(sums)
+        return total if self.before is None else given[self.before] + total
+
+
+def _takes_training(layer: Any) -> bool:
+    return "training" in inspect.signature(layer.call).parameters
+
+
+@dataclass
+class Graph:
+    """The units of a model and the values that pass between them.
+
+    Attributes:
+        model: it.
+        units: in order.
+        inputs: values that the caller gives, in the model's order.
+        outputs: values that the model returns, in its order.
+        result: structure of what it returns, with anything as leaves.
+        names: ``id`` of a variable -> its path in the model, made unique.
+        smooth: values that have a gradient.
+        masks: those of the outputs, where they have one.
+        losses: sum of the losses that layers add, if any does.
+        line: the units as the planner sees them.
+    """
+
+    model: Any
+    units: list[Unit]
+    inputs: list[str]
+    outputs: list[str]
+    result: Any
+    names: dict[int, str] = field(default_factory=dict)
+    smooth: set[str] = field(default_factory=set)
+    masks: list[str] = field(default_factory=list)
+    losses: str | None = None
+    line: Any = None
+
+    @property
+    def ends(self) -> list[str]:
+        """Return all values that the last stage needs behind its units, each once."""
+        return list(
+            dict.fromkeys([*self.outputs, *self.masks, *([self.losses] if self.losses else [])])
+        )
+
+    def bind(self, given: Any) -> dict[str, Any]:
+        """Name the inputs of a batch: a list's are in the model's order, a dictionary's by name."""
+        if isinstance(given, Mapping):
+            if set(given) != set(self.inputs):
+                raise TypeError(f"the model takes {self.inputs}, given are {list(given)}")
+            return {name: given[name] for name in self.inputs}
+        values = list(given) if isinstance(given, (tuple, list)) else [given]
+        if len(values) != len(self.inputs):
+            raise TypeError(f"the model takes {len(self.inputs)} inputs, given are {len(values)}")
+        return dict(zip(self.inputs, values, strict=True))
+
+    def tensors(self, given: Any) -> dict[str, Any]:
+        """Name the inputs of a batch and make them tensors, cast as Keras does."""
+        types = {tensor.name: tensor.dtype for tensor in self.model.inputs or ()}
+        values = {}
+        for name, each in self.bind(given).items():
+            tensor = keras.ops.convert_to_tensor(each)
+            dtype = types.get(name, dtype_of(tensor))
+            values[name] = tensor if dtype_of(tensor) == dtype else keras.ops.cast(tensor, dtype)
+        return values
+
+    def masks_ahead(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the masks of the outputs for a whole batch, before it is computed."""
+        ahead = Ahead(self.units, inputs)
+        return {name: ahead.value(name) for name in self.masks}
+
+    def variables(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Return by name all variables that the units use, trained or not."""
+        return {self.names[id(v)]: v for unit in units for v in unit.variables}
+
+    def untrained(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Return the variables that the units may change without gradients; no random states."""
+        trained = {name for unit in units for name in unit.params}
+        return {name: v for name, v in self.variables(units).items()
+                if name not in trained and not v.path.endswith("seed_generator_state")}  # fmt: skip
+
+
+@dataclass
+class Batch:
+    """What stages get for a step.
+
+    Attributes:
+        step: its number.
+        inputs: by micro-batch, the inputs of the model by name.
+        targets: by micro-batch, what the loss compares with, and sample weights; none where no
+            loss is wanted.
+        weights: by micro-batch, its share of the batch in each loss.
+        train: whether there will be a backward.
+        outputs: whether the outputs are wanted.
+    """
+
+    step: int
+    inputs: Sequence[dict[str, Any]]
+    targets: Sequence[Any]
+    weights: Sequence[Any]
+    train: bool
+    outputs: bool = False
+
+
+@contextlib.contextmanager
+def drawing(unit: Unit, told: str, needed: bool) -> Iterator[None]:
+    """Give a random unit, where ``needed``, seeds of its own: a hash of ``told``.
+
+    Its layer's stay as they would have been.
+    """
+    if not needed:
+        yield
+        return
+    seeds = np.frombuffer(hashlib.blake2b(told.encode(), digest_size=8).digest(), "<u4") >> 1
+    with lock:
+        before = [keras.ops.convert_to_numpy(each.state) for each in unit.generators]
+        try:
+            for number, each in enumerate(unit.generators):
+                each.state.assign([int(seeds[0]), int(seeds[1]) ^ number << 20])
+            yield
+        finally:
+            for each, state in zip(unit.generators, before, strict=True):
+                each.state.assign(state)
+
+
+def dtype_of(value: Any) -> str:
+    """Return the name of a dtype, as Keras has it."""
+    return str(keras.backend.standardize_dtype(value.dtype))
+
+
+def traced(model: Any, sample: Any) -> Graph:
+    """Find the units of a built or unbuilt model; compute ``sample`` once.
+
+    Raises:
+        PlanError: it is neither Sequential nor functional, or does what a pipeline cannot.
+    """
+    if not isinstance(model, keras.Model):
+        raise PlanError(f"{type(model).__name__} is a layer; give a keras.Model")
+    if isinstance(model, keras.Sequential):
+        given = sample[0] if isinstance(sample, (tuple, list)) and len(sample) == 1 else sample
+        if not model.built:
+            model(keras.ops.convert_to_tensor(given))
+        graph = _of_layers(model)
+    elif hasattr(model, "_nodes_by_depth"):
+        graph = _of_nodes(model)
+    else:
+        raise PlanError(
+            f"{type(model).__name__} {model.name!r} is a subclassed model, whose calls Keras does "
+            "not record: build it as keras.Sequential or keras.Model(inputs, outputs), of which it "
+            "may be one layer"
+        )
+    _measure(graph, graph.tensors(sample))
+    return graph
+
+
+def _of_layers(model: Any) -> Graph:
+    """Take the layers of a Sequential one after the other."""
+    last = first = model.inputs[0].name if model.inputs else "input"
+    units: list[Unit] = []
+    for index, layer in enumerate(model.layers):
+
+        def arguments(held: dict[int, Any], index: int = index) -> tuple[Any, Any]:
+            return (held[index],), {}
+
+        tensors = {last: index, layer.name: index + 1}
+        units.append(Unit(layer.name, layer, arguments, [last], [layer.name], tensors))
+        last = layer.name
+    return Graph(model, units, [first], [last], 0)
+
+
+def _of_nodes(model: Any) -> Graph:
+    """Take the recorded calls of a functional model, from its inputs on."""
+    values = {id(tensor): tensor.name for tensor in model.inputs}
+    nodes = [node for _, level in sorted(model._nodes_by_depth.items(), reverse=True)
+             for node in level]  # fmt: skip
+    units: list[Unit] = []
+    calls: dict[str, int] = {}
+    for node in nodes:
+        if not node.operation or node.is_input:
+            continue
+        name = node.operation.name
+        calls[name] = calls.get(name, 0) + 1
+        name += f"#{calls[name]}" if calls[name] > 1 else ""
+        several = len(node.output_tensors) > 1
+        for i, tensor in enumerate(node.output_tensors):
+            values[id(tensor)] = f"{name}/{i}" if several else name
+        reads = list(dict.fromkeys(values[id(tensor)] for tensor in node.input_tensors))
+        makes = [values[id(tensor)] for tensor in node.output_tensors]
+        tensors = {values[id(t)]: id(t) for t in [*node.input_tensors, *node.output_tensors]}
+        units.append(Unit(name, node.operation, node.arguments.fill_in, reads, makes, tensors))
+    inputs = [values[id(tensor)] for tensor in model.inputs]
+    outputs = [values[id(tensor)] for tensor in model.outputs]
+    return Graph(model, units, inputs, outputs, model._outputs_struct)
+
+
+def _measure(graph: Graph, values: dict[str, Any]) -> None:
+    """Run the units once: find masks, losses, sizes, variables and what has gradients."""
+    _name_variables(graph)
+    inputs = dict(values)
+    counted: set[int] = set()  # variables whose regularizers some unit has
+    for unit in graph.units:
+        unit.reads += [name + MASK for name in unit.reads if name + MASK in values]
+        given = {name: values[name] for name in unit.reads}
+        held = getattr(unit.layer, "trainable_variables", [])
+        unit.params = {graph.names[id(v)]: v for v in held}
+        unit.generators = _generators(unit)
+        unit.regularized = [v for v in held if v.regularizer is not None and id(v) not in counted]
+        counted.update(id(v) for v in unit.regularized)
+        if _may_add(unit):
+            unit.adds = {training: _kinds(unit, given, training) for training in (False, True)}
+        made, _ = unit.trial(given, False)
+        values.update(zip(unit.tensors_made, made, strict=True))
+        _extend(graph, unit, values)
+        if unit.params or not graph.smooth.isdisjoint(unit.reads):
+            graph.smooth.update(n for n in unit.makes if "float" in dtype_of(values[n]))
+    graph.masks = [name + MASK for name in dict.fromkeys(graph.outputs) if name + MASK in values]
+    for name, mask in graph.masks_ahead(inputs).items():
+        if not np.array_equal(*map(keras.ops.convert_to_numpy, (mask, values[name]))):
+            raise PlanError(
+                f"output {name.removesuffix(MASK)!r} has a mask that is not what the layers before "
+                "it tell by compute_mask(): end the model with a layer that uses it up"
+            )
+    graph.line = _line(graph, values)
+
+
+def _extend(graph: Graph, unit: Unit, values: dict[str, Any]) -> None:
+    """Add to what a unit makes the masks and the losses that there are."""
+    for name in unit.tensors_made:
+        mask = get_keras_mask(values[name])
+        if mask is not None:
+            unit.makes.append(name + MASK)
+            values[name + MASK] = mask
+    if unit.has_losses:
+        if graph.losses is not None:
+            unit.before = graph.losses
+            unit.reads.append(graph.losses)
+        graph.losses = unit.name + LOSSES
+        unit.makes.append(graph.losses)
+        values[graph.losses] = keras.ops.zeros(2, keras.config.floatx())
+
+
+def _may_add(unit: Unit) -> bool:
+    """Tell whether a part of the unit calls ``add_loss``, as far as can be seen."""
+    for part in unit.parts:
+        own = [each for each in type(part).__mro__ if not each.__module__.startswith("keras.")]
+        codes = [getattr(each, "__code__", None) for kind in own for each in vars(kind).values()]
+        if part.activity_regularizer is not None or any(
+            code is not None and "add_loss" in code.co_names for code in codes
+        ):
+            return True
+    return False
+
+
+def _kinds(unit: Unit, given: Mapping[str, Any], training: bool) -> list[bool]:
+    """Tell of each loss that the unit adds whether it is a sum over the rows, or a mean.
+
+    Twice the rows double a sum and leave a mean as it was.
+
+    Raises:
+        PlanError: they do neither.
+    """
+    once = unit.trial(given, training)[1]
+    if not once:
+        return []
+    twice = unit.trial(
+        {name: keras.ops.concatenate([x, x]) if len(x.shape) else x for name, x in given.items()},
+        training,
+    )[1]
+    kinds = []
+    for one, two in zip(once, twice, strict=True):
+        near = 1e-3 * abs(one)
+        if not (abs(two - one) <= near or abs(two - 2 * one) <= near):
+            raise PlanError(
+                f"layer {unit.name!r} adds a loss that is neither a mean nor a sum over the rows "
+                f"of a batch: {one:g} for the sample, {two:g} for the sample taken twice. What it "
+                "is by micro-batches is not known: let it be a mean"
+            )
+        kinds.append(abs(two - one) > near)
+    return kinds
+
+
+def _name_variables(graph: Graph) -> None:
+    taken: set[str] = set()
+    for variable in graph.model.variables:
+        name, copy = variable.path, 0
+        while name in taken:
+            copy += 1
+            name = f"{variable.path}#{copy}"
+        taken.add(name)
+        graph.names[id(variable)] = name
+
+
+def _generators(unit: Unit) -> list[Any]:
+    found = [each for part in unit.parts for each in part._seed_generators]
+    return list({id(each): each for each in found}.values())
+
+
+def _line(graph: Graph, values: Mapping[str, Any]) -> ir.Graph:
+    units = tuple(
+        ir.Unit(
+            unit.name,
+            tuple(unit.reads),
+            {name: size(values[name]) for name in unit.makes},
+            {name: size(v) for name, v in unit.params.items()},
+            uses_rng=bool(unit.generators),
+        )
+        for unit in graph.units
+    )
+    return ir.Graph(units, {name: size(values[name]) for name in graph.inputs}, tuple(graph.ends))
+
+
+def size(value: Any) -> int:
+    """Return the bytes of a tensor or variable."""
+    bits = re.search(r"\d+", dtype_of(value))
+    return int(np.prod(value.shape)) * (int(bits[0]) // 8 if bits else 1)
