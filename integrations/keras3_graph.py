@@ -204,9 +204,8 @@ class Graph:
     @property
     def ends(self) -> list[str]:
         """Return all values that the last stage needs behind its units, each once."""
-        return list(
-            dict.fromkeys([*self.outputs, *self.masks, *([self.losses] if self.losses else [])])
-        )
+        losses = [] if self.losses is None else [self.losses]
+        return list(dict.fromkeys([*self.outputs, *self.masks, *losses]))
 
     def bind(self, given: Any) -> dict[str, Any]:
         """Name the inputs of a batch: a list's are in the model's order, a dictionary's by name."""

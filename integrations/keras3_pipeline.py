@@ -299,6 +299,7 @@ class Pipeline(BasePipeline):
         arrays = [each for each in keras.tree.flatten(data) if each is not None]
         if not all(hasattr(each, "shape") for each in arrays):
             return data[0]
+        data = tuple(tuple(each) if isinstance(each, list) else each for each in data)
         data = keras.tree.map_structure(lambda x: None if x is None else np.asarray(x), data)
         rows = rows_of([np.shape(each) for each in arrays])
         return Shuffled(data, rows, size, self._seed if shuffle else None)

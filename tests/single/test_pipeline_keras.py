@@ -49,6 +49,21 @@ def dropped():
     return keras.Model(x, layers.Dense(1, name="leave")(h))
 
 
+def language():
+    """An embedding that is also the last layer, tied over all stages."""
+    x = keras.Input((None,), dtype="int32", name="x")
+    embed = layers.ReversibleEmbedding(11, 6, name="embed")
+    h = embed(x)
+    for i in range(2):
+        h = h + layers.Dense(6, "tanh", name=f"dense{i}")(layers.LayerNormalization()(h))
+    return keras.Model(x, embed(h, reverse=True))
+
+
+def sentences(shapes, seed=0):
+    draw = np.random.default_rng(seed)
+    return [tuple(draw.integers(0, 11, (2, *shape)).astype("int32")) for shape in shapes]
+
+
 def two_by_two():
     left, right = keras.Input((6,), name="left"), keras.Input((4,), name="right")
     h = layers.Dense(8, name="a")(left) + layers.Dense(8, name="b")(right)
@@ -176,6 +191,21 @@ def test_dropout_and_uneven_batches_depend_on_no_cut():
     assert last == loss
     assert_same(learnt, expected)
     assert train(dropped, data, place=["cpu"], seed=8)[1] != loss
+
+
+def test_a_tied_embedding_and_shapes_that_change_every_step():
+    data = sentences([(8, 5), (6, 3), (7, 4)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    expected, last = train(language, data, place=["cpu"], loss=loss)
+    learnt, same = train(language, data, place=["cpu"] * 3, loss=loss)
+    assert same == last
+    assert_same(learnt, expected)
+    plain = made(language)
+    plain.compile(keras.optimizers.Adam(1e-2), loss)
+    for x, y in data:
+        plain.train_on_batch(x, y)
+    for name, value in weights(plain).items():
+        np.testing.assert_allclose(learnt[name], value, rtol=1e-5, atol=4e-5, err_msg=name)
 
 
 def test_two_inputs_and_two_outputs():

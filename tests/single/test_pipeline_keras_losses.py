@@ -48,7 +48,7 @@ def tagger():
     x = keras.Input((5,), dtype="int32", name="x")
     h = layers.Embedding(9, 4, mask_zero=True, name="embed")(x)
     h = layers.Add(name="skip")([h, layers.Dense(4, "tanh", name="dense")(h)])
-    return keras.Model(x, layers.Dense(3, name="leave")(layers.LSTM(4, True, name="lstm")(h)))
+    return keras.Model(x, layers.Dense(3, name="leave")(layers.LSTM(4, return_sequences=True)(h)))
 
 
 def two_outputs():
