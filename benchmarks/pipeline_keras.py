@@ -5,7 +5,7 @@
 One job per backend, of one process and one thread; pipelines of one and of two stages take steps in
 changing order. Layers are so small that a step takes the time of its calls: divided by units and
 micro-batches, that is what a unit costs, forward, backward and optimizer's part together. The bar:
-700 us. On digits the same model learns by ``pipe.fit`` and by Keras' ``fit``, from three beginnings.
+700 us. On digits the same model learns by ``pipe.fit`` and by Keras' ``fit``, from three starts.
 """
 
 from __future__ import annotations

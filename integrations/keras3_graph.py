@@ -26,6 +26,7 @@ from keras.src.backend import get_keras_mask, set_keras_mask
 
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_masks import MASK, Ahead
+from hvdx.integrations.keras_batch_norm import commit, deferrable
 from hvdx.pipeline import ir
 
 LOSSES = "/losses"
@@ -49,6 +50,7 @@ class Unit:
         adds: by training or not, the losses that a call adds: True for a sum over rows, False for
             a mean.
         before: sum of the losses of earlier units, if there are any.
+        norms: layers in it whose running statistics wait for the end of the step.
         cache: for what a backend makes of it.
     """
 
@@ -63,6 +65,8 @@ class Unit:
     regularized: list[Any] = field(default_factory=list)
     adds: dict[bool, list[bool]] = field(default_factory=lambda: {False: [], True: []})
     before: str | None = None
+    norms: list[Any] = field(default_factory=list)
+    flags: list[bool] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -91,7 +95,8 @@ class Unit:
         Raises:
             ValueError: the layer adds losses that were not seen on the sample.
         """
-        used = {id(self.params[name]): alias for name, alias in (aliases or {}).items()}
+        used = {id(self.params[name]): alias for name, alias in (aliases or {}).items()
+                if name in self.params}  # fmt: skip
         made, losses = self._called(given, training, used)
         values = dict(zip(self.tensors_made, made, strict=True))
         values.update((n + MASK, get_keras_mask(values[n])) for n in self.tensors_made)
@@ -160,13 +165,26 @@ class Unit:
         used: Mapping[int, Any],
     ) -> Any:
         """Return the sum of the losses so far: (2,), means over rows and sums over rows."""
-        kinds = [*self.adds[training], *(False for _ in self.regularized)]
-        every = [*losses, *(v.regularizer(used.get(id(v), v)) for v in self.regularized)]
+        penalised = [v for v in self.regularized if v.trainable]
+        kinds = [*self.adds[training], *(False for _ in penalised)]
+        every = [*losses, *(v.regularizer(used.get(id(v), v)) for v in penalised)]
         sums: list[Any] = [keras.ops.zeros((), keras.config.floatx())] * 2
         for kind, loss in zip(kinds, every, strict=True):
             sums[kind] = sums[kind] + keras.ops.cast(keras.ops.sum(loss), keras.config.floatx())
         total = keras.ops.stack(sums)
         return total if self.before is None else given[self.before] + total
+
+    def settle(self, names: Mapping[int, str]) -> bool:
+        """Find :attr:`params` anew if what is trainable has changed; tell whether it has."""
+        if not isinstance(self.layer, keras.Layer):
+            return False
+        flags = [self.layer.trainable, *(v.trainable for v in self.layer.variables)]
+        if flags == self.flags:
+            return False
+        self.flags = flags
+        self.params = {names[id(v)]: v for v in self.layer.trainable_variables}
+        self.cache.clear()  # what a layer computes may depend on it
+        return True
 
 
 def _takes_training(layer: Any) -> bool:
@@ -184,7 +202,8 @@ class Graph:
         outputs: values that the model returns, in its order.
         result: structure of what it returns, with anything as leaves.
         names: ``id`` of a variable -> its path in the model, made unique.
-        smooth: values that have a gradient.
+        floating: values that may have a gradient.
+        smooth: values that have one.
         masks: those of the outputs, where they have one.
         losses: sum of the losses that layers add, if any does.
         line: the units as the planner sees them.
@@ -196,10 +215,14 @@ class Graph:
     outputs: list[str]
     result: Any
     names: dict[int, str] = field(default_factory=dict)
+    floating: set[str] = field(default_factory=set)
     smooth: set[str] = field(default_factory=set)
     masks: list[str] = field(default_factory=list)
     losses: str | None = None
     line: Any = None
+    _trained: set[str] = field(default_factory=set)
+    _new: list[str] = field(default_factory=list)
+    _frozen: int = 0
 
     @property
     def ends(self) -> list[str]:
@@ -239,9 +262,45 @@ class Graph:
 
     def untrained(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Return the variables that the units may change without gradients; no random states."""
-        trained = {name for unit in units for name in unit.params}
+        weights = {id(v) for unit in units for part in unit.parts
+                   for v in part._trainable_variables}  # frozen or not  # fmt: skip
         return {name: v for name, v in self.variables(units).items()
-                if name not in trained and not v.path.endswith("seed_generator_state")}  # fmt: skip
+                if not (id(v) in weights or v.path.endswith("seed_generator_state"))}  # fmt: skip
+
+    def changing(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Return those of :meth:`untrained` that change with each micro-batch."""
+        layers = [layer for unit in units for layer in unit.norms]
+        waiting = {id(v) for each in layers for v in (each.moving_mean, each.moving_variance)}
+        return {n: v for n, v in self.untrained(units).items() if id(v) not in waiting}
+
+    def refresh(self) -> int:
+        """Find anew what is trained, where a ``trainable`` has changed since the last time.
+
+        Returns:
+            How many variables have been frozen since the first time.
+
+        Raises:
+            PlanError: one was frozen then, and is not now.
+        """
+        changed = [unit.settle(self.names) for unit in self.units]
+        if any(changed):
+            now = {name for unit in self.units for name in unit.params}
+            self._trained = self._trained or now
+            self._new = sorted(now - self._trained)
+            self._frozen = len(self._trained - now)
+            self._find_smooth()
+        if self._new:
+            raise PlanError(
+                f"variable {self._new[0]!r} was frozen when the pipeline was made, so no optimizer "
+                "has it: make a new pipeline of the model, as Keras needs a new compile()"
+            )
+        return self._frozen
+
+    def _find_smooth(self) -> None:
+        self.smooth = set()
+        for unit in self.units:
+            if unit.params or not self.smooth.isdisjoint(unit.reads):
+                self.smooth.update(self.floating.intersection(unit.makes))
 
 
 @dataclass
@@ -256,6 +315,7 @@ class Batch:
         weights: by micro-batch, its share of the batch in each loss.
         train: whether there will be a backward.
         outputs: whether the outputs are wanted.
+        scale: that the loss is multiplied by for backward.
     """
 
     step: int
@@ -264,6 +324,32 @@ class Batch:
     weights: Sequence[Any]
     train: bool
     outputs: bool = False
+    scale: float | None = None
+
+
+class Sums:
+    """What batch normalization finds in the micro-batches of a step, until that ends.
+
+    Args:
+        units: of the model.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._units = units
+        self._found: dict[tuple[int, int, int], Any] = {}  # by unit, layer in it, call of that
+
+    def add(self, index: int, found: Sequence[Sequence[Any]]) -> None:
+        """Add those of a micro-batch: by layer of ``units[index].norms`` and call."""
+        for layer, calls in enumerate(found):
+            for call, each in enumerate(calls):
+                key = index, layer, call
+                self._found[key] = self._found[key] + each if key in self._found else each
+
+    def commit(self) -> None:
+        """Move the running statistics, and forget the sums."""
+        for (index, layer, _), total in sorted(self._found.items(), key=lambda each: each[0]):
+            commit(self._units[index].norms[layer], total)
+        self._found.clear()
 
 
 @contextlib.contextmanager
@@ -292,8 +378,13 @@ def dtype_of(value: Any) -> str:
     return str(keras.backend.standardize_dtype(value.dtype))
 
 
-def traced(model: Any, sample: Any) -> Graph:
+def traced(model: Any, sample: Any, deferred: bool = False) -> Graph:
     """Find the units of a built or unbuilt model; compute ``sample`` once.
+
+    Args:
+        model: Sequential or functional.
+        sample: a batch, or part of one.
+        deferred: whether running statistics of batch normalization wait for the end of a step.
 
     Raises:
         PlanError: it is neither Sequential nor functional, or does what a pipeline cannot.
@@ -313,7 +404,7 @@ def traced(model: Any, sample: Any) -> Graph:
             "not record: build it as keras.Sequential or keras.Model(inputs, outputs), of which it "
             "may be one layer"
         )
-    _measure(graph, graph.tensors(sample))
+    _measure(graph, graph.tensors(sample), deferred)
     return graph
 
 
@@ -357,7 +448,7 @@ def _of_nodes(model: Any) -> Graph:
     return Graph(model, units, inputs, outputs, model._outputs_struct)
 
 
-def _measure(graph: Graph, values: dict[str, Any]) -> None:
+def _measure(graph: Graph, values: dict[str, Any], deferred: bool) -> None:
     """Run the units once: find masks, losses, sizes, variables and what has gradients."""
     _name_variables(graph)
     inputs = dict(values)
@@ -366,8 +457,8 @@ def _measure(graph: Graph, values: dict[str, Any]) -> None:
         unit.reads += [name + MASK for name in unit.reads if name + MASK in values]
         given = {name: values[name] for name in unit.reads}
         held = getattr(unit.layer, "trainable_variables", [])
-        unit.params = {graph.names[id(v)]: v for v in held}
         unit.generators = _generators(unit)
+        unit.norms = deferrable(unit.layer) if deferred else []
         unit.regularized = [v for v in held if v.regularizer is not None and id(v) not in counted]
         counted.update(id(v) for v in unit.regularized)
         if _may_add(unit):
@@ -375,8 +466,8 @@ def _measure(graph: Graph, values: dict[str, Any]) -> None:
         made, _ = unit.trial(given, False)
         values.update(zip(unit.tensors_made, made, strict=True))
         _extend(graph, unit, values)
-        if unit.params or not graph.smooth.isdisjoint(unit.reads):
-            graph.smooth.update(n for n in unit.makes if "float" in dtype_of(values[n]))
+        graph.floating.update(name for name in unit.makes if "float" in dtype_of(values[name]))
+    graph.refresh()
     graph.masks = [name + MASK for name in dict.fromkeys(graph.outputs) if name + MASK in values]
     for name, mask in graph.masks_ahead(inputs).items():
         if not np.array_equal(*map(keras.ops.convert_to_numpy, (mask, values[name]))):

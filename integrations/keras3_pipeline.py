@@ -19,6 +19,8 @@ from hvdx.integrations.keras3_fit import Shuffled, Trainer
 from hvdx.integrations.keras3_graph import Batch, Graph, traced
 from hvdx.integrations.keras3_losses import Objective
 from hvdx.integrations.keras3_masks import MASK
+from hvdx.integrations.keras_loss_scale import LossScale
+from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.pipeline import ir
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
 from hvdx.pipeline.channel import Key
@@ -40,8 +42,8 @@ class Pipeline(BasePipeline):
     one ``y``, and the loss returns everywhere. Parameters begin as rank 0 has them. Schedule,
     cuts and placement change no bit of what is learnt; more micro-batches change rounding.
 
-    Each rank keeps the whole model, but trains only its stages' part: see :meth:`save`. What is
-    trainable is settled when the pipeline is made.
+    Each rank keeps the whole model, but trains only its stages' part: see :meth:`save`. Layers may
+    be frozen, on every rank, between steps; what was frozen when the pipeline was made stays so.
 
     Args:
         model: a Sequential or functional model. Each call of a layer is a unit; a model in it is
@@ -51,7 +53,9 @@ class Pipeline(BasePipeline):
         loss: as for ``compile``: a name, ``keras.losses.Loss``, or function of ``y_true`` and
             ``y_pred``; one for all outputs, a list of one each, or a dictionary by the outputs'
             names. Losses that layers add, and regularizers', count as well: as Keras counts them.
-        optimizer: a Keras optimizer, new, or its name. It is this rank's alone.
+        optimizer: a Keras optimizer, new, or its name. It is this rank's alone. A model whose
+            dtype policy is ``mixed_float16`` gets a ``LossScaleOptimizer`` around it, as
+            ``compile`` does; where a rank's gradients are not finite, all ranks skip the step.
         loss_weights: factors of the outputs' losses, given as those are.
         micro_batches: pieces of a batch. Fewer where a batch has fewer rows.
         stages: how many; names of the units that all but the first begin with; how many units
@@ -70,6 +74,8 @@ class Pipeline(BasePipeline):
             in the place of the optimizer's ``global_clipnorm``.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+        batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
+            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
 
     Attributes:
@@ -77,6 +83,8 @@ class Pipeline(BasePipeline):
         units: names of all units, in order.
         optimizer: of this process' stages.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
+        skipped: whether the last step changed no variable, since a gradient under loss scaling
+            was not finite.
 
     Raises:
         PlanError: the model cannot be cut or placed as asked.
@@ -89,6 +97,7 @@ class Pipeline(BasePipeline):
     """
 
     _graph: Graph
+    _scale: LossScale | None = None
 
     def __init__(
         self,
@@ -105,6 +114,7 @@ class Pipeline(BasePipeline):
         by: str | None = None,
         clip_norm: float | None = None,
         checkpoint: str = "never",
+        batchnorm: str = "deferred",
         seed: int | None = None,
         **others: Any,
     ) -> None:
@@ -116,11 +126,12 @@ class Pipeline(BasePipeline):
             random.getrandbits(31) if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
+            batchnorm=batchnorm,
         )
         with self._alike():
-            check_options(micro_batches, place, clip_norm, checkpoint)
+            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm)
             _refuse(by, others)
-            self._graph = traced(model, sample)
+            self._graph = traced(model, sample, deferred=batchnorm == "deferred")
             self.units = [unit.name for unit in self._graph.units]
             self._loss = Objective(loss, loss_weights, self._graph)
             self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, None)
@@ -322,6 +333,12 @@ class Pipeline(BasePipeline):
                         f"variable {name!r}, which training changes without gradients, is used in "
                         f"stages {owner[name]} and {number}: cut so that one stage has both uses"
                     )
+        for unit in self._graph.units if self._across else ():
+            if any(isinstance(part, SyncBatchNormalization) for part in unit.parts):
+                raise PlanError(
+                    f"layer {unit.name!r} is a SyncBatchNormalization, which waits for all ranks, "
+                    "but those of other stages do not have it: use keras.layers.BatchNormalization"
+                )
         devices = [self._stages_of.device(each) for each in place or ()]
         for number, first, stop in self._own_stages():
             stages[number] = self._stages_of.KerasStage(
@@ -340,20 +357,23 @@ class Pipeline(BasePipeline):
         if told is None:
             return None
         optimizer = keras.optimizers.get(told)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            raise PlanError("a LossScaleOptimizer scales no loss here: use bfloat16 or float32")
-        if self._across and optimizer.global_clipnorm:
+        scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if self._graph.model.dtype_policy.name == "mixed_float16" and not scaling:
+            optimizer, scaling = keras.optimizers.LossScaleOptimizer(optimizer), True
+        limit = getattr(optimizer, "inner_optimizer", optimizer).global_clipnorm
+        if self._across and limit:
             raise PlanError(
-                f"global_clipnorm={optimizer.global_clipnorm} needs the norm over all ranks, which "
-                "an optimizer does not know: give it to the pipeline, as "
-                f"clip_norm={optimizer.global_clipnorm}"
+                f"global_clipnorm={limit} needs the norm over all ranks, which an optimizer does "
+                f"not know: give it to the pipeline, as clip_norm={limit}"
             )
         if optimizer.built:
             raise PlanError(
                 f"optimizer {optimizer.name!r} is built for other variables already; give a new one"
             )
-        if self._params:
+        if self._params or scaling:  # all ranks follow the scale
             optimizer.build(list(self._params.values()))
+        if scaling:
+            self._scale = LossScale(optimizer)
         return optimizer
 
     def _agree(self) -> None:
@@ -361,8 +381,10 @@ class Pipeline(BasePipeline):
         model = self._graph.model
         entries = {
             unit.name: str({name: tuple(v.shape) for name, v in unit.params.items()})
+            + f" in {getattr(unit.layer, 'compute_dtype', 'any type')}"
             for unit in self._graph.units
         }
+        entries["the loss scale"] = f"= {self._scale and self._scale.settings()}"
         self._check_agreed(entries)
         if model.variables:
             broadcast_parameters(model.variables)
@@ -374,13 +396,29 @@ class Pipeline(BasePipeline):
         with self._telling("step"):
             if not self._loss or self.optimizer is None:
                 raise PlanError("step() needs the loss= and optimizer= that it was made without")
-            found = self._run(x, y, sample_weight, train=True, compared=True, outputs=outputs)
-            totals = self._totals()
-            if self._params:
-                gradients = [totals.get(name) for name in self._params]
-                self._stages_of.apply(self.optimizer, gradients, list(self._params.values()))
+            scale = self._scale.value() if self._scale else None
+            found = self._run(
+                x, y, sample_weight, train=True, compared=True, outputs=outputs, scale=scale
+            )
+            totals = self._totals(scale)
+            for stage in self._stages.values():
+                stage.commit()
+            if not self.skipped:
+                self._apply(totals)
+            if self._scale:
+                self._scale.update(self.skipped)
             self._step += 1
         return found
+
+    def _apply(self, totals: dict[str, Any]) -> None:
+        """Step the optimizer with the gradients there are."""
+        optimizer = self._scale.inner if self._scale else self.optimizer
+        names = [name for name in self._params if name in totals]
+        if names:
+            variables = [self._params[name] for name in names]
+            self._stages_of.apply(optimizer, [totals[name] for name in names], variables)
+        elif self._params:  # all are frozen now; schedules go on
+            optimizer.iterations.assign_add(1)
 
     def _run(
         self,
@@ -391,9 +429,11 @@ class Pipeline(BasePipeline):
         train: bool = False,
         compared: bool = False,
         outputs: bool = False,
+        scale: float | None = None,
     ) -> list[Any]:
         """Run the schedule; return the loss, where ``compared``, then ``outputs``, everywhere."""
         graph = self._graph
+        frozen = graph.refresh() if train else 0
         inputs = graph.tensors(x)
         told = (self._loss.targets(y), self._loss.weights(sample_weight)) if compared else ()
         every = [*inputs.values(), *keras.tree.flatten(told)]
@@ -410,14 +450,18 @@ class Pipeline(BasePipeline):
             [keras.ops.convert_to_tensor(each) for each in shares] if last else [],
             train,
             outputs,
+            scale,
         )
-        return self._perform(batch, rows, train)
+        return self._perform(batch, rows, train, f", {frozen} variables frozen" if frozen else "")
 
     def _tensor(self, numbers: Sequence[float]) -> Any:
         return self._stages_of.numbers(numbers)
 
     def _norms(self, gradients: Sequence[Any]) -> list[float]:
         return self._stages_of.norms(gradients)  # type: ignore[no-any-return]  # loaded by name
+
+    def _finite(self, gradients: Sequence[Any]) -> bool:
+        return self._stages_of.finite(gradients)  # type: ignore[no-any-return]  # loaded by name
 
     def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
         return self._stages_of.arrived(gradient, self._graph.units[unit].params[name])
@@ -442,7 +486,7 @@ class Pipeline(BasePipeline):
         for _, first, stop in self._own_stages():
             for name, variable in self._graph.variables(self._graph.units[first:stop]).items():
                 own[f"model/{name}"] = variable
-        if self.optimizer is not None:
+        if self.optimizer is not None and self._params:
             slots = _slots(self.optimizer)
             own.update({f"optimizer/{name}": variable for name, variable in slots.items()})
         arrays = {name: _array(variable) for name, variable in own.items()}

@@ -70,7 +70,7 @@ def _unit(unit: Unit, graph: Graph, values: dict[str, Any]) -> tuple[float, floa
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(wanted)
         start = time.perf_counter()
-        made = compiled(unit, True)(given)
+        made = compiled(unit, True)(given)[0]
         _wait(made.values())
         forward = time.perf_counter() - start
     values.update(made)

@@ -9,16 +9,18 @@ then by unit; random layers draw from a hash of seed, step, micro-batch and unit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from hvdx.errors import PlanError
-from hvdx.integrations.keras3_graph import Batch, Graph, Unit, drawing, lock
+from hvdx.integrations.keras3_graph import Batch, Graph, Sums, Unit, drawing, lock
 from hvdx.integrations.keras3_losses import Objective
+from hvdx.integrations.keras_batch_norm import gathering
 from hvdx.pipeline.zmq_channel import Packed
 
 FRAMEWORK = "tensorflow"
@@ -53,6 +55,11 @@ def norms(gradients: Sequence[Any]) -> list[float]:
 def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     """Step the optimizer."""
     optimizer.apply(gradients, variables)
+
+
+def finite(gradients: Sequence[Any]) -> bool:
+    """Tell whether all numbers in them are finite."""
+    return all(bool(tf.reduce_all(tf.math.is_finite(each))) for each in gradients)
 
 
 def arrived(gradient: Any, _: Any) -> Any:
@@ -122,8 +129,9 @@ class KerasStage:
         self._entering, self._leaving = (
             list(graph.line.live(cut)) if cut else list(graph.inputs) for cut in (first, stop)
         )
-        self._changing = list(graph.untrained(graph.units[first:stop]).values())
+        self._changing = list(graph.changing(graph.units[first:stop]).values())
         self._loss = tf.function(loss.__call__, reduce_retracing=True, autograph=False)
+        self._in_thread = not tf.config.list_logical_devices("GPU")
         self.unit: str | None = None
 
     def begin(self, batch: Batch, again: frozenset[int] = frozenset()) -> None:
@@ -141,6 +149,12 @@ class KerasStage:
         self._outputs: dict[int, list[Any]] = {}
         self._total: Any = None
         self.gradients: dict[tuple[int, str], Any] = {}
+        self._sums = Sums(self._graph.units)
+
+    def commit(self) -> None:
+        """Move the running statistics of batch normalization that were put off in this step."""
+        with self._placed():
+            self._sums.commit()
 
     def found(self) -> list[Any]:
         """Return the loss, if wanted, and outputs and masks of all micro-batches put together."""
@@ -195,13 +209,25 @@ class KerasStage:
 
     # --- the parts
 
-    def _placed(self) -> Any:
-        return tf.device(self._device) if self._device else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[None]:
+        """Compute on this stage's device.
 
-    def _walk(self, values: dict[str, Any], micro_batch: int) -> list[_Pass]:
-        """Compute all units and the loss; what they make goes to ``values``."""
+        On CPUs in this very thread: most units are a few kernels one after the other, and handing
+        each unit to TensorFlow's threads takes longer than many units do. What is parallel within
+        a kernel stays so.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._device:
+                stack.enter_context(tf.device(self._device))
+            if self._in_thread:
+                stack.enter_context(context.function_executor_type("SINGLE_THREADED_EXECUTOR"))
+            yield
+
+    def _walk(self, values: dict[str, Any], micro_batch: int, again: bool = False) -> list[_Pass]:
+        """Compute all units and the loss, for the first time or ``again``; fill ``values``."""
         units = range(self._first, self._stop)
-        passes = [self._compute(index, values, micro_batch) for index in units]
+        passes = [self._compute(index, values, micro_batch, again) for index in units]
         self.unit = None
         return passes + (self._finish(values, micro_batch) if self._last else [])
 
@@ -223,7 +249,7 @@ class KerasStage:
         now = self._state() if before else []
         self._set_state(before)
         try:
-            self._kept[micro_batch] = self._walk(values, micro_batch)
+            self._kept[micro_batch] = self._walk(values, micro_batch, again=not self._last)
         finally:
             self._set_state(now)
 
@@ -236,7 +262,7 @@ class KerasStage:
             for each, value in zip(self._changing, values, strict=True):
                 each.assign(value)
 
-    def _compute(self, index: int, values: dict[str, Any], micro_batch: int) -> _Pass:
+    def _compute(self, index: int, values: dict[str, Any], micro_batch: int, again: bool) -> _Pass:
         """Compute a unit; what it makes goes to ``values``."""
         unit = self._graph.units[index]
         self.unit = unit.name
@@ -246,7 +272,9 @@ class KerasStage:
         with self._random(unit, index, micro_batch), _tape(train) as tape:
             if train:
                 tape.watch([*entered.values(), *(v.value for v in unit.params.values())])
-            made = compiled(unit, train)(given)
+            made, sums = compiled(unit, train)(given)
+        if not again:
+            self._sums.add(index, sums)
         values.update(made)
         return _Pass(index, tape, entered, made)
 
@@ -264,8 +292,9 @@ class KerasStage:
             if batch.train:
                 tape.watch(list(entered.values()))
             told = self._loss(*batch.targets[micro_batch], batch.weights[micro_batch], ends)
+            scaled = told if batch.scale is None else told * batch.scale
         self._total = told if self._total is None else self._total + told
-        return [_Pass(-1, tape, entered, {_LOSS: told})] if batch.train else []
+        return [_Pass(-1, tape, entered, {_LOSS: scaled})] if batch.train else []
 
     def _differentiate(self, done: _Pass, found: dict[str, Any], weights: list[Any]) -> None:
         """Find the gradients of what a unit reads, and of its weights, from those in ``found``.
@@ -301,11 +330,16 @@ class KerasStage:
 
 
 def compiled(unit: Unit, training: bool) -> Any:
-    """Return :meth:`Unit.call` in this mode, from values to values, as a function of TensorFlow."""
+    """Return :meth:`Unit.call` in this mode as a function of TensorFlow.
+
+    It gives the values made and, in training, sums by layer of :attr:`Unit.norms` and call.
+    """
     if training not in unit.cache:
 
-        def call(given: dict[str, Any]) -> dict[str, Any]:
-            return unit.call(given, training)
+        def call(given: dict[str, Any]) -> tuple[dict[str, Any], list[list[Any]]]:
+            with gathering(unit.norms if training else []) as sums:
+                made = unit.call(given, training)
+            return made, sums
 
         with lock:
             function = tf.function(call, reduce_retracing=True, autograph=False)

@@ -18,6 +18,7 @@ from hvdx.errors import PlanError
 from hvdx.integrations import keras3_graph as keras3
 from hvdx.integrations import pytorch_profile
 from hvdx.integrations.keras3_losses import Objective
+from hvdx.integrations.keras_batch_norm import gathering
 from hvdx.integrations.pytorch_graph import flat
 from hvdx.integrations.pytorch_stages import Batch, TorchStage
 from hvdx.integrations.pytorch_stages import TorchCodec as Codec
@@ -31,6 +32,7 @@ __all__ = [
     "apply",
     "arrived",
     "device",
+    "finite",
     "norms",
     "numbers",
     "profiled",
@@ -69,6 +71,11 @@ def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) ->
     optimizer.apply(gradients, variables)
 
 
+def finite(gradients: Sequence[torch.Tensor]) -> bool:
+    """Tell whether all numbers in them are finite."""
+    return all(bool(torch.isfinite(each).all()) for each in gradients)
+
+
 def arrived(gradient: torch.Tensor, variable: Any) -> torch.Tensor:
     """Put another rank's gradient where the variable is."""
     return gradient.to(variable.value.device)
@@ -85,6 +92,7 @@ class _Unit:
     tied: set[str]
     random: bool
     whole: keras3.Unit
+    index: int
 
 
 class _Graph:
@@ -103,12 +111,15 @@ class _Graph:
                 tied.intersection(unit.params),
                 bool(unit.generators),
                 unit,
+                index,
             )
-            for unit in graph.units
+            for index, unit in enumerate(graph.units)
         ]
         values = [*graph.inputs, *(name for unit in graph.units for name in unit.makes)]
         self.kinds = dict.fromkeys(values, flat(torch.zeros(()))[:2])
         self._variables = graph.variables(graph.units)
+        self.sums = keras3.Sums(graph.units)
+        self.counts = True  # what batch normalization finds; not again where it is computed again
 
     def bind(self, given: Any) -> dict[str, Any]:
         """See :meth:`keras3_graph.Graph.tensors`."""
@@ -116,11 +127,15 @@ class _Graph:
 
     def written(self, units: Sequence[_Unit]) -> list[str]:
         """Name what computing the units may change."""
-        return list(self.whole.untrained([unit.whole for unit in units]))
+        return list(self.whole.changing([unit.whole for unit in units]))
 
     def buffer(self, name: str) -> Any:
         """Return one of :meth:`written`."""
         return self._variables[name].value
+
+    def set_buffer(self, name: str, value: Any) -> None:
+        """Put another tensor in its place."""
+        self._variables[name]._value = value
 
     def results(self) -> list[str]:
         """Name the values that the last stage needs behind its units."""
@@ -131,7 +146,10 @@ class _Graph:
     ) -> None:
         """Compute a unit: read from ``values`` and add to them."""
         given = {name: values[name] for name in unit.reads}
-        values.update(unit.whole.call(given, train, aliases))
+        with gathering(unit.whole.norms if train else []) as sums:
+            values.update(unit.whole.call(given, train, aliases))
+        if self.counts:
+            self.sums.add(unit.index, [[each.detach() for each in calls] for calls in sums])
 
 
 class KerasStage(TorchStage):
@@ -158,7 +176,7 @@ class KerasStage(TorchStage):
         seed: int,
         split: bool,
     ) -> None:
-        own = _Graph(graph)
+        self._keras = own = _Graph(graph)
         home = next((v.value.device for v in graph.model.variables), torch.device("cpu"))
         for variable in graph.variables(graph.units[first:stop]).values():
             if device is not None and variable.value.device != device:
@@ -171,6 +189,7 @@ class KerasStage(TorchStage):
             device=device or home,
             seed=seed,
             split=split,
+            deferred=False,  # in PyTorch's way; see commit()
         )
         self._objective = loss
 
@@ -178,20 +197,29 @@ class KerasStage(TorchStage):
         """Forget the last step and take the batch, a :class:`keras3_graph.Batch`, of the next."""
         self._keeps_outputs = batch.outputs
         given = batch.step, batch.inputs, batch.targets, batch.weights, batch.train
-        super().begin(Batch(*given), again)
+        scale = 1.0 if batch.scale is None else batch.scale
+        super().begin(Batch(*given, scale=scale), again)
+        self._keras.sums = keras3.Sums(self._keras.whole.units)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the running statistics of batch normalization that were put off in this step."""
+        with keras.device(str(self._device)):
+            self._keras.sums.commit()
 
     def found(self) -> list[torch.Tensor]:
         """Return the loss, if wanted, and outputs and masks of all micro-batches put together."""
         return [*([] if self.total is None else [self.total]), *self._joined()]
 
     def _compute(self, *args: Any, **options: Any) -> list[Any]:
+        self._keras.counts = not options.get("again", False)
         with keras.device(str(self._device)):  # where Keras makes tensors
             return super()._compute(*args, **options)
 
     def _finish(self, local: dict[str, Any], micro_batch: int, made: dict[Any, Any]) -> None:
         """Compute the loss, and keep the outputs."""
         batch = self._batch
-        graph: keras3.Graph = self._graph.whole  # type: ignore[attr-defined]
+        graph = self._keras.whole
         if self._keeps_outputs:
             results = [*graph.outputs, *graph.masks]
             self.outputs[micro_batch] = [local[name].detach() for name in results]

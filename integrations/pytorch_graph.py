@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from hvdx.errors import PlanError
@@ -103,6 +104,11 @@ class Graph:
     def buffer(self, name: str) -> torch.Tensor:
         """Return one of :meth:`written`."""
         return self.model.get_buffer(name)
+
+    def set_buffer(self, name: str, value: torch.Tensor) -> None:
+        """Put another tensor in its place."""
+        path, _, own = name.rpartition(".")
+        setattr(self.model.get_submodule(path), own, value)
 
     def results(self) -> list[str]:
         """Name the values that the last stage needs behind its units."""
@@ -450,6 +456,18 @@ def differentiable(graph: Graph) -> set[str]:
 def is_smooth(tensor: torch.Tensor) -> bool:
     """Tell whether gradients exist for this dtype."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def batch_norms(graph: Graph, units: Sequence[Unit]) -> dict[str, _BatchNorm]:
+    """Name the BatchNorm modules in ``units``."""
+    called = {str(node.target) for unit in units for node in unit.nodes if node.op == "call_module"}
+    modules = graph.model.named_modules(remove_duplicate=False)
+    return {
+        name: module
+        for name, module in modules
+        if isinstance(module, _BatchNorm)
+        and any(name == each or name.startswith(f"{each}.") for each in called)
+    }
 
 
 def result_names(graph: Graph) -> list[str]:

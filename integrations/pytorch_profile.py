@@ -25,12 +25,14 @@ from hvdx.integrations.pytorch_graph import (
     mode,
     traced,
 )
+from hvdx.integrations.pytorch_precision import uncached
 from hvdx.pipeline import ir
 
 
 def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] = ()) -> ir.Graph:
     """Trace and profile a model: what the planner needs; see :func:`traced`, :func:`profiled`."""
-    return profiled(traced(model, sample, leaves), sample, micro_batches)
+    with uncached():
+        return profiled(traced(model, sample, leaves), sample, micro_batches)
 
 
 def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir.Graph:

@@ -289,8 +289,135 @@ def test_fit_learns_digits_as_the_plain_model_does(tmp_path):
     np.testing.assert_allclose(outputs, values(again(x[1400:])), rtol=1e-4, atol=1e-4)
 
 
+def normed():
+    stack = [layers.BatchNormalization(name="first", momentum=0.5), layers.Dense(6, name="dense")]
+    stack += [layers.BatchNormalization(name="second"), layers.Dense(1, name="leave")]
+    return keras.Sequential([keras.Input((6,)), *stack])
+
+
+def test_running_statistics_are_those_of_whole_batches():
+    data = [(x + 100, y) for x, y in batches(rows=[12, 7])]
+    plain = made(normed)
+    plain.compile(keras.optimizers.Adam(1e-2), "mse")
+    for x, y in data:
+        plain.train_on_batch(x, y)
+    expected = {name: v for name, v in weights(plain).items() if "first/moving" in name}
+    assert len(expected) == 2
+    learnt, _ = train(normed, data, place=["cpu"])
+    for name, value in expected.items():
+        np.testing.assert_allclose(learnt[name], value, rtol=1e-5, err_msg=name)
+    micro, _ = train(normed, data, place=["cpu"], batchnorm="micro")
+    assert all(not np.allclose(micro[n], expected[n], rtol=1e-3) for n in expected)
+
+
+def test_a_masked_norm_counts_what_it_sees():
+    x = np.random.default_rng(0).normal(size=(8, 5, 3)).astype("float32") + 5
+    x[:, 3:] = x[0, 1] = 0
+
+    def build():
+        stack = [layers.Masking(name="mask"), layers.BatchNormalization(name="norm", momentum=0.0)]
+        return keras.Sequential([keras.Input((5, 3)), *stack, layers.GRU(1, name="gru")])
+
+    model = made(build)
+    pipe = pipeline(model, x, place=["cpu"] * 2)
+    pipe.step(x, np.ones((8, 1), "float32"))
+    pipe.close()
+    seen = x[(x != 0).any(-1)]
+    np.testing.assert_allclose(model.layers[1].moving_mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(model.layers[1].moving_variance, seen.var(0), rtol=1e-4)
+
+
+def in_precision(policy, build):
+    """Build under a policy, which clearing the session would have set back."""
+
+    def made_so():
+        keras.config.set_dtype_policy(policy)
+        try:
+            return build()
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    return made_so
+
+
+@pytest.mark.parametrize("name", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_depends_on_no_cut(name):
+    """In float16 the first scales are too large: all stages skip those steps, as Keras does."""
+    data, build = batches(6), in_precision(name, sequential)
+
+    def optimizer():
+        sgd = keras.optimizers.SGD(0.1, momentum=0.9)
+        scaled = keras.optimizers.LossScaleOptimizer(sgd, 2.0**20, dynamic_growth_steps=3)
+        return scaled if name == "mixed_float16" else sgd
+
+    def learn(place):
+        model, own, skipped = made(build), optimizer(), []
+        pipe = hvd.Pipeline(model, data[0][0], "mse", own, place=place, micro_batches=2, seed=7)
+        for x, y in data:
+            pipe.step(x, y)
+            skipped.append(pipe.skipped)
+        pipe.close()
+        return weights(model), skipped, own
+
+    expected, skipped, own = learn(["cpu"])
+    other, same, _ = learn(["cpu"] * 3)
+    assert_same(other, expected)
+    plain = made(build)
+    plain.compile(scaled := optimizer(), "mse")
+    for x, y in data:
+        plain.train_on_batch(x, y)
+    for path, value in weights(plain).items():
+        np.testing.assert_allclose(expected[path], value, rtol=2e-2, atol=2e-2, err_msg=path)
+    assert skipped == same
+    if name == "mixed_float16":
+        assert skipped[0] and not skipped[-1]
+        assert float(own.dynamic_scale) == float(scaled.dynamic_scale)
+        assert int(own.step_counter) == int(scaled.step_counter)
+        pipe = pipeline(made(build), data[0][0], place=["cpu"])
+        pipe.close()
+        assert isinstance(pipe.optimizer, keras.optimizers.LossScaleOptimizer)  # as compile() does
+
+
+def test_layers_frozen_and_freed_while_training():
+    data = batches(4)
+    frozen = [set(), {"norm", "tied"}, {"norm", "enter"}, {"norm"}]
+
+    def learn(**options):
+        model = made(residual)
+        pipe = pipeline(model, data[0][0], **options)
+        for (x, y), names in zip(data, frozen, strict=True):
+            for name in ("norm", "tied", "enter"):
+                model.get_layer(name).trainable = name not in names
+            before = weights(model)
+            pipe.step(x, y)
+            after = weights(model)
+            assert names == {n.split("/")[0] for n in before if (before[n] == after[n]).all()}
+        pipe.close()
+        return weights(model)
+
+    assert_same(learn(place=["cpu"] * 4, checkpoint="always"), learn(place=["cpu"]))
+
+
+def test_what_was_frozen_needs_a_new_pipeline():
+    x, y = batches(1)[0]
+    model = made(residual)
+    enter, tied = model.get_layer("enter"), model.get_layer("tied")
+    enter.trainable = tied.trainable = False
+    pipe = pipeline(model, x, place=["cpu"] * 2, stages=["tied#2"])  # a stage for each call
+    before = weights(model)
+    pipe.step(x, y)
+    assert (weights(model)["tied/kernel"] == before["tied/kernel"]).all()
+    enter.trainable = True
+    for _ in range(2):
+        with pytest.raises(PlanError, match=r"'enter/bias' was frozen when .* a new pipeline"):
+            pipe.step(x, y)
+    pipe.close()
+
+
 def test_wrong_use_is_told():
     (x, y), *_ = batches(1)
+    with pytest.raises(PlanError, match=r"'sync' takes statistics of all replicas .* 'deferred'"):
+        pipeline(made(sequential), x, batchnorm="sync")
 
     class Own(keras.Model):
         def call(self, x):

@@ -12,6 +12,7 @@ import pytest
 
 import hvdx as hvd
 from hvdx.errors import MismatchError, PipelineError, PlanError
+from hvdx.keras import SyncBatchNormalization
 
 
 def load_models(name="test_pipeline_keras"):
@@ -118,6 +119,39 @@ def _go_on(pipe, data, path):
         again.close()
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_low_precision_over_ranks(policy, shared):
+    """The last rank has no variables, but scales the loss; what overflows anywhere is skipped."""
+    data, size = models.batches(4), hvd.size()
+
+    def build():
+        dense = [keras.layers.Dense(6, "tanh", name=f"dense{i}") for i in range(4)]
+        leave = keras.layers.Activation("linear", dtype="float32", name="leave")
+        return keras.Sequential([keras.Input((6,)), *dense, leave])
+
+    def learn(**options):
+        sgd = keras.optimizers.SGD(0.1, momentum=0.9)
+        scaled = keras.optimizers.LossScaleOptimizer(sgd, 2.0**20, dynamic_growth_steps=2)
+        own = scaled if policy == "mixed_float16" else sgd
+        model, skipped = models.made(models.in_precision(policy, build)), []
+        pipe = hvd.Pipeline(model, data[0][0], "mse", own, micro_batches=2, seed=7, **options)
+        for x, _ in data:
+            pipe.step(x, x)
+            skipped.append(pipe.skipped)
+        return pipe, own, (models.weights(model), skipped)
+
+    pipe, _, (expected, skipped) = learn(place=["cpu"])
+    pipe.close()
+    pipe, own, (_, same) = learn(stages=[6 - size] + [1] * (size - 1))
+    assert same == skipped
+    models.assert_same(learnt(pipe, shared / "state.npz"), expected)
+    if policy == "mixed_float16":
+        assert skipped[0] and not all(skipped)
+        assert len(set(hvd.allgather_object(float(own.dynamic_scale)))) == 1
+        pipe.load(shared / "state.npz")
+    pipe.close()
+
+
 class Failing(keras.layers.Layer):
     def call(self, x, training=None):
         if training:
@@ -149,6 +183,9 @@ def test_ranks_that_differ_are_told():
         models.pipeline(models.made(models.sequential), x, stages=stages)
     with pytest.raises(MismatchError, match="clip_norm"):
         models.pipeline(models.made(models.sequential), x, clip_norm=1.0 + hvd.rank())
+    with pytest.raises(PlanError, match="layer 'sync' is a SyncBatchNormalization, which waits"):
+        stack = [keras.layers.Dense(6), SyncBatchNormalization(name="sync"), keras.layers.Dense(1)]
+        models.pipeline(keras.Sequential([keras.Input((6,)), *stack]), x, stages=2)
     with pytest.raises(PlanError, match=r"global_clipnorm=1\.0 .* as clip_norm=1\.0"):
         hvd.Pipeline(
             models.made(models.sequential), x, "mse", keras.optimizers.SGD(global_clipnorm=1.0)
