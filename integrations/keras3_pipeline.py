@@ -495,7 +495,7 @@ class Pipeline(BasePipeline):
             key = Key("S", self._step, 0, 0)
             self._channel.note = f"save at {self._step}"
             if self._rank:
-                self._channel.send(0, key, [keras.ops.convert_to_tensor(v) for v in own.values()])
+                self._channel.send(0, key, [keras.ops.stop_gradient(v.value) for v in own.values()])
                 return {}
             for rank in sorted(set(self.plan.place) - {0}):
                 arrived = self._channel.receive(rank, key)
