@@ -150,6 +150,8 @@ class KerasStage:
         self._total: Any = None
         self.gradients: dict[tuple[int, str], Any] = {}
         self._sums = Sums(self._graph.units)
+        returns = self._last or not self._graph.smooth.isdisjoint(self._leaving)
+        self._trains = batch.train and returns
 
     def commit(self) -> None:
         """Move the running statistics of batch normalization that were put off in this step."""
@@ -172,12 +174,11 @@ class KerasStage:
                 values = dict(self._batch.inputs[micro_batch])
             else:
                 values = dict(zip(self._entering, inputs, strict=True))
-            if self._batch.train and micro_batch in self._again:
+            if self._trains and micro_batch in self._again:
                 self._skim(values, micro_batch)
-            else:
+            else:  # without a gradient to come, all that is below frozen units keeps nothing
                 passes = self._walk(values, micro_batch)
-                if self._batch.train:
-                    self._kept[micro_batch] = passes
+                self._kept[micro_batch] = passes if self._trains else []
         return [] if self._last else [values[name] for name in self._leaving]
 
     def backward(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:

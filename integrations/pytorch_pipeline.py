@@ -130,9 +130,9 @@ class Pipeline(BasePipeline):
             batchnorm=batchnorm,
         )
         self._loss = loss
-        self._scaler = _Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
         with self._alike(), uncached():
-            _check_arguments(model, loss, optimizer)
+            _check_arguments(model, loss, optimizer, scaler)
+            self._scaler = _Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
             check_options(micro_batches, place, clip_norm, checkpoint, batchnorm)
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
@@ -427,7 +427,7 @@ class _Slot:
         self.index = index
 
 
-def _check_arguments(model: Any, loss: Any, optimizer: Any) -> None:
+def _check_arguments(model: Any, loss: Any, optimizer: Any, scaler: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     if isinstance(optimizer, torch.optim.Optimizer) or not (
@@ -439,6 +439,8 @@ def _check_arguments(model: Any, loss: Any, optimizer: Any) -> None:
         )
     if loss is not None and not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}; give a function of output and target")
+    if scaler is not None and not hasattr(scaler, "unscale_"):
+        raise TypeError(f"scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler")
 
 
 def _device(told: Any) -> torch.device:

@@ -521,6 +521,11 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped_by_all_stages(tmp_
     pipe.step(*data[0])
     assert own.get_scale() == 4096.0  # the second step in a row
     pipe.close()
+    half, (x, y) = made(sequential).half(), (each.half() for each in data[0])
+    pipe = hvd.Pipeline(half, x, F.mse_loss, adam, stages=2, scaler=scaler())
+    with pytest.raises(PipelineError, match=r"ValueError: .* but some here are in float16"):
+        pipe.step(x, y)
+    pipe.close()
 
 
 def test_checkpoints_move_between_any_numbers_of_stages(tmp_path):
@@ -626,6 +631,7 @@ def wrong(**options):
         ({"place": ["cpu", "cuda:99"]}, PlanError, "place has 'cuda:99', which cannot be used"),
         ({"place": "cpu"}, PlanError, "place='cpu': give a list"),
         ({"optimizer": adam([nn.Parameter(torch.ones(1))])}, TypeError, "Adam; give a function"),
+        ({"scaler": 1024.0}, TypeError, "scaler is a float; give a torch.amp.GradScaler"),
         ({"model": 3}, TypeError, "int is no model"),
         ({"sample": torch.ones(2, 5)}, PlanError, "unit '0' fails on the sample: RuntimeError"),
     ],
