@@ -435,18 +435,19 @@ class Pipeline(BasePipeline):
         graph = self._graph
         frozen = graph.refresh() if train else 0
         inputs = graph.tensors(x)
-        told = (self._loss.targets(y), self._loss.weights(sample_weight)) if compared else ()
-        every = [*inputs.values(), *keras.tree.flatten(told)]
-        rows = rows_of([tuple(tensor.shape) for tensor in every if tensor is not None])
+        targets = self._loss.targets(y) if compared else []
+        weights = self._loss.weights(sample_weight) if compared else []
+        every = [each for each in [*inputs.values(), *targets, *weights] if each is not None]
+        rows = rows_of([tuple(tensor.shape) for tensor in every])
         sizes = self._sizes(rows, train)
-        shares: Sequence[Any] = []
+        shares: Any = []
         if compared:
-            shares = self._loss.shares(*told, graph.masks_ahead(inputs), sizes)
+            shares = self._loss.shares(targets, weights, graph.masks_ahead(inputs), sizes)
         last = len(self.plan.place) - 1 in self._stages
         batch = Batch(
             self._step,
             _pieces(inputs, sizes) if 0 in self._stages else [],
-            _pieces(told, sizes) if compared and last else [],
+            _pieces((targets, weights), sizes) if compared and last else [],
             [keras.ops.convert_to_tensor(each) for each in shares] if last else [],
             train,
             outputs,

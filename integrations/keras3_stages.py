@@ -9,6 +9,7 @@ then by unit; random layers draw from a hash of seed, step, micro-batch and unit
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -336,16 +337,19 @@ def compiled(unit: Unit, training: bool) -> Any:
     It gives the values made and, in training, sums by layer of :attr:`Unit.norms` and call.
     """
     if training not in unit.cache:
-
-        def call(given: dict[str, Any]) -> tuple[dict[str, Any], list[list[Any]]]:
-            with gathering(unit.norms if training else []) as sums:
-                made = unit.call(given, training)
-            return made, sums
-
+        call = functools.partial(_called, unit, training)
         with lock:
             function = tf.function(call, reduce_retracing=True, autograph=False)
             unit.cache.setdefault(training, function)
     return unit.cache[training]
+
+
+def _called(
+    unit: Unit, training: bool, given: dict[str, Any]
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    with gathering(unit.norms if training else []) as sums:
+        made = unit.call(given, training)
+    return made, sums
 
 
 def _tape(train: bool) -> Any:

@@ -225,8 +225,9 @@ class KerasStage(TorchStage):
             self.outputs[micro_batch] = [local[name].detach() for name in results]
         if batch.targets:
             ends = {name: local[name] for name in graph.ends}
-            told = batch.targets[micro_batch]
-            self._count(self._objective(*told, batch.weights[micro_batch], ends), made)
+            targets, weights = batch.targets[micro_batch]
+            share = batch.weights[micro_batch]
+            self._count(self._objective(targets, weights, share, ends), made)
 
     @contextlib.contextmanager
     def _random(self, unit: Any, index: int, micro_batch: int) -> Iterator[None]:
