@@ -184,8 +184,9 @@ def test_ranks_that_differ_are_told():
     with pytest.raises(MismatchError, match="clip_norm"):
         models.pipeline(models.made(models.sequential), x, clip_norm=1.0 + hvd.rank())
     with pytest.raises(PlanError, match="layer 'sync' is a SyncBatchNormalization, which waits"):
-        stack = [keras.layers.Dense(6), SyncBatchNormalization(name="sync"), keras.layers.Dense(1)]
-        models.pipeline(keras.Sequential([keras.Input((6,)), *stack]), x, stages=2)
+        dense = [keras.layers.Dense(6) for _ in range(3)]  # on each of up to four ranks a unit
+        stack = [keras.Input((6,)), SyncBatchNormalization(name="sync"), *dense]
+        models.pipeline(keras.Sequential(stack), x)
     with pytest.raises(PlanError, match=r"global_clipnorm=1\.0 .* as clip_norm=1\.0"):
         hvd.Pipeline(
             models.made(models.sequential), x, "mse", keras.optimizers.SGD(global_clipnorm=1.0)
