@@ -523,7 +523,7 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped_by_all_stages(tmp_
     pipe.close()
     half, (x, y) = made(sequential).half(), (each.half() for each in data[0])
     pipe = hvd.Pipeline(half, x, F.mse_loss, adam, stages=2, scaler=scaler())
-    with pytest.raises(PipelineError, match=r"ValueError: .* but some here are in float16"):
+    with pytest.raises(ValueError, match=r"under torch.autocast, but some here are in float16"):
         pipe.step(x, y)
     pipe.close()
 
