@@ -16,9 +16,10 @@ from keras.src.backend import set_keras_mask
 from hvdx.agreement import next_name
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
-from hvdx.integrations.keras3_graph import Batch, Graph, traced
+from hvdx.integrations.keras3_graph import Batch, Graph
 from hvdx.integrations.keras3_losses import Objective
 from hvdx.integrations.keras3_masks import MASK
+from hvdx.integrations.keras3_trace import traced
 from hvdx.integrations.keras_loss_scale import LossScale
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.pipeline import ir
