@@ -82,6 +82,7 @@ class Pipeline(BasePipeline):
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizer: of this process' stages.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
         skipped: whether the last step changed no variable, since a gradient under loss scaling
@@ -271,7 +272,7 @@ class Pipeline(BasePipeline):
             _assign(self._all_variables(), told, "model")
             if self.optimizer is not None:
                 _assign(_slots(self.optimizer), told, "optimizer")
-            self._step, self._seed = about["step"], about["seed"]
+            self.steps, self._seed = about["step"], about["seed"]
             for stage in self._stages.values():
                 stage.seed = self._seed
 
@@ -409,6 +410,7 @@ class Pipeline(BasePipeline):
             if self._scale:
                 self._scale.update(self.skipped)
             self._step += 1
+            self.steps += 1
         return found
 
     def _apply(self, totals: dict[str, Any]) -> None:
@@ -446,7 +448,7 @@ class Pipeline(BasePipeline):
             shares = self._loss.shares(targets, weights, graph.masks_ahead(inputs), sizes)
         last = len(self.plan.place) - 1 in self._stages
         batch = Batch(
-            self._step,
+            self.steps if train else self._step,
             _pieces(inputs, sizes) if 0 in self._stages else [],
             _pieces((targets, weights), sizes) if compared and last else [],
             [keras.ops.convert_to_tensor(each) for each in shares] if last else [],
@@ -504,7 +506,7 @@ class Pipeline(BasePipeline):
                 for name, tensor in zip(names[rank], arrived, strict=True):
                     arrays.setdefault(name, _array(tensor))
         _assign(self._all_variables(), arrays, "model")
-        about = {"format": _FORMAT, "step": self._step, "seed": self._seed}
+        about = {"format": _FORMAT, "step": self.steps, "seed": self._seed}
         about["plan"] = self.plan.to_json()
         return {**arrays, _ABOUT: np.array(json.dumps(about))}
 
