@@ -108,6 +108,25 @@ class Graph:
                     tensor = operator.attrgetter(str(each.target))(self.model)
                     tensor.data = tensor.data.to(device)
 
+    def buffer(self, name: str) -> torch.Tensor:
+        """Return one of :meth:`written`."""
+        return self.model.get_buffer(name)
+
+    def set_buffer(self, name: str, value: torch.Tensor) -> None:
+        """Put another tensor in its place."""
+        path, _, own = name.rpartition(".")
+        setattr(self.model.get_submodule(path), own, value)
+
+    def results(self) -> list[str]:
+        """Name the values that the last stage needs behind its units."""
+        return result_names(self)
+
+    def perform(
+        self, unit: Unit, values: dict[str, Any], aliases: Mapping[str, Any], train: bool
+    ) -> None:
+        """Compute a unit; see :func:`perform`. Modules know their mode themselves."""
+        perform(self, unit, values, aliases)
+
     def owner(self, name: str) -> int:
         """Return the first unit that uses an entry of the model's ``state_dict()``; 0 if none."""
         held = self.model.state_dict(keep_vars=True)[name]

@@ -33,8 +33,6 @@ from hvdx.integrations.pytorch_graph import (
     differentiable,
     flat,
     is_smooth,
-    perform,
-    result_names,
     result_of,
     unflat,
 )
@@ -135,7 +133,7 @@ class TorchStage:
     """Units ``first`` to ``stop - 1`` of a graph; see :class:`hvdx.pipeline.run.Stage`.
 
     Args:
-        graph: of the model.
+        graph: of the model: a :class:`Graph`, or what does as one (Keras' on torch).
         first: unit.
         stop: unit behind the last.
         loss: function of outputs and targets.
@@ -185,10 +183,10 @@ class TorchStage:
         made = {name for _, unit in units for name in unit.makes}
         read = [name for _, unit in units for name in unit.reads]
         has_loss = last and self._last
-        read += result_names(self._graph) if has_loss else []
+        read += self._graph.results() if has_loss else []
         later = {name for unit in self._graph.units[units[-1][0] + 1 :] for name in unit.reads}
         if not has_loss:
-            later |= set(result_names(self._graph))
+            later |= set(self._graph.results())
         makes = [name for _, unit in units for name in unit.makes if name in later]
         reads = [name for name in dict.fromkeys(read) if name not in made]
         return _Segment(units, reads, makes, has_loss)
@@ -256,6 +254,10 @@ class TorchStage:
         if self._batch.train:
             assert self.total is not None
             return [self.total]
+        return self._joined()
+
+    def _joined(self) -> list[torch.Tensor]:
+        """Put the outputs of all micro-batches together."""
         return [
             torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
             for pieces in zip(*(self.outputs[k] for k in sorted(self.outputs)), strict=True)
@@ -316,13 +318,12 @@ class TorchStage:
         self.unit = None
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        return {name: self._graph.model.get_buffer(name) for name in self._written}
+        return {name: self._graph.buffer(name) for name in self._written}
 
     def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
         """Put tensors in their place: autograd may still need what the others hold."""
         for name, value in values.items():
-            path, _, own = name.rpartition(".")
-            setattr(self._graph.model.get_submodule(path), own, value)
+            self._graph.set_buffer(name, value)
 
     def _advance(self, segment: _Segment, values: dict[str, Any], micro_batch: int) -> _Pass:
         """Compute a segment; what it makes goes to ``values``."""
@@ -335,7 +336,7 @@ class TorchStage:
             self.unit = unit.name
             aliases = self._aliases[index]
             with self._random(unit, index, micro_batch):
-                perform(self._graph, unit, local, aliases)
+                self._graph.perform(unit, local, aliases, self._batch.train)
             for name, p in unit.params.items():
                 if p.requires_grad:
                     weights[index, name] = aliases.get(name, p)
@@ -363,7 +364,7 @@ class TorchStage:
     def _finish(self, local: dict[str, Any], micro_batch: int, made: dict[Any, Any]) -> None:
         """Compute the loss, or keep the outputs."""
         if not self._batch.train:
-            names = dict.fromkeys(result_names(self._graph))
+            names = dict.fromkeys(self._graph.results())
             self.outputs[micro_batch] = [x for name in names for x in flat(local[name])[2]]
             return
         outputs = result_of(self._graph, local)
@@ -378,12 +379,15 @@ class TorchStage:
                 f"loss(output, target) returns {told}, no scalar tensor: take the mean over the "
                 "micro-batch"
             )
-        if not loss.requires_grad:
+        self._count(loss.reshape(()) * self._batch.weights[micro_batch], made)
+
+    def _count(self, weighted: torch.Tensor, made: dict[Any, Any]) -> None:
+        """Add a micro-batch's share of the loss; its backward begins there."""
+        if self._batch.train and not weighted.requires_grad:
             raise ValueError(
                 "the loss depends on no parameter that requires a gradient: are all frozen, or is "
                 "something detached?"
             )
-        weighted = loss.reshape(()) * self._batch.weights[micro_batch]
         made[_LOSS] = weighted
         value = weighted.detach()
         self.total = value if self.total is None else self.total + value

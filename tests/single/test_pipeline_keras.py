@@ -8,16 +8,14 @@ import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 keras = pytest.importorskip("keras")
-pytest.importorskip("tensorflow")
+pytest.importorskip(os.environ["KERAS_BACKEND"])
 import numpy as np  # noqa: E402
 
 import hvdx as hvd  # noqa: E402
-from hvdx.errors import PipelineError, PlanError  # noqa: E402
-
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("Keras runs on another backend", allow_module_level=True)
+from hvdx.errors import PlanError  # noqa: E402
 
 layers = keras.layers
+backend = keras.backend.backend()
 
 
 def made(build, seed=3):
@@ -51,6 +49,21 @@ def dropped():
     return keras.Model(x, layers.Dense(1, name="leave")(h))
 
 
+def reversible():
+    """An embedding that is also the last layer, tied over all stages."""
+    x = keras.Input((None,), dtype="int32", name="x")
+    embed = layers.ReversibleEmbedding(11, 6, name="embed")
+    h = embed(x)
+    for i in range(2):
+        h = h + layers.Dense(6, "tanh", name=f"dense{i}")(layers.LayerNormalization()(h))
+    return keras.Model(x, embed(h, reverse=True))
+
+
+def sentences(shapes, seed=0):
+    draw = np.random.default_rng(seed)
+    return [tuple(draw.integers(0, 11, (2, *shape)).astype("int32")) for shape in shapes]
+
+
 def two_by_two():
     left, right = keras.Input((6,), name="left"), keras.Input((4,), name="right")
     h = layers.Dense(8, name="a")(left) + layers.Dense(8, name="b")(right)
@@ -65,6 +78,10 @@ def batches(steps=4, rows=12, seed=0):
         (draw.normal(size=(n, 6)).astype("float32"), draw.normal(size=(n, 1)).astype("float32"))
         for n in sizes
     ]
+
+
+def values(tensor):
+    return keras.ops.convert_to_numpy(tensor)
 
 
 def weights(model):
@@ -206,6 +223,21 @@ def test_dropout_and_uneven_batches_depend_on_no_cut():
     assert train(dropped, data, place=["cpu"], seed=8)[1] != loss
 
 
+def test_a_tied_embedding_and_shapes_that_change_every_step():
+    data = sentences([(8, 5), (6, 3), (7, 4)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    expected, last = train(reversible, data, place=["cpu"], loss=loss)
+    learnt, same = train(reversible, data, place=["cpu"] * 3, loss=loss)
+    assert same == last
+    assert_same(learnt, expected)
+    plain = made(reversible)
+    plain.compile(keras.optimizers.Adam(1e-2), loss)
+    for x, y in data:
+        plain.train_on_batch(x, y)
+    for name, value in weights(plain).items():
+        np.testing.assert_allclose(learnt[name], value, rtol=1e-5, atol=4e-5, err_msg=name)
+
+
 def test_two_inputs_and_two_outputs():
     model = made(two_by_two)
     draw = np.random.default_rng(0)
@@ -220,8 +252,10 @@ def test_two_inputs_and_two_outputs():
     again = pipe.step([x["left"], x["right"]], y)
     pipe.close()
     for name in y:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
-    plain = sum(np.mean((expected[name] - y[name]) ** 2) for name in y)
+        np.testing.assert_allclose(
+            values(found[name]), values(expected[name]), rtol=1e-5, atol=1e-6
+        )
+    plain = sum(np.mean((values(expected[name]) - y[name]) ** 2) for name in y)
     assert loss == pytest.approx(plain, rel=1e-5)
     assert float(again) < loss
 
@@ -238,7 +272,7 @@ def test_masks_travel_with_their_tensors():
     x[:, 3:] = 0
     y = np.ones((8, 1), "float32")
     model = made(lambda: keras.Sequential(parts))
-    expected = np.mean((model(x).numpy() - y) ** 2)
+    expected = np.mean((values(model(x)) - y) ** 2)
     pipe = pipeline(model, x, place=["cpu"] * 4, stages=[1, 1, 1, 1])
     assert float(pipe.step(x, y)) == pytest.approx(expected, rel=1e-5)
     pipe.close()
@@ -282,7 +316,7 @@ def test_fit_learns_digits_as_the_plain_model_does(tmp_path):
     assert float(pipe.optimizer.learning_rate) == pytest.approx(4e-3)
     again = made(build, seed=5)
     again.load_weights(tmp_path / "m.weights.h5")
-    np.testing.assert_allclose(outputs, again(x[1400:]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(outputs, values(again(x[1400:])), rtol=1e-4, atol=1e-4)
 
 
 def normed():
@@ -301,7 +335,8 @@ def test_running_statistics_are_those_of_whole_batches():
     assert len(expected) == 2
     learnt, _ = train(normed, data, place=["cpu"])
     for name, value in expected.items():
-        np.testing.assert_allclose(learnt[name], value, rtol=1e-5, err_msg=name)
+        near = 1e-5 if backend == "tensorflow" else 1e-2  # on torch Keras subtracts large squares
+        np.testing.assert_allclose(learnt[name], value, rtol=near, err_msg=name)
     micro, _ = train(normed, data, place=["cpu"], batchnorm="micro")
     assert all(not np.allclose(micro[n], expected[n], rtol=1e-3) for n in expected)
 
@@ -421,13 +456,11 @@ def test_wrong_use_is_told():
 
     with pytest.raises(PlanError, match=r"Own 'own' is a subclassed model.*keras\.Sequential"):
         hvd.Pipeline(Own(), x)
-    with pytest.raises(PlanError, match="place has 'tpu', but TensorFlow has CPU:0"):
+    there = "but TensorFlow has CPU:0" if backend == "tensorflow" else "which cannot be used"
+    with pytest.raises(PlanError, match=f"place has 'tpu', {there}"):
         pipeline(made(sequential), x, place=["tpu"])
-    with pytest.raises(PlanError, match="reduction='sum'"):
-        pipeline(made(sequential), x, loss=keras.losses.MeanSquaredError(reduction="sum"))
-    with pytest.raises(PlanError, match="layer 'heavy' adds a loss of its own"):
-        heavy = layers.Dense(1, kernel_regularizer="l2", name="heavy")
-        pipeline(keras.Sequential([keras.Input((6,)), heavy]), x)
+    with pytest.raises(PlanError, match="reduction='none', no scalar"):
+        pipeline(made(sequential), x, loss=keras.losses.MeanSquaredError(reduction="none"))
     for option, told in {
         "memory": 1e9,
         "leaves": [layers.Dense],
@@ -446,6 +479,6 @@ def test_wrong_use_is_told():
     pipe = pipeline(made(sequential), x, place=["cpu"])
     with pytest.raises(ValueError, match="the same first dimension"):
         pipe.step(x, y[:3])
-    with pytest.raises(PipelineError, match="y has 2 parts, the model 1 outputs"):
+    with pytest.raises(ValueError, match="y has 2 parts, the model 1 outputs"):
         pipe.step(x, [y, y])
     pipe.close()

@@ -14,20 +14,17 @@ import hvdx as hvd
 from hvdx.errors import MismatchError, PipelineError, PlanError
 from hvdx.keras import SyncBatchNormalization
 
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("pipelines of Keras models need TensorFlow", allow_module_level=True)
 
-
-def load_models():
+def load_models(name="test_pipeline_keras"):
     """The models of the tests in one process."""
-    path = Path(__file__).parents[2] / "single" / "test_pipeline_keras.py"
-    spec = importlib.util.spec_from_file_location("pipeline_models", path)
+    path = Path(__file__).parents[2] / "single" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-models = load_models()
+models, counted = load_models(), load_models("test_pipeline_keras_losses")
 
 
 @pytest.fixture
@@ -73,10 +70,24 @@ def test_ranks_learn_what_one_process_learns(build, schedule, shared):
         if variable.path in expected:
             variable.assign(expected[variable.path])
     for x, _ in data:
-        np.testing.assert_allclose(pipe(x), plain(x), rtol=1e-5, atol=1e-5)
+        outputs = models.values(pipe(x)), models.values(plain(x))
+        np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
     if build is models.dropped:
         _go_on(pipe, data, shared / "state.npz")
     pipe.close()
+
+
+@pytest.mark.parametrize("build", [counted.penalised, counted.tagger])
+def test_losses_and_masks_cross_ranks(build):
+    x, y, weight = counted.batch(build)
+    loss = "mse" if build is counted.penalised else counted.entropy()
+    told = []
+    for place in (["cpu"], None):
+        pipe = models.pipeline(models.made(build), x, loss=loss, micro_batches=5, place=place)
+        told.append([float(pipe.step(x, y, weight)) for _ in range(2)])
+        told[-1] += list(models.values(pipe(x)).ravel())
+        pipe.close()
+    assert told[0] == told[1]
 
 
 def test_ranks_clip_alike_and_show_why_they_wait(shared):
@@ -173,8 +184,9 @@ def test_ranks_that_differ_are_told():
     with pytest.raises(MismatchError, match="clip_norm"):
         models.pipeline(models.made(models.sequential), x, clip_norm=1.0 + hvd.rank())
     with pytest.raises(PlanError, match="layer 'sync' is a SyncBatchNormalization, which waits"):
-        stack = [keras.layers.Dense(6), SyncBatchNormalization(name="sync"), keras.layers.Dense(1)]
-        models.pipeline(keras.Sequential([keras.Input((6,)), *stack]), x, stages=2)
+        dense = [keras.layers.Dense(6) for _ in range(3)]  # on each of up to four ranks a unit
+        stack = [keras.Input((6,)), SyncBatchNormalization(name="sync"), *dense]
+        models.pipeline(keras.Sequential(stack), x)
     with pytest.raises(PlanError, match=r"global_clipnorm=1\.0 .* as clip_norm=1\.0"):
         hvd.Pipeline(
             models.made(models.sequential), x, "mse", keras.optimizers.SGD(global_clipnorm=1.0)
