@@ -8,8 +8,8 @@ changing order. Behind the table stands which bars are met. Times are medians, a
 "least of .." beside them tells how much of that other work on the machine has caused: the bars are
 for a machine with two idle cores.
 
-    sleep-10, sleep-3  4 ranks, stages that only sleep, 10 ms or 3 ms for each of F, I and W, hops of
-                       64 KB, 8 micro-batches: a step over the schedule's theory, and against
+    sleep-10, sleep-3  4 ranks, stages that only sleep, 10 ms or 3 ms for each of F, I and W, hops
+                       of 64 KB, 8 micro-batches: a step over the schedule's theory, and against
                        torch.distributed.pipelining over Gloo
     live               what ranks keep at most: micro-batches, counted, and their bytes
     compute            MLP 8x1024, batch 256, 8 micro-batches: 2 ranks with a thread each
@@ -190,9 +190,7 @@ def spans(pipe: Any, steps: int) -> dict[tuple[str, int], float]:
     return {key: value for each in hvd.allgather_object(own) for key, value in each.items()}
 
 
-def of_torch(
-    name: str, place: Sequence[int], seconds: float, x: Any
-) -> Callable[[], object]:
+def of_torch(name: str, place: Sequence[int], seconds: float, x: Any) -> Callable[[], object]:
     """Return a step of ``torch.distributed.pipelining`` under the same schedule."""
     import torch
     from torch import nn
@@ -363,7 +361,8 @@ def compute(runs: int) -> Rows:
     }
 
     def variant(name: str) -> float:
-        return slowest(lambda: "process" in name and hvd.rank() or steps[name](x, x))
+        idle = "process" in name and hvd.rank() > 0
+        return slowest(lambda: None if idle else steps[name](x, x))
 
     for name in steps:
         variant(name)
@@ -399,9 +398,7 @@ def local(runs: int) -> Rows:
     torch.set_num_threads(1)
     x = torch.randn(BATCH, HIDDEN)
     loss = torch.nn.functional.mse_loss
-    pipe = hvd.Pipeline(
-        mlp(), x, loss, sgd, micro_batches=MICRO_BATCHES, place=["cpu", "cpu"]
-    )
+    pipe = hvd.Pipeline(mlp(), x, loss, sgd, micro_batches=MICRO_BATCHES, place=["cpu", "cpu"])
     steps = {"1f1b": pipe.step, "1 process": Whole(MICRO_BATCHES).step}
 
     def variant(name: str) -> float:
@@ -493,10 +490,10 @@ def added(case: str, bar: float, samples: dict[str, list[float]]) -> Rows:
     """Return what an op takes more of a core than in plain training, in microseconds."""
     ops = ALONE.count(",") + 1
     more = [(o - t) / ops * 1e6 for o, t in zip(samples["hvdx"], samples["plain"], strict=True)]
+    least = (min(samples["hvdx"]) - min(samples["plain"])) / ops * 1e6
     return [
         against_bar(case, "us added to an op", more, bar),
-        report_only(case, "least of that", (min(samples["hvdx"]) - min(samples["plain"])) / ops * 1e6,
-                    len(more)),
+        report_only(case, "least of that", least, len(more)),
         report_only(case, "us of plain training per op",
                     statistics.median(samples["plain"]) / ops * 1e6, len(more)),
     ]  # fmt: skip
@@ -540,7 +537,7 @@ def engine_keras(runs: int) -> Rows:
     import numpy as np
     import tensorflow as tf
 
-    import hvdx.keras as hvd
+    import hvdx as hvd
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((8,)), *(keras.layers.Dense(8) for _ in range(4))])
@@ -705,7 +702,7 @@ def verdict(rows: Rows) -> None:
 def main() -> int:
     """Print the table."""
     parser = harness.options(__doc__)
-    parser.add_argument("--part", action="append", choices=PARTS, help="only these; may be repeated")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeat it")
     parser.add_argument("--runs", type=int, help="turns of each variant")
     told = parser.parse_args()
     names = told.part or list(PARTS)
