@@ -146,7 +146,12 @@ def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def flat(value: Any) -> tuple[Any, list[Any], list[torch.Tensor]]:
-    """Return structure, kinds of leaves and tensors of a value; numbers become tensors, too."""
+    """Return structure, kinds of leaves and tensors of a value; numbers become tensors, too.
+
+    The structure of a single tensor is None: such are most values, and nothing is searched then.
+    """
+    if type(value) is torch.Tensor:
+        return None, [torch.Tensor], [value]
     leaves, spec = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
     kinds: list[Any] = []
     tensors: list[torch.Tensor] = []
@@ -167,6 +172,8 @@ def flat(value: Any) -> tuple[Any, list[Any], list[torch.Tensor]]:
 
 def unflat(spec: Any, kinds: Iterable[Any], tensors: Iterable[torch.Tensor]) -> Any:
     """Undo :func:`flat`, taking the tensors it needs from an iterator."""
+    if spec is None:
+        return next(iter(tensors))
     leaves = []
     for kind in kinds:
         if isinstance(kind, tuple):

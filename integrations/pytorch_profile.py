@@ -145,16 +145,17 @@ class _Meter:
 
     def _take(self, units: Sequence[Unit], reads: Sequence[str], makes: Sequence[str]) -> _Taken:
         weights = [p for unit in units for p in unit.params.values() if p.requires_grad]
+        sums = [torch.zeros_like(each) for each in weights]
         forward, entered, made = self._forward(units, reads, makes)
         if not made or not (entered or weights):
             return _Taken(forward, 0.0, 0.0, 0.0)
-        backward = self._backward(made, [*entered, *weights])
+        backward = self._backward(made, entered, weights, sums)
         if len(units) > 1:  # the model as a whole is never split
             return _Taken(forward, backward, 0.0, 0.0)
         del made
         _, entered, made = self._forward(units, reads, makes)
-        inputs = self._backward(made, entered, retain=True)
-        return _Taken(forward, backward, inputs, self._backward(made, weights))
+        inputs = self._backward(made, entered, (), (), retain=True)
+        return _Taken(forward, backward, inputs, self._backward(made, (), weights, sums))
 
     def _forward(
         self, units: Sequence[Unit], reads: Sequence[str], makes: Sequence[str]
@@ -173,13 +174,23 @@ class _Meter:
         return seconds, entered, made
 
     def _backward(
-        self, made: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], retain: bool = False
+        self,
+        made: Sequence[torch.Tensor],
+        entered: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        sums: Sequence[torch.Tensor],
+        retain: bool = False,
     ) -> float:
+        """Find gradients, and add those of weights to ``sums``, as each micro-batch's are."""
+        wanted = [*entered, *weights]
         if not wanted:
             return 0.0
         given = [torch.ones_like(each) for each in made]
         start = self._now()
-        torch.autograd.grad(made, wanted, given, retain_graph=retain, allow_unused=True)
+        found = torch.autograd.grad(made, wanted, given, retain_graph=retain, allow_unused=True)
+        for total, gradient in zip(sums, found[len(entered) :], strict=True):
+            if gradient is not None:
+                total.add_(gradient)
         return self._now() - start
 
     def _now(self) -> float:

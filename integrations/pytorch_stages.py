@@ -177,6 +177,9 @@ class TorchStage:
         self._norms = Deferred(norms.values())
         self._written = [name for name in graph.written(graph.units[first:stop])
                          if name.rpartition(".")[0] not in norms]  # fmt: skip
+        self._entering_keys, self._leaving_keys = (
+            self._keys(names) for names in (self._entering, self._leaving)
+        )
         self.unit: str | None = None
 
     def _segment(self, units: list[tuple[int, Unit]], last: bool) -> _Segment:
@@ -273,7 +276,7 @@ class TorchStage:
         """Return the values that come into this stage, by name."""
         if inputs is None:
             given = self._batch.inputs[micro_batch]
-            return pytree.tree_map_only(torch.Tensor, lambda x: x.to(self._device), given)
+            return {name: _on(self._device, value) for name, value in given.items()}
         leaves = (leaf.to(self._device) for leaf in inputs)
         return {name: unflat(*self._graph.kinds[name], leaves) for name in self._entering}
 
@@ -369,10 +372,7 @@ class TorchStage:
             return
         outputs = result_of(self._graph, local)
         assert self._loss is not None
-        target = pytree.tree_map_only(
-            torch.Tensor, lambda y: y.to(self._device), self._batch.targets[micro_batch]
-        )
-        loss = self._loss(outputs, target)
+        loss = self._loss(outputs, _on(self._device, self._batch.targets[micro_batch]))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             told = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ValueError(
@@ -420,12 +420,12 @@ class TorchStage:
             return {_LOSS: torch.full((), self._batch.scale, device=self._device)}
         return {
             key: gradient.to(self._device)
-            for key, gradient in zip(self._keys(self._leaving), gradients, strict=True)
+            for key, gradient in zip(self._leaving_keys, gradients, strict=True)
             if gradient is not None
         }
 
     def _passed_back(self, found: dict[Any, Any]) -> list[Any]:
-        return [found.get(key) for key in self._keys(self._entering)]
+        return [found.get(key) for key in self._entering_keys]
 
     def _keys(self, names: Sequence[str]) -> list[tuple[str, int]]:
         """Number the tensors of the values of a cut."""
@@ -478,6 +478,12 @@ class TorchStage:
             self._own.add(key)
         else:
             self.gradients[key].add_(gradient)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if type(value) is torch.Tensor:  # nearly always: no search for leaves
+        return value.to(device)
+    return pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), value)
 
 
 def _tensors_of(values: dict[str, Any]) -> list[torch.Tensor]:
