@@ -62,6 +62,8 @@ class Pipeline(BasePipeline):
             in the place of the optimizer's ``global_clipnorm``.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+        channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
+            else.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
 
     Attributes:
@@ -94,6 +96,7 @@ class Pipeline(BasePipeline):
         by: str | None = None,
         clip_norm: float | None = None,
         checkpoint: str = "never",
+        channel: str = "zmq",
         seed: int | None = None,
         **others: Any,
     ) -> None:
@@ -105,13 +108,16 @@ class Pipeline(BasePipeline):
             random.getrandbits(31) if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
+            channel=channel,
         )
         with self._alike():
-            check_options(micro_batches, place, clip_norm, checkpoint)
+            check_options(micro_batches, place, clip_norm, checkpoint, channel)
             _refuse(by, others)
             self._graph = traced(model, sample)
             self.units = [unit.name for unit in self._graph.units]
             self._loss = None if loss is None else _Losses(loss, len(self._graph.outputs))
+        self._agree_on(micro_batches=micro_batches, stages=stages, schedule=schedule, by=by)
+        with self._alike():
             self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, None)
             self._stages = self._make_stages(place)
             self._params = {
@@ -335,6 +341,7 @@ class Pipeline(BasePipeline):
             for unit in self._graph.units
         }
         self._check_agreed(entries)
+        self._check_optimizers(_described(self.optimizer))
         if model.variables:
             broadcast_parameters(model.variables)
 
@@ -515,6 +522,14 @@ def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
         )
         start += size
     return pieces
+
+
+def _described(optimizer: Any) -> str:
+    """Tell an optimizer's class and options, for other ranks to compare with."""
+    if optimizer is None:
+        return "none"
+    options = {k: v for k, v in optimizer.get_config().items() if k != "name"}
+    return f"{type(optimizer).__qualname__} {options}"
 
 
 def _slots(optimizer: Any) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from keras.src.backend import get_keras_mask, set_keras_mask
 
 from hvdx.errors import PlanError
 from hvdx.pipeline import ir
-from hvdx.pipeline.zmq_channel import Packed
+from hvdx.pipeline.post import Packed
+from hvdx.pipeline.run import unreached
 
 _LOSS = "the loss"
 _MASK = "/mask"
@@ -34,7 +35,7 @@ _lock = threading.RLock()  # of the seed generators, which layers may share
 
 
 class TensorFlowCodec:
-    """Tensors as bytes, with dtype and shape; see :class:`zmq_channel.Codec`."""
+    """Tensors as bytes, with dtype and shape; see :class:`post.Codec`."""
 
     def pack(self, tensor: Any) -> Packed:
         """Copy to the host's memory."""
@@ -301,7 +302,14 @@ def _line(graph: Graph, values: Mapping[str, Any]) -> ir.Graph:
         )
         for unit in graph.units
     )
-    return ir.Graph(units, {name: size(name) for name in graph.inputs}, tuple(graph.outputs))
+    inside = {
+        inner.name: f"it is inside {unit.name!r}, which is one unit: cut before that or after it"
+        for unit in graph.units
+        if isinstance(unit.layer, keras.layers.Layer)
+        for inner in unit.layer._flatten_layers(include_self=False)
+    }
+    inputs = {name: size(name) for name in graph.inputs}
+    return ir.Graph(units, inputs, tuple(graph.outputs), inside)
 
 
 @dataclass
@@ -436,6 +444,10 @@ class KerasStage:
             self._recall(micro_batch)
             for done in reversed(self._kept.pop(micro_batch)):
                 self._differentiate(done, found, self._pending[micro_batch])
+        trained = [n for unit in self._graph.units[self._first : self._stop] for n in unit.params]
+        if trained and not self._pending[micro_batch]:
+            self.unit = None
+            raise ValueError(unreached(trained[0]))
         return [found.get(name) for name in self._entering]
 
     def weight_gradient(self, micro_batch: int) -> None:

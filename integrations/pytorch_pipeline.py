@@ -14,13 +14,20 @@ from torch.utils import _pytree as pytree
 from hvdx import world
 from hvdx.agreement import next_name
 from hvdx.errors import PlanError
+from hvdx.integrations.pytorch_channel import (
+    BACKENDS,
+    DistributedChannel,
+    TorchCodec,
+    check_gpus,
+)
 from hvdx.integrations.pytorch_graph import Graph, mode, result_names, result_of, traced, unflat
 from hvdx.integrations.pytorch_profile import profiled
-from hvdx.integrations.pytorch_stages import Batch, TorchCodec, TorchStage
+from hvdx.integrations.pytorch_stages import Batch, TorchStage
 from hvdx.pipeline import ir
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.plan import Plan
+from hvdx.pipeline.post import PostChannel
 from hvdx.replicas import broadcast_parameters
 
 _FORMAT = 1
@@ -61,6 +68,8 @@ class Pipeline(BasePipeline):
             as ``torch.nn.utils.clip_grad_norm_`` does.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+        channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
+            else; ``"nccl"``, from GPU to GPU by ``torch.distributed``, or its ``"gloo"``.
         leaves: classes, or paths, of modules to be kept whole.
         seed: of dropout and the like; default ``torch.initial_seed()`` of rank 0.
 
@@ -81,6 +90,7 @@ class Pipeline(BasePipeline):
         ...     loss = pipe.step(x, y)
     """
 
+    channels = (*BasePipeline.channels, *BACKENDS)
     _graph: Graph
 
     def __init__(
@@ -98,6 +108,7 @@ class Pipeline(BasePipeline):
         memory: float | Sequence[float] | None = None,
         clip_norm: float | None = None,
         checkpoint: str = "never",
+        channel: str = "zmq",
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
@@ -108,13 +119,18 @@ class Pipeline(BasePipeline):
             torch.initial_seed() if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
+            channel=channel,
         )
-        self._loss = loss
+        self._loss, self._optimizer = loss, optimizer
         with self._alike():
             _check_arguments(model, loss, optimizer)
-            check_options(micro_batches, place, clip_norm, checkpoint)
+            check_options(micro_batches, place, clip_norm, checkpoint, channel, self.channels)
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
+        self._agree_on(
+            micro_batches=micro_batches, stages=stages, schedule=schedule, by=by, memory=memory
+        )
+        with self._alike():
             self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, memory)
             self._stages = self._make_stages(place)
             self._params = self._shares()
@@ -204,10 +220,23 @@ class Pipeline(BasePipeline):
     def _profile(self, sample: Any, micro_batches: int) -> ir.Graph:
         return profiled(self._graph, sample, micro_batches)
 
+    def _connected(self, place: Sequence[int]) -> PostChannel:
+        if self._carrier not in BACKENDS:
+            return super()._connected(place)
+        if self._carrier == "nccl":
+            check_gpus(self._home, self._core, next_name("pipeline"))
+        options = {"backend": self._carrier, "device": self._home}
+        return self._over_zmq(DistributedChannel, place, **options)
+
+    @property
+    def _home(self) -> torch.device:
+        """Return the device that the model lies on."""
+        return next((p.device for p in self._graph.model.parameters()), torch.device("cpu"))
+
     def _make_stages(self, place: Sequence[Any] | None) -> dict[int, TorchStage]:
         graph = self._graph
         split = self.plan.order().splits
-        home = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
+        home = self._home
         devices = [_device(each) for each in place] if place is not None else []
         stages: dict[int, TorchStage] = {}
         at: dict[int, torch.device] = {}  # parameter: where it is needed
@@ -246,6 +275,8 @@ class Pipeline(BasePipeline):
         entries = {unit.name: str({name: tuple(p.shape) for name, p in unit.params.items()})
                    for unit in self._graph.units}  # fmt: skip
         self._check_agreed(entries)
+        made = {f"{type(each).__qualname__} {each.defaults}" for each in self.optimizers.values()}
+        self._check_optimizers("none" if self._optimizer is None else ", ".join(sorted(made)))
         if model.state_dict():
             broadcast_parameters(model)
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F  # noqa: E402
 
 import hvdx as hvd  # noqa: E402
 from hvdx.errors import PipelineError, PlanError  # noqa: E402
+from hvdx.integrations.pytorch_channel import TorchCodec  # noqa: E402
 from hvdx.integrations.pytorch_graph import traced  # noqa: E402
-from hvdx.integrations.pytorch_stages import TorchCodec  # noqa: E402
 from hvdx.pipeline.plan import Plan  # noqa: E402
 
 ROWS = 12
