@@ -156,7 +156,10 @@ class HorovodChannel(PostChannel):
             is_done, messages = parsed(flat[(stop - count) * _ROW : stop * _ROW])
             over = over and is_done
             for parts in messages:
-                self._take(peer, parts)
+                try:
+                    self._take(peer, parts)
+                except Exception as error:  # for who waits; the others still need the rounds
+                    self._broken = self._broken or error
         return over
 
 
