@@ -181,8 +181,8 @@ class DistributedChannel(ZmqChannel):
     def close(self) -> None:
         """See :meth:`ZmqChannel.close`."""
         super().close()
-        self._groups.clear()
-        self._sent.clear()
+        for held in (self._arrived, self._sent, self._groups):  # whose works hold the groups'
+            held.clear()  # sockets
 
     # --- meeting
 
