@@ -7,6 +7,7 @@ import datetime
 import itertools
 import math
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from hvdx.pipeline.zmq_channel import ZmqChannel
 #: Backends of ``torch.distributed`` -> type of the device whose tensors they carry.
 BACKENDS = {"nccl": "cuda", "gloo": "cpu"}
 _DAY = 86400.0  # seconds; no timeout may be infinite
+_NEWS_SECONDS = 1.0  # within which a death is told
 
 
 class TorchCodec:
@@ -227,7 +229,10 @@ class DistributedChannel(ZmqChannel):
         if tensor.device.type != self._device.type or not tensor.numel():
             return super()._pack(peer, tensor)
         packed = dense(tensor.detach())
-        work = self._operate("send", peer, packed.data)
+        try:
+            work = self._operate("send", peer, packed.data)
+        except RuntimeError as error:
+            raise self._explained(peer, error) from None
         self._sent.append((peer, work, packed.data))
         return packed._replace(data=b"")
 
@@ -237,7 +242,11 @@ class DistributedChannel(ZmqChannel):
         if len(packed.data) or not size:
             return super()._unpack(peer, packed)
         line = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return _Coming(packed._replace(data=line), self._operate("recv", peer, line))
+        try:
+            work = self._operate("recv", peer, line)
+        except RuntimeError as error:  # told to who asks for it
+            work = error
+        return _Coming(packed._replace(data=line), work)
 
     def _arrived_whole(self, peer: int, tensor: Any) -> Any:
         if not isinstance(tensor, _Coming):
@@ -251,10 +260,23 @@ class DistributedChannel(ZmqChannel):
 
     def _finish(self, peer: int, work: Any) -> None:
         try:
+            if isinstance(work, RuntimeError):
+                raise work
             work.wait()
         except RuntimeError as error:
-            told = str(error).partition("\n")[0]
-            raise ConnectionError(f"{self._gone(peer)}: {told}") from None
+            raise self._explained(peer, error) from None
+
+    def _explained(self, peer: int, error: RuntimeError) -> Exception:
+        """Say why a connection broke: ZeroMQ may be about to bring the news."""
+        until = time.monotonic() + _NEWS_SECONDS
+        while self._failure is None and peer not in self._left | self._lost:
+            if (left := until - time.monotonic()) <= 0:
+                break
+            self._service(left)
+        self._read(peer)
+        if self._failure is not None:
+            return self._failure.exception()
+        return ConnectionError(f"{self._gone(peer)}: {str(error).splitlines()[0]}")
 
 
 def _group(backend: str, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:

@@ -93,7 +93,7 @@ def train(build, data, **options):
 
 
 def test_the_plain_model_learns_the_same():
-    data = batches()
+    data = batches(20)
     learnt, loss = train(sequential, data, place=["cpu"] * 3)
     plain = made(sequential)
     plain.compile(keras.optimizers.Adam(1e-2), "mse")
@@ -264,6 +264,20 @@ def test_wrong_use_is_told():
 
     with pytest.raises(PlanError, match=r"Own 'own' is a subclassed model.*keras\.Sequential"):
         hvd.Pipeline(Own(), x)
+    for stages, told in {
+        9: "9 stages, but the model has 4 units: use at most 4",
+        ("dense9",): "no unit is named 'dense9'; did you mean 'dense",
+    }.items():
+        with pytest.raises(PlanError, match=told):
+            pipeline(made(sequential), x, stages=stages)
+    with pytest.raises(
+        PlanError, match="begin at 'inner': it is inside 'block', which is one unit"
+    ):
+        inner = [keras.Input((6,)), layers.Dense(6, name="inner")]
+        block = keras.Sequential(inner, name="block")
+        pipeline(keras.Sequential([keras.Input((6,)), block, layers.Dense(1)]), x, stages=["inner"])
+    with pytest.raises(PlanError, match="channel='nccl': use one of zmq, horovod"):
+        pipeline(made(sequential), x, channel="nccl")
     with pytest.raises(PlanError, match="place has 'tpu', but TensorFlow has CPU:0"):
         pipeline(made(sequential), x, place=["tpu"])
     with pytest.raises(PlanError, match="reduction='sum'"):
@@ -291,4 +305,19 @@ def test_wrong_use_is_told():
         pipe.step(x, y[:3])
     with pytest.raises(PipelineError, match="y has 2 parts, the model 1 outputs"):
         pipe.step(x, [y, y])
+    pipe.close()
+    detached = [
+        keras.Input((6,)),
+        layers.Dense(6, name="first"),
+        layers.Lambda(keras.ops.stop_gradient, name="stop"),
+        layers.Dense(1, name="last"),
+    ]
+    for stages in ([1, 2], [2, 1]):
+        model = keras.Sequential(detached)
+        pipe = pipeline(model, x, place=["cpu"] * 2, stages=stages)
+        with pytest.raises(PipelineError, match=r"stage 0, .*no gradient reaches .*'first/kernel'"):
+            pipe.step(x, y)
+        pipe.close()
+    pipe = pipeline(made(sequential), x, place=["cpu"], loss=lambda y, out: (y - out)[..., None])
+    pipe.step(x, y)  # a function's values are averaged over
     pipe.close()

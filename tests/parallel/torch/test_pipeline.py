@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import socket
@@ -67,11 +66,13 @@ SCHEDULES = "gpipe", "1f1b", "interleaved", "zb1p", "zbv"
 @pytest.mark.parametrize(
     ("schedule", "channel"),
     [
-        *itertools.product(SCHEDULES, ("zmq", "horovod")),
-        ("1f1b", "gloo"),
-        pytest.param("zbv", "gloo", marks=pytest.mark.ranks(2)),
+        *((each, "zmq") for each in SCHEDULES),
+        *(pytest.param(each, "horovod", marks=pytest.mark.ranks(*(2, 4)[: 1 + (each == "zbv")]))
+          for each in SCHEDULES),
+        pytest.param("1f1b", "gloo", marks=pytest.mark.ranks(2)),
+        ("zbv", "gloo"),
     ],
-)
+)  # fmt: skip
 def test_ranks_learn_what_one_process_learns(schedule, channel, shared):
     kind = models.Everything  # tied weights, skips, dropout, buffers; units for 8 stages
     data = models.batches(STEPS)
@@ -289,6 +290,20 @@ def test_another_secret_is_refused():
 
     with pytest.raises(HvdxError, match="rank 1: it is refused by another: the secrets"):
         ZmqChannel(range(2), hvd.rank(), lying, seconds=2)
+
+
+@pytest.mark.ranks(2)
+def test_a_port_in_use_is_told_on_every_rank(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        if hvd.rank() == 0:
+            bind = lambda self, address: self.bind(f"{address}:{port}")  # noqa: E731
+            monkeypatch.setattr(zmq.Socket, "bind_to_random_port", bind)
+        with pytest.raises(
+            HvdxError, match=r"rank 0: cannot listen on 127\.0\.0\.1: Address alread"
+        ):
+            ZmqChannel(range(2), hvd.rank(), exchange, seconds=5)
+        hvd.barrier()
 
 
 @pytest.mark.ranks(2)
