@@ -32,6 +32,12 @@ def sequential():
     return keras.Sequential([keras.Input((6,)), *dense])
 
 
+def deep():
+    """Units for two stages on each of 4 ranks."""
+    dense = [layers.Dense(6, "tanh", name=f"dense{i}") for i in range(7)]
+    return keras.Sequential([keras.Input((6,)), *dense, layers.Dense(1, name="leave")])
+
+
 def residual():
     """A skip over everything, a value with three readers, and a layer called twice."""
     x = keras.Input((6,), name="x")
