@@ -98,26 +98,32 @@ def train(build, data, **options):
     return weights(model), float(last)
 
 
-def test_the_plain_model_learns_the_same():
-    data = batches(20)
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [("float32", 1e-5, 4e-5), ("float64", 1e-10, 1e-10)]
+)
+def test_the_plain_model_learns_the_same(request, dtype, rtol, atol):
+    request.addfinalizer(lambda: keras.config.set_floatx("float32"))
+    keras.config.set_floatx(dtype)
+    data = [(x.astype(dtype), y.astype(dtype)) for x, y in batches(20)]
     learnt, loss = train(sequential, data, place=["cpu"] * 3)
     plain = made(sequential)
     plain.compile(keras.optimizers.Adam(1e-2), "mse")
     for x, y in data:
         last = plain.train_on_batch(x, y, return_dict=True)["loss"]
         plain.reset_metrics()
-    assert loss == pytest.approx(float(last), rel=1e-5)
+    assert loss == pytest.approx(float(last), rel=1e-5)  # Keras' own is of float32
     for name, value in weights(plain).items():
-        np.testing.assert_allclose(learnt[name], value, rtol=1e-5, atol=4e-5)
+        assert value.dtype == dtype
+        np.testing.assert_allclose(learnt[name], value, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("build", [sequential, residual])
 def test_cuts_and_schedules_change_no_bit(build):
-    data = batches()
+    data = batches(20 if build is sequential else 4)
     expected, loss = train(build, data, place=["cpu"])
     cases = [(["cpu"] * 2, "gpipe"), (["cpu"] * 3, "1f1b"), (["cpu"] * 2, "zb1p")]
     if build is sequential:
-        cases += [(["cpu"] * 4, "1f1b"), (["cpu"] * 2, "interleaved")]
+        cases += [(["cpu"] * 4, "1f1b"), (["cpu"] * 2, "interleaved"), (["cpu"] * 2, "zbv")]
     else:  # both calls of the normalised part stay in one stage
         cases += [(["cpu"] * 4, "gpipe")]
     for place, schedule in cases:
@@ -321,9 +327,15 @@ def test_wrong_use_is_told():
     for stages in ([1, 2], [2, 1]):
         model = keras.Sequential(detached)
         pipe = pipeline(model, x, place=["cpu"] * 2, stages=stages)
-        with pytest.raises(PipelineError, match=r"stage 0, .*no gradient reaches .*'first/kernel'"):
+        with pytest.raises(PipelineError, match=r"stage 0, .*no gradient reaches .*first/kernel'"):
             pipe.step(x, y)
         pipe.close()
-    pipe = pipeline(made(sequential), x, place=["cpu"], loss=lambda y, out: (y - out)[..., None])
-    pipe.step(x, y)  # a function's values are averaged over
+
+    class ByRow(keras.losses.Loss):
+        def __call__(self, y, out, sample_weight=None):
+            return (y - out) ** 2
+
+    pipe = pipeline(made(sequential), x, place=["cpu"], loss=ByRow())
+    with pytest.raises(PipelineError, match=r"returns shape \(.*\), no scalar: take the mean"):
+        pipe.step(x, y)
     pipe.close()
