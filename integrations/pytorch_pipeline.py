@@ -76,6 +76,7 @@ class Pipeline(BasePipeline):
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizers: those of this process, by stage: for learning-rate schedulers.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
 
@@ -160,6 +161,7 @@ class Pipeline(BasePipeline):
             (total,) = self._run(x, y, train=True)
             self._update()
             self._step += 1
+            self.steps += 1
         return total
 
     def __call__(self, x: Any) -> Any:
@@ -211,7 +213,7 @@ class Pipeline(BasePipeline):
             self._graph.model.load_state_dict(told["model"])
             for number, optimizer in self.optimizers.items():
                 _restore(optimizer, self._params[number], told.get("optimizer", {}))
-            self._step, self._seed = told.get("step", 0), told.get("seed", self._seed)
+            self.steps, self._seed = told.get("step", 0), told.get("seed", self._seed)
             for stage in self._stages.values():
                 stage.seed = self._seed
 
@@ -289,7 +291,7 @@ class Pipeline(BasePipeline):
         rows = rows_of([tensor.shape for tensor in tensors])
         sizes = self._sizes(rows, train)
         batch = Batch(
-            self._step,
+            self.steps if train else self._step,
             _pieces(inputs, sizes),
             _pieces(y, sizes),
             [size / rows for size in sizes],
@@ -345,7 +347,7 @@ class Pipeline(BasePipeline):
             "hvdx_pipeline": _FORMAT,
             "model": {},
             "optimizer": {},
-            "step": self._step,
+            "step": self.steps,
             "seed": self._seed,
             "plan": self.plan.to_json(),
         }
