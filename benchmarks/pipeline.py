@@ -421,7 +421,7 @@ def hops(runs: int) -> Rows:
     import torch.distributed as dist
 
     import hvdx as hvd
-    from hvdx.integrations.pytorch_stages import TorchCodec
+    from hvdx.integrations.pytorch_channel import TorchCodec
     from hvdx.pipeline.channel import Key
     from hvdx.pipeline.zmq_channel import ZmqChannel
 

@@ -77,6 +77,8 @@ class Pipeline(BasePipeline):
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
         batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
             running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
+        channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
+            else.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
 
     Attributes:
@@ -117,6 +119,7 @@ class Pipeline(BasePipeline):
         clip_norm: float | None = None,
         checkpoint: str = "never",
         batchnorm: str = "deferred",
+        channel: str = "zmq",
         seed: int | None = None,
         **others: Any,
     ) -> None:
@@ -129,13 +132,16 @@ class Pipeline(BasePipeline):
             clip_norm=clip_norm,
             checkpoint=checkpoint,
             batchnorm=batchnorm,
+            channel=channel,
         )
         with self._alike():
-            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm)
+            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm, channel)
             _refuse(by, others)
             self._graph = traced(model, sample, deferred=batchnorm == "deferred")
             self.units = [unit.name for unit in self._graph.units]
             self._loss = Objective(loss, loss_weights, self._graph)
+        self._agree_on(micro_batches=micro_batches, stages=stages, schedule=schedule, by=by)
+        with self._alike():
             self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, None)
             self._stages = self._make_stages(place)
             self._params = {
@@ -388,6 +394,7 @@ class Pipeline(BasePipeline):
         }
         entries["the loss scale"] = f"= {self._scale and self._scale.settings()}"
         self._check_agreed(entries)
+        self._check_optimizers(_described(self.optimizer))
         if model.variables:
             broadcast_parameters(model.variables)
 
@@ -563,6 +570,14 @@ def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
         )
         start += size
     return pieces
+
+
+def _described(optimizer: Any) -> str:
+    """Tell an optimizer's class and options, for other ranks to compare with."""
+    if optimizer is None:
+        return "none"
+    options = {k: v for k, v in optimizer.get_config().items() if k != "name"}
+    return f"{type(optimizer).__qualname__} {options}"
 
 
 def _slots(optimizer: Any) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
         )
         for unit, (forward, backward) in zip(line.units, least, strict=True)
     ]
-    return ir.Graph(tuple(units), {name: size(values[name]) for name in line.inputs}, line.outputs)
+    inputs = {name: size(values[name]) for name in line.inputs}
+    return replace(line, units=tuple(units), inputs=inputs)
 
 
 def _round(

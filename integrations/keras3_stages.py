@@ -22,7 +22,8 @@ from hvdx.errors import PlanError
 from hvdx.integrations.keras3_graph import Batch, Graph, Sums, Unit, drawing, lock
 from hvdx.integrations.keras3_losses import Objective
 from hvdx.integrations.keras_batch_norm import gathering
-from hvdx.pipeline.zmq_channel import Packed
+from hvdx.pipeline.post import Packed
+from hvdx.pipeline.run import unreached
 
 FRAMEWORK = "tensorflow"
 _LOSS = "the loss"
@@ -69,7 +70,7 @@ def arrived(gradient: Any, _: Any) -> Any:
 
 
 class Codec:
-    """Tensors as bytes, with dtype and shape; see :class:`zmq_channel.Codec`."""
+    """Tensors as bytes, with dtype and shape; see :class:`post.Codec`."""
 
     def pack(self, tensor: Any) -> Packed:
         """Copy to the host's memory."""
@@ -200,6 +201,10 @@ class KerasStage:
             self._recall(micro_batch)
             for done in reversed(self._kept.pop(micro_batch)):
                 self._differentiate(done, found, self._pending[micro_batch])
+        trained = [n for unit in self._graph.units[self._first : self._stop] for n in unit.params]
+        if trained and not self._pending[micro_batch]:
+            self.unit = None
+            raise ValueError(unreached(trained[0]))
         return [found.get(name) for name in self._entering]
 
     def weight_gradient(self, micro_batch: int) -> None:

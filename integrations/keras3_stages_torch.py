@@ -19,9 +19,9 @@ from hvdx.integrations import keras3_graph as keras3
 from hvdx.integrations import pytorch_profile
 from hvdx.integrations.keras3_losses import Objective
 from hvdx.integrations.keras_batch_norm import gathering
+from hvdx.integrations.pytorch_channel import TorchCodec as Codec
 from hvdx.integrations.pytorch_graph import flat
 from hvdx.integrations.pytorch_stages import Batch, TorchStage
-from hvdx.integrations.pytorch_stages import TorchCodec as Codec
 from hvdx.pipeline import ir
 
 FRAMEWORK = "torch"

@@ -199,4 +199,11 @@ def _line(graph: Graph, values: Mapping[str, Any]) -> ir.Graph:
         )
         for unit in graph.units
     )
-    return ir.Graph(units, {name: size(values[name]) for name in graph.inputs}, tuple(graph.ends))
+    inside = {
+        inner.name: f"it is inside {unit.name!r}, which is one unit: cut before that or after it"
+        for unit in graph.units
+        if isinstance(unit.layer, keras.layers.Layer)
+        for inner in unit.layer._flatten_layers(include_self=False)
+    }
+    inputs = {name: size(values[name]) for name in graph.inputs}
+    return ir.Graph(units, inputs, tuple(graph.ends), inside)

@@ -22,7 +22,7 @@ import itertools
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class Graph:
         inputs: values that the caller gives -> forward's parameter.
         result: what forward returns: nested containers of ``fx.Node``.
         kinds: by value, how its leaves travel; see :func:`flat`.
+        fixed: by value that cannot travel, what it is.
         line: the units as the planner sees them.
         changing: names of the buffers of modules whose forward writes into theirs.
     """
@@ -76,6 +77,7 @@ class Graph:
     inputs: dict[str, str]
     result: Any
     kinds: dict[str, tuple[Any, list[Any]]] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
     line: Any = None
     changing: list[str] = field(default_factory=list)
 
@@ -302,7 +304,40 @@ def _line(graph: Graph, sizes: Mapping[str, int]) -> ir.Graph:
         for unit in graph.units
     ]
     inputs = {name: sizes[name] for name in graph.inputs}
-    return ir.Graph(tuple(units), inputs, tuple(dict.fromkeys(result_names(graph))))
+    outputs = tuple(dict.fromkeys(result_names(graph)))
+    line = ir.Graph(tuple(units), inputs, outputs, _inside(graph))
+    return _bound(graph, line) if graph.fixed else line
+
+
+def _inside(graph: Graph) -> dict[str, str]:
+    """Tell of the modules and calls that are no units in which ones they are, and why."""
+    told: dict[str, str] = {}
+    for unit in graph.units:
+        for node in unit.nodes:
+            target = str(node.target)
+            if node.op == "call_module":
+                told.setdefault(target, f"unit {unit.name!r}, which it is part of, is kept whole, "
+                                "since something in it changes a tensor in place")  # fmt: skip
+                for path, _ in graph.model.get_submodule(target).named_modules():
+                    told.setdefault(f"{target}.{path}", f"it is inside {target!r}, which is one "
+                                    "unit: cut before that or after it")  # fmt: skip
+            else:
+                told.setdefault(node.name, f"it goes with unit {unit.name!r}, as calls without "
+                                "parameters do with what is before them")  # fmt: skip
+    return told
+
+
+def _bound(graph: Graph, line: ir.Graph) -> ir.Graph:
+    """Forbid the cuts that a value would cross which cannot travel."""
+    units, inside = list(line.units), dict(line.inside)
+    for cut in range(1, len(units)):
+        for value in line.live(cut):
+            if value in graph.fixed:
+                units[cut] = replace(units[cut], joined=True)
+                inside[units[cut].name] = (
+                    f"or {value!r} would cross the cut, which is {graph.fixed[value]}"
+                )
+    return replace(line, units=tuple(units), inside=inside)
 
 
 def _recorded(model: nn.Module, sample: Any, leaves: Sequence[Any]) -> fx.Graph:
@@ -505,8 +540,10 @@ def _learn(graph: Graph, sample: Any) -> dict[str, int]:
     graph.changing = _of_their_modules(model, changed_buffers)
     _join(graph, joins)
     for name, value in values.items():
-        with contextlib.suppress(TypeError):  # told where a cut would have it travel
+        try:
             graph.kinds[name] = flat(value)[:2]
+        except TypeError as error:
+            graph.fixed[name] = str(error)
     return {
         name: sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(value)
                   if isinstance(leaf, torch.Tensor))

@@ -15,6 +15,12 @@ from torch.utils import _pytree as pytree
 from hvdx import world
 from hvdx.agreement import next_name
 from hvdx.errors import PlanError
+from hvdx.integrations.pytorch_channel import (
+    BACKENDS,
+    DistributedChannel,
+    TorchCodec,
+    check_gpus,
+)
 from hvdx.integrations.pytorch_graph import (
     Graph,
     batch_norms,
@@ -26,12 +32,13 @@ from hvdx.integrations.pytorch_graph import (
 )
 from hvdx.integrations.pytorch_precision import Casts, set_aside, uncached
 from hvdx.integrations.pytorch_profile import profiled
-from hvdx.integrations.pytorch_stages import Batch, TorchCodec, TorchStage
+from hvdx.integrations.pytorch_stages import Batch, TorchStage
 from hvdx.integrations.pytorch_sync_batch_norm import SyncBatchNorm
 from hvdx.pipeline import ir
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.plan import Plan
+from hvdx.pipeline.post import PostChannel
 from hvdx.replicas import broadcast_parameters
 
 _FORMAT = 1
@@ -76,6 +83,8 @@ class Pipeline(BasePipeline):
             running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         scaler: a ``torch.amp.GradScaler``, for float16: every rank gives an equal one. The
             pipeline does what is done with it: scale, unscale, skip and update.
+        channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
+            else; ``"nccl"``, from GPU to GPU by ``torch.distributed``, or its ``"gloo"``.
         leaves: classes, or paths, of modules to be kept whole.
         seed: of dropout and the like; default ``torch.initial_seed()`` of rank 0.
 
@@ -99,6 +108,7 @@ class Pipeline(BasePipeline):
         ...     loss = pipe.step(x, y)
     """
 
+    channels = (*BasePipeline.channels, *BACKENDS)
     _graph: Graph
 
     def __init__(
@@ -118,6 +128,7 @@ class Pipeline(BasePipeline):
         checkpoint: str = "never",
         batchnorm: str = "deferred",
         scaler: Any = None,
+        channel: str = "zmq",
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
@@ -129,14 +140,21 @@ class Pipeline(BasePipeline):
             clip_norm=clip_norm,
             checkpoint=checkpoint,
             batchnorm=batchnorm,
+            channel=channel,
         )
-        self._loss = loss
+        self._loss, self._optimizer = loss, optimizer
         with self._alike(), uncached():
             _check_arguments(model, loss, optimizer, scaler)
             self._scaler = _Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
-            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm)
+            check_options(
+                micro_batches, place, clip_norm, checkpoint, batchnorm, channel, self.channels
+            )
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
+        self._agree_on(
+            micro_batches=micro_batches, stages=stages, schedule=schedule, by=by, memory=memory
+        )
+        with self._alike():
             self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, memory)
             self._stages = self._make_stages(place)
             self._params = self._shares()
@@ -232,10 +250,23 @@ class Pipeline(BasePipeline):
     def _profile(self, sample: Any, micro_batches: int) -> ir.Graph:
         return profiled(self._graph, sample, micro_batches)
 
+    def _connected(self, place: Sequence[int]) -> PostChannel:
+        if self._carrier not in BACKENDS:
+            return super()._connected(place)
+        if self._carrier == "nccl":
+            check_gpus(self._home, self._core, next_name("pipeline"))
+        options = {"backend": self._carrier, "device": self._home}
+        return self._over_zmq(DistributedChannel, place, **options)
+
+    @property
+    def _home(self) -> torch.device:
+        """Return the device that the model lies on."""
+        return next((p.device for p in self._graph.model.parameters()), torch.device("cpu"))
+
     def _make_stages(self, place: Sequence[Any] | None) -> dict[int, TorchStage]:
         graph = self._graph
         split = self.plan.order().splits
-        home = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
+        home = self._home
         devices = [_device(each) for each in place] if place is not None else []
         stages: dict[int, TorchStage] = {}
         at: dict[int, torch.device] = {}  # parameter: where it is needed
@@ -301,6 +332,8 @@ class Pipeline(BasePipeline):
                    for unit in self._graph.units}  # fmt: skip
         entries["the GradScaler"] = f"= {self._scaler.state() if self._scaler else None}"
         self._check_agreed(entries)
+        made = {f"{type(each).__qualname__} {each.defaults}" for each in self.optimizers.values()}
+        self._check_optimizers("none" if self._optimizer is None else ", ".join(sorted(made)))
         if model.state_dict():
             broadcast_parameters(model)
 

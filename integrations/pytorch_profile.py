@@ -59,7 +59,7 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
         replace(unit, makes={name: sizes[name] for name in unit.makes}, kept_bytes=each, **times)
         for unit, each, times in zip(line.units, kept, _scaled(*least), strict=True)
     ]
-    return ir.Graph(tuple(units), {name: sizes[name] for name in line.inputs}, line.outputs)
+    return replace(line, units=tuple(units), inputs={name: sizes[name] for name in line.inputs})
 
 
 class _Taken(NamedTuple):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_batch_norm import Deferred
 from hvdx.integrations.pytorch_graph import (
     Graph,
@@ -37,53 +35,10 @@ from hvdx.integrations.pytorch_graph import (
     unflat,
 )
 from hvdx.integrations.pytorch_precision import Casts, casting
-from hvdx.pipeline.zmq_channel import MAX_PART, Packed
+from hvdx.pipeline.run import unreached
 
 _LOSS = ("the loss", 0)  # where others have (value, number of its leaf)
 _lock = threading.RLock()  # of the generators, which all threads of a process share
-
-
-class TorchCodec:
-    """Tensors as bytes, with dtype, shape and strides; see :class:`zmq_channel.Codec`."""
-
-    def pack(self, tensor: torch.Tensor) -> Packed:
-        """Copy only what lies on a GPU or is not contiguous."""
-        tensor = tensor.detach().cpu()
-        layout = None if tensor.is_contiguous() else list(tensor.stride())
-        whole = tensor if layout is None else tensor[_once(layout)].contiguous()
-        line = whole.as_strided((whole.numel(),), (1,))  # reshape may keep a stride of 0
-        data = line.view(torch.uint8).numpy()
-        return Packed(str(tensor.dtype).removeprefix("torch."), tensor.shape, layout, data)
-
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        """Build on the memory given, where strides allow."""
-        dtype = getattr(torch, str(packed.dtype), None)
-        shape, strides = list(packed.shape), packed.layout
-        numbers = [*shape, *(strides or [])]
-        if not isinstance(dtype, torch.dtype) or not all(
-            type(n) is int and 0 <= n <= MAX_PART for n in numbers
-        ):
-            raise ValueError(f"no tensor is {packed[:3]}")
-        held = shape if strides is None else [
-            1 if stride == 0 and n else n for n, stride in zip(shape, strides, strict=True)
-        ]  # fmt: skip
-        if math.prod(held) * dtype.itemsize != len(packed.data):
-            raise ValueError(f"{len(packed.data)} bytes for {packed[:3]}")
-        empty = not len(packed.data)
-        dense = torch.empty(0, dtype=dtype) if empty else torch.frombuffer(packed.data, dtype=dtype)
-        if strides is None or empty:
-            return dense.view(shape)
-        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if span > MAX_PART:
-            raise ValueError(f"no tensor is {packed[:3]}")
-        memory = torch.empty(span, dtype=dtype)
-        memory.as_strided(held, strides).copy_(dense.view(held))
-        return memory.as_strided(shape, strides)
-
-
-def _once(strides: Sequence[int]) -> tuple[slice, ...]:
-    """Index one of the elements that an expanded dimension repeats."""
-    return tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)
 
 
 @dataclass
@@ -167,9 +122,6 @@ class TorchStage:
         self._entering, self._leaving = (
             list(graph.line.live(cut)) if cut else [] for cut in (first, stop)
         )
-        for name in [*self._entering, *self._leaving]:
-            if name not in graph.kinds:
-                raise PlanError(f"value {name!r} crosses a cut, but is neither tensor nor number")
         own = list(enumerate(graph.units))[first:stop]
         parts = [[each] for each in own] if split else [own]
         self._segments = [self._segment(units, units is parts[-1]) for units in parts]
@@ -235,8 +187,10 @@ class TorchStage:
         """See :meth:`Stage.backward`."""
         found = self._returned(gradients)
         self._recall(micro_batch)
-        for done in reversed(self._kept.pop(micro_batch)):
+        passes = self._kept.pop(micro_batch)
+        for done in reversed(passes):
             self._differentiate(done, found, [*done.entered.items(), *done.weights.items()])
+        self._check_reached(passes)
         return self._passed_back(found)
 
     def input_gradient(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:
@@ -245,6 +199,7 @@ class TorchStage:
         self._recall(micro_batch)
         for done in reversed(self._kept[micro_batch]):
             self._differentiate(done, found, list(done.entered.items()), retain=True)
+        self._check_reached(self._kept[micro_batch])
         return self._passed_back(found)
 
     def weight_gradient(self, micro_batch: int) -> None:
@@ -426,6 +381,12 @@ class TorchStage:
 
     def _passed_back(self, found: dict[Any, Any]) -> list[Any]:
         return [found.get(key) for key in self._entering_keys]
+
+    def _check_reached(self, passes: Sequence[_Pass]) -> None:
+        """Raise if no gradient reaches any weight of this stage, which would never learn."""
+        trained = [done for done in passes if done.weights]
+        if trained and not any(done.made for done in trained):
+            raise ValueError(unreached(next(name for _, name in trained[0].weights)))
 
     def _keys(self, names: Sequence[str]) -> list[tuple[str, int]]:
         """Number the tensors of the values of a cut."""

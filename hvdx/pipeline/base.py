@@ -8,31 +8,38 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import os
 import traceback
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from hvdx import watchdog, world
 from hvdx.agreement import check_same, next_name
-from hvdx.errors import PipelineError, PlanError
+from hvdx.errors import MismatchError, PipelineError, PlanError
 from hvdx.frameworks import Adapter
 from hvdx.pipeline.channel import Failure, Key
+from hvdx.pipeline.horovod_channel import HorovodChannel
 from hvdx.pipeline.ir import Graph
 from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, make, schedule_of, stage_times
+from hvdx.pipeline.post import Codec, PostChannel
 from hvdx.pipeline.probe import THREADS, measure_link
 from hvdx.pipeline.run import LocalRanks, run
 from hvdx.pipeline.schedule import CHECKPOINTS, Schedule, forward_only, recomputed
 from hvdx.pipeline.simulator import Times
 from hvdx.pipeline.timeline import write as write_timeline
-from hvdx.pipeline.zmq_channel import Codec, ZmqChannel, own_address
+from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
 
 #: Running statistics of batch normalization move once per batch, or with each micro-batch.
 BATCHNORMS = ("deferred", "micro")
 _LAST_STEPS = 8  # that a timeline can show
 _PROFILING_SECONDS = 600.0  # for which the other ranks wait for rank 0
+CHANNELS = "zmq", "horovod"
+Channel = TypeVar("Channel", bound=ZmqChannel)
 
 
 class BasePipeline:
@@ -46,6 +53,7 @@ class BasePipeline:
         clip_norm: that gradients are scaled down to; None: not at all.
         checkpoint: which micro-batches are computed again for backward.
         batchnorm: when running statistics of batch normalization move.
+        channel: how tensors travel between ranks.
 
     Attributes:
         plan: cuts, places and schedule.
@@ -55,6 +63,7 @@ class BasePipeline:
             finite.
     """
 
+    channels: tuple[str, ...] = CHANNELS  # that its tensors can travel by
     plan: Plan
     gradient_norm: float | None = None
     skipped: bool = False
@@ -71,15 +80,16 @@ class BasePipeline:
         clip_norm: float | None,
         checkpoint: str,
         batchnorm: str,
+        channel: str,
     ) -> None:
         self._framework, self._codec = framework, codec
         self._clip_norm, self._checkpoint = clip_norm, checkpoint
-        self._batchnorm = batchnorm
+        self._batchnorm, self._carrier = batchnorm, channel
         self._across = place is None and world.is_initialized(framework) and world.size() > 1
         self._rank = world.rank() if self._across else 0
         self.steps = 0
         self._step, self._failed = 0, ""  # calls for inference count as steps here
-        self._channel: ZmqChannel | None = None
+        self._channel: PostChannel | None = None
         self._threads: LocalRanks | None = None
         self._times: Times | None = None
         self._measured: collections.deque[Any] = collections.deque(maxlen=_LAST_STEPS)
@@ -174,6 +184,19 @@ class BasePipeline:
             if each:
                 raise PlanError(f"rank {rank} cannot make the pipeline: {each}")
 
+    def _agree_on(self, **options: Any) -> None:
+        """Compare what the ranks ask for, before they do by it what takes all of them.
+
+        Raises:
+            MismatchError: they differ; raised on every rank.
+        """
+        if self._across:
+            options |= {"clip_norm": self._clip_norm, "checkpoint": self._checkpoint}
+            options |= {"batchnorm": self._batchnorm}
+            entries = {name: f"= {value!r}" for name, value in options.items()}
+            entries["channel"] = f"= {self._carrier!r}"
+            check_same(self._core, "pipeline", entries, next_name("pipeline"))
+
     def _planned(
         self,
         sample: Any,
@@ -222,9 +245,10 @@ class BasePipeline:
             raise PlanError(told)
         if not self._across:
             return told, THREADS
-        with contextlib.closing(self._connected(range(world.size()))) as channel:
+        channel = self._connected(range(world.size()))
+        with contextlib.closing(channel), channel.session():
             link = measure_link(channel, self._rank, lambda size: self._tensor([0.0] * (size // 8)))
-            return told, self._from_first(link)
+        return told, self._from_first(link)
 
     def _own_stages(self) -> Iterator[tuple[int, int, int]]:
         """Yield the number, the first unit and the one after the last of this process' stages."""
@@ -237,10 +261,21 @@ class BasePipeline:
         entries = dict(units)
         for name in ("cuts", "place", "schedule", "micro_batches"):
             entries[name] = f"= {getattr(self.plan, name)}"
-        entries["clip_norm"] = f"= {self._clip_norm}"
-        entries["checkpoint"] = f"= {self._checkpoint}"
-        entries["batchnorm"] = f"= {self._batchnorm}"
         check_same(self._core, "pipeline", entries, next_name("pipeline"))
+
+    def _check_optimizers(self, told: str) -> None:
+        """Compare the ranks' optimizers; a rank without parameters has nothing to tell.
+
+        Raises:
+            MismatchError: they differ; raised on every rank.
+        """
+        everyone = self._core.allgather_object(told, next_name("pipeline"), None)
+        if len({each for each in everyone if each}) > 1:
+            each = ", ".join(f"rank {rank}: {made}" for rank, made in enumerate(everyone) if made)
+            raise MismatchError(
+                f"ranks disagree about the optimizer: {each}. All must make the same one; to treat "
+                "parameters differently, decide by the parameters, not by the rank"
+            )
 
     def _connect(self) -> None:
         """Open the channel to the other ranks, or start the threads of this process."""
@@ -251,15 +286,30 @@ class BasePipeline:
             self._threads = LocalRanks(self._stages, max(self.plan.place) + 1, None)
             self._finalizer = weakref.finalize(self, self._threads.close)
 
-    def _connected(self, place: Sequence[int]) -> ZmqChannel:
+    def _connected(self, place: Sequence[int]) -> PostChannel:
+        """Open a channel between ``place``'s ranks; all ranks of the job call it."""
+        if self._carrier == "horovod":
+            return HorovodChannel(
+                place,
+                self._rank,
+                world.size(),
+                functools.partial(_alltoall, self._core, next_name("pipeline")),
+                self._codec,
+                seconds=watchdog.timeout_seconds(),
+            )
+        return self._over_zmq(ZmqChannel, place)
+
+    def _over_zmq(self, kind: type[Channel], place: Sequence[int], **options: Any) -> Channel:
+        """Open a :class:`ZmqChannel`, or what builds on one."""
         core = self._core
-        return ZmqChannel(
+        return kind(
             place,
             self._rank,
             lambda each: core.allgather_object(each, next_name("pipeline"), None),
             self._codec,
             address=own_address(one_machine=core.horovod.local_size() == core.horovod.size()),
             seconds=watchdog.timeout_seconds(),
+            **options,
         )
 
     # --- a step
@@ -273,16 +323,25 @@ class BasePipeline:
             yield
             return
         try:
+            with self._failing(f"end of {what}"), self._channel.session(), self._failing(what):
+                yield
+        except BaseException as error:
+            self._failed = str(error).partition("\n")[0] or type(error).__name__
+            raise
+
+    @contextlib.contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """Make a failure of any error, and tell it to the other ranks."""
+        assert self._channel is not None
+        try:
             yield
-        except PipelineError as error:
-            self._failed = str(error).partition("\n")[0]
+        except PipelineError:
             raise
         except BaseException as error:
             told = f"{type(error).__name__}: {error}"
             where = f"{what} {self._step}"
             failure = Failure(self._rank, told, where, "", traceback.format_exc())
             self._channel.fail(failure)
-            self._failed = told
             if not isinstance(error, Exception):
                 raise
             raise failure.exception() from error
@@ -382,7 +441,7 @@ class BasePipeline:
                 found.append([each.numpy().tolist() for each in self._channel.receive(rank, key)])
         return found
 
-    def _exchange(self, channel: ZmqChannel, found: dict[tuple[int, str], Any]) -> None:
+    def _exchange(self, channel: PostChannel, found: dict[tuple[int, str], Any]) -> None:
         """Give and get the gradients of parameters that several ranks have."""
         ranks = [self.plan.place[number] for number in self._stage_of()]
         shared = []
@@ -421,6 +480,8 @@ def check_options(
     clip_norm: Any = None,
     checkpoint: Any = "never",
     batchnorm: Any = "deferred",
+    channel: Any = "zmq",
+    channels: Sequence[str] = CHANNELS,
 ) -> None:
     """Refuse options that mean nothing for any framework.
 
@@ -442,6 +503,8 @@ def check_options(
         )
     if batchnorm not in BATCHNORMS:
         raise PlanError(f"batchnorm={batchnorm!r}: use one of {', '.join(BATCHNORMS)}")
+    if channel not in channels:
+        raise PlanError(f"channel={channel!r}: use one of {', '.join(channels)}")
 
 
 def rows_of(shapes: Sequence[Sequence[int]]) -> int:
@@ -458,6 +521,15 @@ def rows_of(shapes: Sequence[Sequence[int]]) -> int:
             "of at least 1, along which micro-batches are cut"
         )
     return counts.pop()
+
+
+def _alltoall(
+    core: Adapter, name: str, rows: np.ndarray, counts: list[int]
+) -> tuple[np.ndarray, list[int]]:
+    """Exchange rows through Horovod; see :class:`HorovodChannel`."""
+    sent = core.from_numpy(rows)
+    found, received = core.alltoall(sent, splits=counts, name=name, process_set=None)
+    return core.to_numpy(found), core.to_numpy(received).tolist()
 
 
 def _largest(plan: Plan, most: int, times: Times | None) -> Schedule:

@@ -60,6 +60,8 @@ class Graph:
         units: in that order.
         inputs: of the model: value -> bytes per micro-batch.
         outputs: values that the model returns.
+        inside: what is no unit, or one that is joined, and has a name of the model's -> why no
+            stage can begin there.
 
     Raises:
         PlanError: two units or values share a name, or one is read before it is made.
@@ -68,6 +70,7 @@ class Graph:
     units: tuple[Unit, ...]
     inputs: Mapping[str, int]
     outputs: tuple[str, ...]
+    inside: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.units:
@@ -157,7 +160,7 @@ class Graph:
         """Return the unit ``name``, or the first one inside the module of that name.
 
         Raises:
-            PlanError: there is none; the message suggests similar names.
+            PlanError: there is none; the message says where it is, or suggests similar names.
         """
         names = [unit.name for unit in self.units]
         if name in names:
@@ -165,6 +168,8 @@ class Graph:
         for index, each in enumerate(names):
             if each.startswith((f"{name}.", f"{name}/")):
                 return index
+        if name in self.inside:
+            raise PlanError(f"no stage can begin at {name!r}: {self.inside[name]}")
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         told = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

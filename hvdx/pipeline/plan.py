@@ -197,9 +197,10 @@ def edges(graph: Graph, cuts: Sequence[int]) -> list[tuple[int, int]]:
                 f"{names[before]!r}"
             )
         if cut in graph.solid:
+            why = graph.inside.get(names[cut], "whose values it changes in place")
             raise PlanError(
-                f"no cut before {names[cut]!r}: it must be in the stage of {names[cut - 1]!r}, "
-                "whose values it changes in place"
+                f"no stage can begin at {names[cut]!r}: it must be in that of {names[cut - 1]!r}, "
+                f"{why}"
             )
     return list(pairwise([0, *cuts, len(names)]))
 

@@ -53,6 +53,15 @@ class Stage(Protocol):
         """Accumulate what ``input_gradient`` left, and set free what the micro-batch kept."""
 
 
+def unreached(weight: str) -> str:
+    """Say that no gradient comes to a stage, whose weights could not learn."""
+    return (
+        f"no gradient reaches the trainable weights of this stage, such as {weight!r}: something "
+        "between them and the loss is detached, made of integers or not differentiable. Mend that, "
+        "or freeze these weights"
+    )
+
+
 def run(
     schedule: Schedule, rank: int, stages: Mapping[int, Stage], channel: Channel, step: int = 0
 ) -> list[Span]:

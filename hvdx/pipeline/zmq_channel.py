@@ -3,13 +3,9 @@
 ZeroMQ's own thread sends and receives while Python computes, so that a put never waits and what
 has come lies ready. Everything else happens in the thread that calls: sockets are not thread-safe.
 
-    header (JSON)   [version, kind, step, stage, micro-batch, note,
-                     [[dtype, shape, layout] or null, ..]]
-    then            one part of raw bytes per tensor; null stands for None and has no part
-
-Nothing is unpickled, and no tensor is made that its header does not describe byte for byte. Only
-those who know a secret of this job, which went round through Horovod, are let in. ZeroMQ's PLAIN
-mechanism carries it in clear text, as Horovod's own traffic goes: for networks that one trusts.
+Only those who know a secret of this job, which went round through Horovod, are let in. ZeroMQ's
+PLAIN mechanism carries it in clear text, as Horovod's own traffic goes: for networks that one
+trusts.
 """
 
 from __future__ import annotations
@@ -17,73 +13,29 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hmac
-import json
 import math
 import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from socket import gethostname
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
-from hvdx.errors import HvdxError, MismatchError
-from hvdx.pipeline.channel import Failure, Key, Tensors, late
+from hvdx.errors import HvdxError
+from hvdx.pipeline.channel import Key
+from hvdx.pipeline.post import BYE, FAILURE, MAX_PART, Codec, PostChannel
 
-VERSION = 1
-MAX_HEADER = 1 << 20
-MAX_PART = 1 << 34  # bytes of one tensor
 _COPY = 1 << 16  # smaller parts that come are copied, to be aligned and let go of
 # Smaller parts that go are copied: sharing costs a thread that lets go of them when they are sent.
 _SHARE = 1 << 21
 _LINGER_MS = 2000  # for last messages on their way when the channel closes
 _DOMAIN, _USER = "hvdx", b"rank"
 _HEARTBEAT_MS, _SILENCE_MS = 1000, 10_000  # finds hosts that vanish; a dead process shows at once
-_FAILURE, _BYE = "fail", "bye"  # kinds besides those of keys
 
 
-class Packed(NamedTuple):
-    """A tensor as the channel sees it: ``layout`` is the codec's own, plain JSON or None."""
-
-    dtype: str
-    shape: Sequence[int]
-    layout: Any
-    data: Any  # a contiguous buffer of bytes
-
-
-class Codec(Protocol):
-    """How a framework's tensors become bytes and arise from them."""
-
-    def pack(self, tensor: Any) -> Packed:
-        """Describe ``tensor``; ``data`` may share its memory."""
-
-    def unpack(self, packed: Packed) -> Any:
-        """Make a tensor, on the memory of ``packed.data`` if it likes: nobody else uses that.
-
-        Raises:
-            ValueError: dtype, shape, layout and number of bytes do not fit together.
-        """
-
-
-class NumpyCodec:
-    """For NumPy arrays."""
-
-    def pack(self, tensor: Any) -> Packed:
-        """See :meth:`Codec.pack`."""
-        array = np.ascontiguousarray(tensor)
-        return Packed(array.dtype.str, tensor.shape, None, array.reshape(-1).view(np.uint8).data)
-
-    def unpack(self, packed: Packed) -> Any:
-        """See :meth:`Codec.unpack`."""
-        try:
-            dtype = np.dtype(packed.dtype)
-        except TypeError:
-            raise ValueError(f"no dtype {packed.dtype!r}") from None
-        return np.frombuffer(packed.data, dtype).reshape(packed.shape)
-
-
-class ZmqChannel:
+class ZmqChannel(PostChannel):
     """See :class:`hvdx.pipeline.channel.Channel`; for one process per rank.
 
     Args:
@@ -93,9 +45,6 @@ class ZmqChannel:
         codec: of the framework's tensors.
         address: of this rank's own network interface, on which it listens.
         seconds: deadline of a get and of the meeting; 0: wait for ever.
-
-    Attributes:
-        note: travels with each message and must be the receiver's, when it asks for it.
 
     Raises:
         HvdxError: the ranks could not connect; raised on every rank.
@@ -113,16 +62,11 @@ class ZmqChannel:
     ) -> None:
         import zmq
 
+        super().__init__(place, rank, codec, seconds)
         self._zmq = zmq
         # As plain numbers: ZeroMQ's own flags take a microsecond to combine.
         self._at_once, self._more_follows = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-        self._place, self._rank, self._seconds = tuple(place), rank, seconds or math.inf
-        self._codec: Codec = codec or NumpyCodec()
         self._secret = secrets.token_hex(32)
-        self.note = ""
-        self._arrived: dict[tuple[int, Key], tuple[str, Tensors]] = {}  # by sender and key
-        self._failure: Failure | None = None
-        self._left: set[int] = set()  # said goodbye
         self._lost: set[int] = set()  # connection broken
         self._ready: set[int] = set()
         self._refused = False
@@ -130,7 +74,6 @@ class ZmqChannel:
         self._poller = zmq.Poller()
         self._sockets: dict[int, Any] = {}
         self._handlers: dict[Any, Callable[[], object]] = {}  # socket: who reads it
-        self._closed = False
         problem = None
         try:
             self._meet(sorted(set(place) - {rank}), exchange, address)
@@ -144,75 +87,15 @@ class ZmqChannel:
             self.close()
             raise HvdxError(f"the pipeline's ranks cannot connect: {'; '.join(problems)}")
 
-    def put(self, key: Key, tensors: Tensors) -> None:
-        """See :meth:`Channel.put`."""
-        self.send(self._place[key.stage], key, tensors)
-
-    def get(self, key: Key) -> Tensors:
-        """See :meth:`Channel.get`."""
-        return self.receive(self._place[key.sender], key)
-
-    def send(self, peer: int, key: Key, tensors: Tensors) -> None:
-        """Send to any rank of the pipeline; ``key`` need be new between these two only."""
-        self._check()
-        if peer in self._lost | self._left:
-            raise ConnectionError(self._gone(peer))
-        packed = [None if each is None else self._codec.pack(each) for each in tensors]
-        told = [each and [each.dtype, list(each.shape), each.layout] for each in packed]
-        parts = [self._header(key, told), *(each.data for each in packed if each)]
-        send = self._sockets[peer].send
-        try:
-            for part in parts[:-1]:
-                send(part, self._more_follows, copy=False)
-            send(parts[-1], self._at_once, copy=False)
-        except self._zmq.Again:  # nobody is there; perhaps he has said why
-            self._read(peer)
-            self._check()
-            raise ConnectionError(self._gone(peer)) from None
-
-    def receive(self, peer: int, key: Key) -> Tensors:
-        """Wait for what ``peer`` sends under ``key``; raises as :meth:`get` does."""
-        self._check()
-        until = time.monotonic() + self._seconds
-        while (peer, key) not in self._arrived and self._take_next(peer):
-            pass
-        while (peer, key) not in self._arrived:
-            self._check()
-            self._check_peers(peer, key)
-            if (peer, key) in self._arrived:
-                break
-            left = until - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(self._late(peer, key))
-            self._service(left)
-        note, tensors = self._arrived.pop((peer, key))
-        if note != self.note:
-            raise MismatchError(
-                f"rank {peer} is at {note or 'nothing'}, rank {self._rank} at "
-                f"{self.note or 'nothing'}: all ranks must make the same calls on the same batch"
-            )
-        return tensors
-
-    def _late(self, peer: int, key: Key) -> str:
-        if key.kind in ("F", "B"):
-            return late(key, self._seconds)
-        return f"rank {self._rank} has waited {self._seconds:g} s for rank {peer} (HVDX_TIMEOUT)"
-
-    def fail(self, failure: Failure) -> None:
-        """See :meth:`Channel.fail`."""
-        if self._failure is None and not self._closed:
-            self._failure = failure
-            self._tell_all(self._header(Key(_FAILURE, 0, 0, 0), failure._asdict()))
-
     def close(self) -> None:
         """Say goodbye and close all sockets; what is on its way still gets two seconds."""
         if self._closed:
             return
         self._closed = True
         if self._failure is None:
-            self._tell_all(self._header(Key(_BYE, 0, 0, 0), None))
+            self._tell_all(self._header(Key(BYE, 0, 0, 0), None))
         else:  # who has not heard of it shall not take this end for the cause
-            self._tell_all(self._header(Key(_FAILURE, 0, 0, 0), self._failure._asdict()))
+            self._tell_all(self._header(Key(FAILURE, 0, 0, 0), self._failure._asdict()))
         for socket in self._sockets.values():
             socket.disable_monitor()
         self._context.destroy(linger=_LINGER_MS)
@@ -304,7 +187,7 @@ class ZmqChannel:
         elif peer in self._ready:
             self._lost.add(peer)
 
-    # --- reading
+    # --- messages
 
     def _watch(self, socket: Any, handler: Callable[[], object]) -> None:
         self._poller.register(socket, self._zmq.POLLIN)
@@ -330,42 +213,23 @@ class ZmqChannel:
             return False
         while parts[-1].more:
             parts.append(receive(copy=False))
-        try:
-            self._take(peer, parts)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise OSError(f"rank {peer} sent what is no message: {error}") from None
+        self._take(peer, [parts[0].buffer, *map(_writable, parts[1:])])
         return True
 
-    def _take(self, peer: int, parts: list[Any]) -> None:
-        if len(parts[0]) > MAX_HEADER:
-            raise ValueError(f"a header of {len(parts[0])} bytes")
-        version, kind, step, stage, micro_batch, note, told = json.loads(parts[0].bytes)
-        if version != VERSION:
-            raise ValueError(f"version {version!r}, not {VERSION}")
-        if kind == _FAILURE:
-            self._failure = self._failure or Failure(**told)
-        elif kind == _BYE:
-            self._left.add(peer)
-        else:
-            tensors = self._tensors(told, parts[1:])
-            self._arrived[peer, Key(kind, step, stage, micro_batch)] = note, tensors
-
-    def _tensors(self, told: Any, parts: list[Any]) -> Tensors:
-        if len(parts) != sum(each is not None for each in told):
-            raise ValueError(f"{len(parts)} parts for {told}")
-        rest = iter(parts)
-        return [
-            None if each is None else self._codec.unpack(_described(each, next(rest)))
-            for each in told
-        ]
+    def _post(self, peer: int, parts: list[Any]) -> None:
+        if peer in self._lost | self._left:
+            raise ConnectionError(self._gone(peer))
+        send = self._sockets[peer].send
+        try:
+            for part in parts[:-1]:
+                send(part, self._more_follows, copy=False)
+            send(parts[-1], self._at_once, copy=False)
+        except self._zmq.Again:  # nobody is there; perhaps he has said why
+            self._read(peer)
+            self._check()
+            raise ConnectionError(self._gone(peer)) from None
 
     # --- failing
-
-    def _check(self) -> None:
-        if self._closed:
-            raise OSError("the pipeline has been closed")
-        if self._failure is not None:
-            raise self._failure.exception()
 
     def _check_peers(self, wanted: int, key: Key) -> None:
         """Raise if a rank is gone, or if the one waited for has left."""
@@ -385,9 +249,6 @@ class ZmqChannel:
         for socket in self._sockets.values():
             with contextlib.suppress(self._zmq.ZMQError):
                 socket.send(message, self._zmq.NOBLOCK)
-
-    def _header(self, key: Key, told: Any) -> bytes:
-        return json.dumps([VERSION, *key, self.note, told]).encode()
 
 
 def own_address(one_machine: bool) -> str:
@@ -411,11 +272,6 @@ def own_address(one_machine: bool) -> str:
             "with HOROVOD_GLOO_IFACE"
         )
     return own
-
-
-def _described(told: Any, frame: Any) -> Packed:
-    dtype, shape, layout = told
-    return Packed(dtype, shape, layout, _writable(frame))
 
 
 def _writable(frame: Any) -> Any:

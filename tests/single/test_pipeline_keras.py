@@ -12,7 +12,7 @@ pytest.importorskip(os.environ["KERAS_BACKEND"])
 import numpy as np  # noqa: E402
 
 import hvdx as hvd  # noqa: E402
-from hvdx.errors import PlanError  # noqa: E402
+from hvdx.errors import PipelineError, PlanError  # noqa: E402
 
 layers = keras.layers
 backend = keras.backend.backend()
@@ -28,6 +28,12 @@ def sequential():
     sizes = (8, 8, 8, 1)
     dense = [layers.Dense(n, "tanh", name=f"dense{i}") for i, n in enumerate(sizes)]
     return keras.Sequential([keras.Input((6,)), *dense])
+
+
+def deep():
+    """Units for two stages on each of 4 ranks."""
+    dense = [layers.Dense(6, "tanh", name=f"dense{i}") for i in range(7)]
+    return keras.Sequential([keras.Input((6,)), *dense, layers.Dense(1, name="leave")])
 
 
 def residual():
@@ -109,26 +115,32 @@ def train(build, data, **options):
     return weights(model), float(last)
 
 
-def test_the_plain_model_learns_the_same():
-    data = batches()
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [("float32", 1e-5, 4e-5), ("float64", 1e-10, 1e-10)]
+)
+def test_the_plain_model_learns_the_same(request, dtype, rtol, atol):
+    request.addfinalizer(lambda: keras.config.set_floatx("float32"))
+    keras.config.set_floatx(dtype)
+    data = [(x.astype(dtype), y.astype(dtype)) for x, y in batches(20)]
     learnt, loss = train(sequential, data, place=["cpu"] * 3)
     plain = made(sequential)
     plain.compile(keras.optimizers.Adam(1e-2), "mse")
     for x, y in data:
         last = plain.train_on_batch(x, y, return_dict=True)["loss"]
         plain.reset_metrics()
-    assert loss == pytest.approx(float(last), rel=1e-5)
+    assert loss == pytest.approx(float(last), rel=1e-5)  # Keras' own is of float32
     for name, value in weights(plain).items():
-        np.testing.assert_allclose(learnt[name], value, rtol=1e-5, atol=4e-5)
+        assert value.dtype == dtype
+        np.testing.assert_allclose(learnt[name], value, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("build", [sequential, residual])
 def test_cuts_and_schedules_change_no_bit(build):
-    data = batches()
+    data = batches(20 if build is sequential else 4)
     expected, loss = train(build, data, place=["cpu"])
     cases = [(["cpu"] * 2, "gpipe"), (["cpu"] * 3, "1f1b"), (["cpu"] * 2, "zb1p")]
     if build is sequential:
-        cases += [(["cpu"] * 4, "1f1b"), (["cpu"] * 2, "interleaved")]
+        cases += [(["cpu"] * 4, "1f1b"), (["cpu"] * 2, "interleaved"), (["cpu"] * 2, "zbv")]
     else:  # both calls of the normalised part stay in one stage
         cases += [(["cpu"] * 4, "gpipe")]
     for place, schedule in cases:
@@ -456,6 +468,20 @@ def test_wrong_use_is_told():
 
     with pytest.raises(PlanError, match=r"Own 'own' is a subclassed model.*keras\.Sequential"):
         hvd.Pipeline(Own(), x)
+    for stages, told in {
+        9: "9 stages, but the model has 4 units: use at most 4",
+        ("dense9",): "no unit is named 'dense9'; did you mean 'dense",
+    }.items():
+        with pytest.raises(PlanError, match=told):
+            pipeline(made(sequential), x, stages=stages)
+    with pytest.raises(
+        PlanError, match="begin at 'inner': it is inside 'block', which is one unit"
+    ):
+        inner = [keras.Input((6,)), layers.Dense(6, name="inner")]
+        block = keras.Sequential(inner, name="block")
+        pipeline(keras.Sequential([keras.Input((6,)), block, layers.Dense(1)]), x, stages=["inner"])
+    with pytest.raises(PlanError, match="channel='nccl': use one of zmq, horovod"):
+        pipeline(made(sequential), x, channel="nccl")
     there = "but TensorFlow has CPU:0" if backend == "tensorflow" else "which cannot be used"
     with pytest.raises(PlanError, match=f"place has 'tpu', {there}"):
         pipeline(made(sequential), x, place=["tpu"])
@@ -481,4 +507,25 @@ def test_wrong_use_is_told():
         pipe.step(x, y[:3])
     with pytest.raises(ValueError, match="y has 2 parts, the model 1 outputs"):
         pipe.step(x, [y, y])
+    pipe.close()
+    detached = [
+        keras.Input((6,)),
+        layers.Dense(6, name="first"),
+        layers.Lambda(keras.ops.stop_gradient, name="stop"),
+        layers.Dense(1, name="last"),
+    ]
+    for stages in ([1, 2], [2, 1]):
+        model = keras.Sequential(detached)
+        pipe = pipeline(model, x, place=["cpu"] * 2, stages=stages)
+        with pytest.raises(PipelineError, match=r"stage 0, .*no gradient reaches .*first/kernel'"):
+            pipe.step(x, y)
+        pipe.close()
+
+    class ByRow(keras.losses.Loss):
+        def __call__(self, y, out, sample_weight=None):
+            return (y - out) ** 2
+
+    pipe = pipeline(made(sequential), x, place=["cpu"], loss=ByRow())
+    with pytest.raises(PipelineError, match=r"returns shape \(.*\), no scalar: take the mean"):
+        pipe.step(x, y)
     pipe.close()

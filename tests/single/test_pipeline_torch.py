@@ -15,8 +15,8 @@ from torch.nn import functional as F  # noqa: E402
 
 import hvdx as hvd  # noqa: E402
 from hvdx.errors import PipelineError, PlanError  # noqa: E402
+from hvdx.integrations.pytorch_channel import TorchCodec  # noqa: E402
 from hvdx.integrations.pytorch_graph import traced  # noqa: E402
-from hvdx.integrations.pytorch_stages import TorchCodec  # noqa: E402
 from hvdx.pipeline.plan import Plan  # noqa: E402
 
 ROWS = 12
@@ -143,8 +143,9 @@ def batches(steps=20, rows=ROWS, seed=2):
             for n in rows]  # fmt: skip
 
 
-SCHEDULES = [(name, stages) for name in ("gpipe", "1f1b", "zb1p") for stages in (2, 3, 4)]
-SCHEDULES += [("interleaved", 2), ("interleaved", 4), ("zbv", 2), ("zbv", 4)]
+#: On 1 to 4 ranks; with two stages per rank the models have units for 3.
+SCHEDULES = [(name, stages) for name in ("gpipe", "1f1b", "zb1p") for stages in (1, 2, 3, 4)]
+SCHEDULES += [(name, stages) for name in ("interleaved", "zbv") for stages in (2, 4, 6)]
 
 
 @pytest.mark.parametrize("kind", [sequential, Residual])
@@ -611,6 +612,62 @@ def test_an_untraceable_module_is_named_and_can_be_kept_whole():
         pipe.close()
 
 
+class Odd(nn.Module):
+    """Hands on what is no tensor."""
+
+    def forward(self, x):
+        return np.zeros(1) if x is None else {"of": x, "by": np.ones(1)}
+
+
+class WithOdd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.odd, self.take = nn.Linear(6, 6), Odd(), Take()
+        self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.three(self.two(self.take(self.odd(self.one(x)))))
+
+
+class Take(nn.Module):
+    def forward(self, odd):
+        return odd["of"] * float(odd["by"][0])
+
+
+def test_what_is_no_tensor_crosses_no_cut():
+    x, y = batches(1)[0]
+    options = {"loss": F.mse_loss, "optimizer": adam, "leaves": [Odd, Take]}
+    told = r"^no stage can begin at 'take': it must be in that of 'odd', or 'odd' would cross the c"
+    with pytest.raises(PlanError, match=told + ".*a ndarray, which cannot travel"):
+        hvd.Pipeline(WithOdd(), x, stages=["take"], **options)
+    pipe = hvd.Pipeline(WithOdd(), x, stages=4, **options)  # as many as there can be
+    assert pipe.plan.cuts == ("odd", "two", "three")
+    pipe.step(x, y)
+    pipe.close()
+
+
+class Detach(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+@pytest.mark.parametrize("stages", [[1, 3], [2, 2]])
+def test_a_stage_that_no_gradient_reaches_is_told(schedule, stages):
+    model = nn.Sequential(nn.Linear(6, 6), Detach(), nn.Linear(6, 6), nn.Tanh())
+    x, y = batches(1)[0]
+    options = {"stages": stages, "schedule": schedule}
+    pipe = hvd.Pipeline(model, x, F.mse_loss, adam, **options)
+    told = "rank 0, stage 0, .* no gradient reaches the trainable weights .* such as '0.weight'"
+    with pytest.raises(PipelineError, match=told):
+        pipe.step(x, y)
+    pipe.close()
+    model[0].requires_grad_(False)  # the remedy
+    pipe = hvd.Pipeline(model, x, F.mse_loss, adam, **options)
+    pipe.step(x, y)
+    pipe.close()
+
+
 def wrong(**options):
     x = batches(1)[0][0]
     return hvd.Pipeline(**{"model": sequential(), "sample": x, **options})
@@ -630,6 +687,12 @@ def wrong(**options):
         ({"clip_norm": -1}, PlanError, "clip_norm=-1: give a number above 0"),
         ({"place": ["cpu", "cuda:99"]}, PlanError, "place has 'cuda:99', which cannot be used"),
         ({"place": "cpu"}, PlanError, "place='cpu': give a list"),
+        ({"channel": "tcp"}, PlanError, "channel='tcp': use one of zmq, horovod, nccl, gloo"),
+        ({"model": Residual(), "stages": ["relu"]}, PlanError,
+         "no stage can begin at 'relu': unit 'first', which it is part of, is kept whole, since"),
+        ({"model": Residual(), "stages": ["tanh"]}, PlanError, "'tanh': it goes with unit 'enter'"),
+        ({"model": nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 6))),
+          "stages": ["1.1"]}, PlanError, "begin at '1.1': it is inside '1', which is one unit"),
         ({"optimizer": adam([nn.Parameter(torch.ones(1))])}, TypeError, "Adam; give a function"),
         ({"scaler": 1024.0}, TypeError, "scaler is a float; give a torch.amp.GradScaler"),
         ({"model": 3}, TypeError, "int is no model"),

@@ -48,6 +48,31 @@ def learnt(pipe, path):
         return {name.removeprefix("model/"): file[name] for name in names}
 
 
+@functools.cache
+def learnt_alone():
+    """What one process learns of a model for 8 stages."""
+    return models.train(models.deep, models.batches(20), place=["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "channel"),
+    [
+        *(pytest.param(each, "zmq", marks=pytest.mark.ranks(2)) for each in ("gpipe", "1f1b")),
+        *(pytest.param(each, "horovod", marks=pytest.mark.ranks(2)) for each in ("zb1p", "zbv")),
+        ("interleaved", "horovod"),
+    ],
+)
+def test_schedules_and_channels_change_no_bit(schedule, channel, shared):
+    data = models.batches(20)
+    expected, loss = learnt_alone()
+    pipe = models.pipeline(models.made(models.deep), data[0][0], schedule=schedule, channel=channel)
+    for x, y in data:
+        last = pipe.step(x, y)
+    assert float(last) == loss
+    models.assert_same(learnt(pipe, shared / "state.npz"), expected)
+    pipe.close()
+
+
 @pytest.mark.parametrize(
     ("build", "schedule"),
     [
@@ -159,13 +184,14 @@ class Failing(keras.layers.Layer):
         return x
 
 
-def test_an_error_reaches_all_ranks():
+@pytest.mark.parametrize("channel", ["zmq", "horovod"])
+def test_an_error_reaches_all_ranks(channel):
     size = hvd.size()
     model = keras.Sequential(
         [keras.Input((6,)), *(keras.layers.Dense(6) for _ in range(size - 1)), Failing(name="bad")]
     )
     x, _ = models.batches(1)[0]
-    pipe = models.pipeline(model, x, stages=[1] * size)
+    pipe = models.pipeline(model, x, stages=[1] * size, channel=channel)
     told = f"rank {size - 1}, stage {size - 1}, unit 'bad', forward of micro-batch 0 in step 0"
     with pytest.raises(PipelineError, match=told):
         pipe.step(x, x)
@@ -179,8 +205,13 @@ def test_ranks_that_differ_are_told():
     with pytest.raises(MismatchError, match="micro_batches"):
         models.pipeline(models.made(models.sequential), x, micro_batches=2 + hvd.rank())
     with pytest.raises(PlanError, match="no unit is named 'nowhere'"):
-        stages = None if hvd.rank() else ["nowhere"]
+        models.pipeline(models.made(models.sequential), x, stages=["nowhere"])
+    with pytest.raises(MismatchError, match="'stages'"):
+        stages = None if hvd.rank() else ["dense1"]
         models.pipeline(models.made(models.sequential), x, stages=stages)
+    with pytest.raises(MismatchError, match=r"about the optimizer: rank 0: Adam .*, rank 1: SGD"):
+        optimizer = keras.optimizers.SGD() if hvd.rank() == 1 else keras.optimizers.Adam()
+        hvd.Pipeline(models.made(models.sequential), x, "mse", optimizer)
     with pytest.raises(MismatchError, match="clip_norm"):
         models.pipeline(models.made(models.sequential), x, clip_norm=1.0 + hvd.rank())
     with pytest.raises(PlanError, match="layer 'sync' is a SyncBatchNormalization, which waits"):

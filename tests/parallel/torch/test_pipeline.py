@@ -61,24 +61,27 @@ def alone(kind):
     return models.train(models.made(kind), models.batches(STEPS), place=["cpu"])
 
 
+SCHEDULES = "gpipe", "1f1b", "interleaved", "zb1p", "zbv"
+
+
 @pytest.mark.parametrize(
-    ("schedule", "kind"),
+    ("schedule", "channel"),
     [
-        pytest.param("1f1b", models.sequential, marks=pytest.mark.ranks(2)),
-        ("1f1b", models.Residual),
-        ("zb1p", models.Residual),
-        pytest.param("gpipe", models.Residual, marks=pytest.mark.ranks(2)),
-        pytest.param("interleaved", models.Residual, marks=pytest.mark.ranks(2)),  # few units
-        pytest.param("zbv", models.Residual, marks=pytest.mark.ranks(2)),
+        *((each, "zmq") for each in SCHEDULES),
+        *(pytest.param(each, "horovod", marks=pytest.mark.ranks(*(2, 4)[: 1 + (each == "zbv")]))
+          for each in SCHEDULES),
+        pytest.param("1f1b", "gloo", marks=pytest.mark.ranks(2)),
+        ("zbv", "gloo"),
     ],
-)
-def test_ranks_learn_what_one_process_learns(kind, schedule, shared):
+)  # fmt: skip
+def test_ranks_learn_what_one_process_learns(schedule, channel, shared):
+    kind = models.Everything  # tied weights, skips, dropout, buffers; units for 8 stages
     data = models.batches(STEPS)
     expected, loss = alone(kind)
     model = models.made(kind)
     if hvd.rank():  # the ranks begin with rank 0's weights
         torch.nn.init.ones_(next(model.parameters()))
-    pipe = pipeline(model, data[0][0], schedule=schedule)
+    pipe = pipeline(model, data[0][0], schedule=schedule, channel=channel)
     losses = [pipe.step(x, y) for x, y in data]
     assert torch.equal(losses[-1], loss)
     models.assert_same(learnt(pipe, shared / "state"), expected)
@@ -121,12 +124,13 @@ class Failing(nn.Module):
         raise ArithmeticError("no such luck")
 
 
-def test_an_error_reaches_all_ranks_and_leaves_nothing_behind():
+@pytest.mark.parametrize("channel", ["zmq", "horovod", "gloo"])
+def test_an_error_reaches_all_ranks_and_leaves_nothing_behind(channel):
     threads, sockets = threading.active_count(), open_sockets()
     size = hvd.size()
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(size - 1)), Failing())
     x, y = models.batches(1)[0]
-    pipe = pipeline(model, x, stages=[1] * size)
+    pipe = pipeline(model, x, stages=[1] * size, channel=channel)
     hvd.barrier()
     start = time.monotonic()
     told = (
@@ -173,11 +177,31 @@ def test_different_pipelines_are_told():
     x = models.batches(1)[0][0]
     with pytest.raises(MismatchError, match=r"rank 0: 'micro_batches' = 4, rank 1: 'mic.* = 5"):
         pipeline(models.sequential(), x, micro_batches=4 + hvd.rank())
-    message = "9 stages" if hvd.rank() else "rank 1 cannot make the pipeline: PlanError: 9 stages"
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(MismatchError, match="rank 0: 'stages' = None, rank 1: 'stages' = 9"):
         pipeline(models.sequential(), x, stages=9 if hvd.rank() else None)
+    with pytest.raises(PlanError, match="4 stages, but the model has 2 units: use at most 2"):
+        pipeline(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), x, schedule="interleaved")
+    message = "module 'inner'" if hvd.rank() else "rank 1 cannot make the pipeline: PlanError: mod"
+    with pytest.raises(PlanError, match=message):
+        pipeline((models.sequential, models.WithBranch)[hvd.rank()](), x)
     with pytest.raises(PlanError, match="3 stages on 2 ranks"):
         pipeline(models.sequential(), x, stages=3)
+    with pytest.raises(MismatchError, match="rank 0: 'channel' = 'zmq', rank 1: 'channel' = 'horo"):
+        pipeline(models.sequential(), x, channel=("zmq", "horovod")[hvd.rank()])
+    with pytest.raises(MismatchError, match="rank 0: 'schedule' = 'auto', rank 1: 'schedule' = '1"):
+        pipeline(models.sequential(), x, schedule=("auto", "1f1b")[hvd.rank()])
+    rate = 0.1 + hvd.rank()
+    for make, told in (
+        (
+            lambda params: torch.optim.Adam(params, rate),
+            r"rank 0: Adam .*'lr': 0\.1.*, rank 1: Adam",
+        ),
+        (None if hvd.rank() else models.adam, "rank 0: Adam .*, rank 1: none"),
+    ):
+        with pytest.raises(MismatchError, match=f"disagree about the optimizer: {told}"):
+            hvd.Pipeline(models.sequential(), x, F.mse_loss, make)
+    with pytest.raises(PlanError, match="channel='nccl' needs a GPU of its own for each rank, but"):
+        pipeline(models.sequential(), x, channel="nccl")
 
 
 # --- the channel
@@ -267,6 +291,20 @@ def test_another_secret_is_refused():
 
     with pytest.raises(HvdxError, match="rank 1: it is refused by another: the secrets"):
         ZmqChannel(range(2), hvd.rank(), lying, seconds=2)
+
+
+@pytest.mark.ranks(2)
+def test_a_port_in_use_is_told_on_every_rank(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        if hvd.rank() == 0:
+            bind = lambda self, address: self.bind(f"{address}:{port}")  # noqa: E731
+            monkeypatch.setattr(zmq.Socket, "bind_to_random_port", bind)
+        with pytest.raises(
+            HvdxError, match=r"rank 0: cannot listen on 127\.0\.0\.1: Address alread"
+        ):
+            ZmqChannel(range(2), hvd.rank(), exchange, seconds=5)
+        hvd.barrier()
 
 
 @pytest.mark.ranks(2)
