@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from hvdx.agreement import next_name
 from hvdx.buckets import width
-from hvdx.comm import Allgather, Allreduce, Alltoall, Rank, Ranks, Together, Work
+from hvdx.comm import FACTS, Allgather, Allreduce, Alltoall, Rank, Ranks, Together, Work
 from hvdx.compression.base import Compressor, Spec
 from hvdx.frameworks import Adapter
 from hvdx.ops import Ops, ops_for
@@ -220,13 +220,13 @@ class _Watched:
                 return
             self.seconds += time.perf_counter() - start
             reply = self._answer(request, rounds)
-            rounds += not isinstance(request, (Rank, Ranks))
+            rounds += not isinstance(request, FACTS)
 
     def _answer(self, request: Any, round_: int) -> Any:
         if isinstance(request, Ranks):
             return self._ranks
-        if isinstance(request, Rank):
-            return 0
+        if isinstance(request, FACTS):
+            return 0 if isinstance(request, Rank) else None
         if isinstance(request, Together):
             return [self._answer(each, round_) for each in request.requests]
         tensor = request.tensor
@@ -251,5 +251,5 @@ def _tensors(request: Any) -> Iterator[Any]:
     if isinstance(request, Together):
         for each in request.requests:
             yield from _tensors(each)
-    elif not isinstance(request, (Rank, Ranks)):
+    elif not isinstance(request, FACTS):
         yield request.tensor

@@ -21,6 +21,7 @@ from hvdx.compression.portable import (
     warn_of_lost,
 )
 from hvdx.compression.state import Leaf, leaves
+from hvdx.compression.updates import Messenger
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.integrations.pytorch_engine import Flight
@@ -144,7 +145,15 @@ class Kept:
 
     def reduce(self, name: str, grad: torch.Tensor) -> Work[Reduced]:
         """Start to reduce a parameter's gradient from the state it has."""
-        return self._chosen[name].at(self.steps).reduce(_OPS, grad, self.states[name])
+        return self.compressor_of(name).reduce(_OPS, grad, self.states[name])
+
+    def compressor_of(self, name: str) -> Compressor:
+        """Return what reduces a parameter's gradient in this step."""
+        return self._chosen[name].at(self.steps)
+
+    def messenger(self, name: str) -> Messenger | None:
+        """Return how parameter servers send back what they have made of a parameter."""
+        return self.compressor_of(name).updates
 
     def await_settling(self, name: str, state: Any) -> None:
         """Note what the state becomes unless the step is skipped."""

@@ -92,7 +92,7 @@ def after(steps: int, inner: Compressor, first: Compressor = none) -> Compressor
             f"after({steps}, {inner}, first={first}): what comes first must keep no state"
         )
     name = f"after({steps}, {inner.name})"
-    early = inner._replace(reduce=hold, phases=())
+    early = inner._replace(reduce=hold, phases=(), updates=first.updates)
     late = [(steps + start, phase) for start, phase in inner.phases]
     phases = ((0, early), (steps, inner._replace(phases=())), *late)
     wrap = functools.partial(after, steps, first=first)

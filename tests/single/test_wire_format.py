@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdx.comm import Rank, Ranks, Together, Work, answer_in_memory, together
+from hvdx.comm import FACTS, Together, Work, answer_in_memory, together
 from hvdx.compression import FORMAT, Compression, Compressor, Spec, codecs
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 
@@ -110,7 +110,7 @@ def run(works: list[Work[Any]], tensor: Any) -> tuple[list[Any], list[Any]]:
         if not requests:
             return results, seen
         replies = answer_in_memory(requests)
-        if isinstance(requests[0], (Rank, Ranks)):
+        if isinstance(requests[0], FACTS):
             continue
         for rank, request in enumerate(requests):
             parts = request.requests if isinstance(request, Together) else [request]
