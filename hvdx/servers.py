@@ -88,9 +88,9 @@ class Cut(NamedTuple):
 
     @property
     def even(self) -> bool:
-        """Whether a reducescatter cuts so."""
+        """Whether a reducescatter cuts so, and every rank gets something."""
         size, ranks = sum(self.sizes), len(self.sizes)
-        return self.sizes == tuple(map(len, _evenly(size, ranks)))
+        return size >= ranks and self.sizes == tuple(map(len, _evenly(size, ranks)))
 
     def within(self, start: int, stop: int) -> Cut:
         """Return who owns which part of ``[start:stop]``, counted from ``start``."""

@@ -26,6 +26,7 @@ from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_state import States
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
+from hvdx.servers import Cut
 
 
 class Options(NamedTuple):
@@ -52,6 +53,7 @@ class Bucket:
         compressors: of the members.
         starts: steps, 0 first, from which on one of them works in another way.
         flat: what the engine keeps from step to step.
+        cut: who owns which part, with parameter servers.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Bucket:
         self.compressors = compressors
         self.starts = sorted({0, *(start for each in compressors for start, _ in each.phases)})
         self.flat: Any = None
+        self.cut: Cut | None = None
 
     def start(self, step: int) -> int:
         """Return that of :attr:`starts` from which on gradients travel as in ``step``."""
@@ -362,12 +365,7 @@ class Averager(abc.ABC):
         name, process_set = "hvdx.keras.agreement", self.options.process_set
         local = self._local_places(variables)
         specs = {
-            place: Spec(
-                self._name(variable),
-                tuple(variable.shape),
-                keras.backend.standardize_dtype(variable.dtype),
-                self.ranks(),
-            )
+            place: self.spec(variable)
             for place, variable in enumerate(variables)
             if place not in local
         }
@@ -418,6 +416,11 @@ class Averager(abc.ABC):
             frozenset(place for place, found in kinds.items() if found == {None}),
             any(bucket.remembers for bucket in made),
         )
+
+    def spec(self, variable: Any) -> Spec:
+        """Describe a variable."""
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        return Spec(self._name(variable), tuple(variable.shape), dtype, self.ranks())
 
     def _name(self, variable: Any) -> str:
         """Return the path of a variable, numbered where it is another's already."""
@@ -516,7 +519,21 @@ class Averager(abc.ABC):
         variables: list[Any],
         origins: list[Origin | None],
     ) -> list[Bucket]:
-        # Backward meets the last layers first, so that their bucket shall fill first.
+        compressors = self._compressors(specs, variables)
+        parameters = [(specs[p], c, self.device(variables[p])) for p, c in compressors.items()]
+        self._meet(prefix, parameters, origins)
+        made = []
+        for number, places in enumerate(self.grouped(specs, variables)):
+            own = [specs[place] for place in places]
+            chosen = [compressors[place] for place in places]
+            made.append(Bucket(f"{prefix}.{number}", places, own, chosen))
+        return made
+
+    def grouped(self, specs: dict[int, Spec], variables: list[Any]) -> list[list[int]]:
+        """Return the places among ``variables`` whose gradients travel together.
+
+        Backward meets the last layers first, so that their bucket shall fill first.
+        """
         order = list(specs)[::-1]
         plan = buckets.plan(
             [
@@ -530,16 +547,7 @@ class Averager(abc.ABC):
             ],
             buckets.limit_bytes(),
         )
-        compressors = self._compressors(specs, variables)
-        parameters = [(specs[p], c, self.device(variables[p])) for p, c in compressors.items()]
-        self._meet(prefix, parameters, origins)
-        made = []
-        for number, members in enumerate(plan):
-            places = [order[i] for i in members]
-            own = [specs[place] for place in places]
-            chosen = [compressors[place] for place in places]
-            made.append(Bucket(f"{prefix}.{number}", places, own, chosen))
-        return made
+        return [[order[index] for index in members] for members in plan]
 
     def configuration(self, optimizer: Any) -> str:
         """Describe the optimizer's options, equal on ranks that train alike."""

@@ -158,7 +158,11 @@ class CheckpointCallback(RankCallback):
             if self._found is not None:
                 _build(self.model)
                 broadcast_parameters(self.model)
-                broadcast_parameters(self.model.optimizer)
+                if optimizer is not None and optimizer.has_parts:
+                    broadcast_parameters(optimizer.without_parts(self.model.optimizer.variables))
+                    optimizer._averager.hand_out(optimizer)
+                else:
+                    broadcast_parameters(self.model.optimizer)
                 _hand_out(self._compression, optimizer)
                 self._compression = None
                 self.model._initial_epoch = self._found["epoch"]

@@ -36,7 +36,7 @@ def test_parts_are_equal_and_have_no_gaps(size, servers):
     assert [a for a, _ in made.spans[1:]] == [b for _, b in made.spans[:-1]]
     assert {place for place, own in enumerate(made.sizes) if own} <= set(servers)
     assert max(made.sizes) - min(made.sizes[place] for place in servers) <= 1
-    assert made.even == (len(servers) == 4) or size == 0
+    assert made.even == (len(servers) == 4 and size > 3)
 
 
 def test_a_part_of_a_parameter():
@@ -79,7 +79,7 @@ def test_owners_have_the_mean_and_nothing_is_lost(method, servers):
         states = [each.state for each in reduced]
         for place, (a, b) in enumerate(made.spans):
             applied.reshape(-1)[a:b] += reduced[place].mean.reshape(-1)[a:b]
-    tolerance = {"none": 1e-6, "fp16": 4e-3}.get(method.name, 0.06)
+    tolerance = {"none": 1e-6, "fp16": 4e-3}.get(method.name, 0.15)
     if "feedback=True" in method.name or "powersgd" in method.name:
         applied += np.mean([state.residual for state in states], axis=0)
         tolerance = 1e-5
