@@ -181,12 +181,10 @@ def _joined_unevenly(requests: list[Any], ops: Any) -> Alltoall:
             start, starts[place] = starts[place], starts[place] + size
             chunks.append(requests[place].tensor[start : start + size])
     splits = tuple(map(sum, sizes))
-    return requests[0]._replace(tensor=ops.concat(chunks), splits=splits)
+    return Alltoall(ops.concat(chunks), requests[0].phase, splits)
 
 
-def _parted(
-    requests: list[Any], answer: Any, ops: Any, rank: int | None, ranks: int
-) -> list[Any]:
+def _parted(requests: list[Any], answer: Any, ops: Any, rank: int | None, ranks: int) -> list[Any]:
     """Cut the answer to :func:`_joined` into those to each request."""
     if len(requests) == 1:
         return [answer]

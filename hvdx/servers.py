@@ -213,9 +213,9 @@ _CODED = ("float32", "float64")
 
 
 class Piece(NamedTuple):
-    """What has become of elements ``start`` to ``stop`` of a member, which is ``index``."""
+    """What has become of elements ``start`` to ``stop`` of the member that has this number."""
 
-    index: int
+    member: int
     start: int
     stop: int
     values: Any  # of the parameter's dtype; or None

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src import api_export
 from keras.src.saving import object_registration
 
@@ -329,6 +330,9 @@ class AveragingOptimizer:
         """Return those of ``variables`` that are equal on all ranks."""
         return list(variables)
 
+    def hand_out_parts(self) -> None:
+        """Give each rank its part of the state that rank 0 has loaded; a collective call."""
+
     @property
     def communication_seconds(self) -> float:
         """Seconds this rank has waited for averages, without what overlapped with computing."""
@@ -480,6 +484,28 @@ class AgreeingScaler:
     def communication_seconds(self) -> float:
         """See :attr:`AveragingOptimizer.communication_seconds`."""
         return self.inner_optimizer.communication_seconds
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the scale, and what the optimizer saves."""
+        if not self.inner_optimizer.has_parts:
+            super().save_own_variables(store)  # type: ignore[misc]
+            return
+        own = [keras.ops.convert_to_numpy(variable) for variable in self._variables]  # type: ignore[attr-defined]
+        whole = self.inner_optimizer._averager.whole_state(self.inner_optimizer)
+        for place, array in enumerate([*own, *whole]):
+            store[str(place)] = array
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load them."""
+        own = self._variables  # type: ignore[attr-defined]
+        if not self.inner_optimizer.has_parts or len(store.keys()) != len(self.variables):  # type: ignore[attr-defined]
+            super().load_own_variables(store)  # type: ignore[misc]
+            return
+        arrays = [np.array(store[str(place)]) for place in range(len(store.keys()))]
+        for variable, array in zip(own, arrays, strict=False):
+            variable.assign(array)
+        inner = self.inner_optimizer
+        inner._averager.put(inner, arrays[len(own) :])
 
     def check_finite(self, grads: Sequence[Any]) -> Any:
         """Tell whether the gradients of all ranks are finite."""

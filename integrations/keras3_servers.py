@@ -1,4 +1,4 @@
-"""Parameter servers under Keras: each rank steps the optimizer on what it owns (ZeRO, stage 1).
+"""Parameter servers under Keras: each rank steps the optimizer on what it owns (ZeRO).
 
 The user's optimizer is built on *parts*: for each variable of the model one of one dimension, as
 long as what this rank owns of it, which may be nothing. So what it makes of them, whatever its
@@ -426,7 +426,9 @@ class ServedOptimizer(AveragingOptimizer):
         parts = self._averager.cut(list(variables))
         super(AveragingOptimizer, self).build(parts)  # type: ignore[misc]
 
-    def add_variable_from_reference(self, reference_variable: Any, *args: Any, **options: Any) -> Any:
+    def add_variable_from_reference(
+        self, reference_variable: Any, *args: Any, **options: Any
+    ) -> Any:
         """Note which variable of the model one of the optimizer is for."""
         made = super().add_variable_from_reference(reference_variable, *args, **options)  # type: ignore[misc]
         for place, part in enumerate(self._averager.parts):
@@ -500,6 +502,10 @@ class ServedOptimizer(AveragingOptimizer):
             )
             return
         self._averager.put(self, [np.array(store[str(i)]) for i in range(len(self.variables))])
+
+    def hand_out_parts(self) -> None:
+        """See :meth:`AveragingOptimizer.hand_out_parts`."""
+        self._averager.hand_out(self)
 
     def without_parts(self, variables: Iterable[Any]) -> list[Any]:
         """See :meth:`AveragingOptimizer.without_parts`: counters and rates."""

@@ -36,9 +36,7 @@ class TorchServed(Served, TorchAverager):
     def enter(self, layout: Layout) -> dict[int, torch.Tensor]:
         """See :meth:`Served.enter`; returns what others have of parts whose changes are sent."""
         before: dict[int, torch.Tensor] = {}
-        for variable, part, (start, stop) in zip(
-            self.wholes, self.parts, self._spans, strict=True
-        ):
+        for variable, part, (start, stop) in zip(self.wholes, self.parts, self._spans, strict=True):
             own = _flat(variable)[start:stop]
             part._value = torch.nn.Parameter(own, requires_grad=False)
         for bucket in layout.buckets:

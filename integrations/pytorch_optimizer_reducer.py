@@ -457,7 +457,7 @@ class Reducer(Wrapper):
     def each(self, ops: Ops, bucket: Bucket) -> Work[None]:
         """Compress parameter by parameter, in rounds shared by the whole bucket."""
         scale = self._loss_scale()
-        works = []
+        works: list[Work[Reduced]] = []
         views = bucket.tensors()
         for name, view in zip(bucket.names, views, strict=True):
             grad = view if scale == 1.0 else _wide(view) * (1.0 / scale)

@@ -1,4 +1,4 @@
-"""Parameter servers under PyTorch: each rank steps the optimizer on what it owns (ZeRO, stage 1)."""
+"""Parameter servers under PyTorch: each rank steps the optimizer on what it owns (ZeRO)."""
 
 from __future__ import annotations
 
@@ -282,7 +282,8 @@ class ServedReducer(Reducer):
         elif bucket.compressor is not None:
             compressor = bucket.compressor.at(self.kept.steps)
             work = for_owners(_OPS, compressor, gradients, None, bucket.cut)
-            reduced, _ = yield from together([work, _asked(presence)])
+            works: list[Work[Any]] = [work, _asked(presence)]
+            reduced, _ = yield from together(works)
             gradients.copy_(reduced.mean)
         else:
             yield from self.each(_OPS, bucket)

@@ -474,7 +474,7 @@ def test_what_is_refused():
         wrap(sync="allreduce", servers=[0])
     with pytest.raises(ValueError, match=r"with compression=Compression\.local_sgd"):
         wrap(compression=C.local_sgd)
-    with pytest.raises(ValueError, match="with op=hvd.Adasum"):
+    with pytest.raises(ValueError, match=r"with op=hvd\.Adasum"):
         wrap(op=hvd.Adasum)
     with pytest.raises(ValueError, match="Adafactor is not known to treat every element alone"):
         wrap(torch.optim.Adafactor(net.parameters()))
