@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -217,3 +220,15 @@ def test_what_is_refused(hvd, data, make_model, ways):
     model.layers[0].trainable = False
     with pytest.raises(ValueError, match="steps the 6 variables for which"):
         ways.loop(model, optimizer, data().shard)
+
+
+@TWO
+def test_the_guide(hvd, data, make_model):
+    """The example of docs/synchronization.md, as it stands there."""
+    guide = Path(__file__).resolve().parents[3] / "docs" / "synchronization.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "keras.optimizers" in block]
+    x, y = (part.reshape(-1, part.shape[-1]) for part in data().shard)
+    model = make_model(seed=hvdx.rank())
+    exec(block, {"keras": keras, "model": model, "x": x, "y": y})
+    assert len(set(hvdx.allgather_object(hvdx.parameter_hash(model)))) == 1

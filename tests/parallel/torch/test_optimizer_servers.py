@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -532,3 +533,21 @@ def test_among_the_ranks_of_a_set(process_set):
             loss_of(net, part(x), part(y)).backward()
             optimizer.step()
     assert_equal(plain, replica)
+
+
+@TWO
+def test_the_guide(tmp_path, monkeypatch):
+    """The examples of docs/synchronization.md, as they stand there."""
+    monkeypatch.chdir(hvd.broadcast_object(str(tmp_path)))
+    guide = Path(__file__).resolve().parents[3] / "docs" / "synchronization.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
+    net = nn.Linear(40, 40)
+    names = {"torch": torch, "hvd": hvd, "model": net}
+    for told in ("torch.optim.Adam", "powersgd(rank=4)", "portable_state_dict"):
+        (block,) = [block for block in blocks if told in block]
+        if "compression" in block:
+            names["optimizer"] = torch.optim.Adam(net.parameters())
+        exec(block, names)
+        net(torch.randn(4, 40)).square().mean().backward()
+        names["optimizer"].step()
+        assert_replicas(net)
