@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdx.comm import drive
-from hvdx.integrations.keras3_averager import Layout
+from hvdx.comm import Work, drive
+from hvdx.integrations.keras3_averager import Bucket, Layout
 from hvdx.integrations.keras3_servers import Served
 from hvdx.integrations.keras3_tensorflow import TensorFlowAverager
 
@@ -24,6 +24,27 @@ class TensorFlowServed(Served, TensorFlowAverager):
         """See :meth:`Served.step`."""
         self._refuse_xla()
         super().step(optimizer, grads, variables, update)
+
+    def work(
+        self, bucket: Bucket, grads: list[Any], start: int
+    ) -> Work[tuple[list[Any], dict[str, Any]]]:
+        """See :meth:`Served.work`.
+
+        A rank that owns nothing needs no answer, and a graph would drop the question: others
+        would wait for it.
+        """
+        work, answer = super().work(bucket, grads, start), None
+        answers: list[Any] = []
+        while True:
+            try:
+                request = work.send(answer)
+            except StopIteration as done:
+                means, states = done.value
+                break
+            answer = yield request
+            answers += [each for each in tf.nest.flatten(answer) if tf.is_tensor(each)]
+        with tf.control_dependencies(answers):
+            return [tf.identity(mean) for mean in means], states
 
     def make_part(self, variable: Any, size: int) -> Any:
         """See :meth:`Served.make_part`."""
@@ -66,7 +87,7 @@ class TensorFlowServed(Served, TensorFlowAverager):
             for name, state in states.items():
                 self.sent.replace(name, state)
 
-    def _assign(self, bucket: Any, flats: list[Any]) -> None:
+    def _assign(self, bucket: Bucket, flats: list[Any]) -> None:
         for place, flat in zip(bucket.members, flats, strict=True):
             variable = self.wholes[place]
             variable.assign(tf.reshape(flat, variable.shape))
