@@ -170,9 +170,8 @@ class Served(Averager):
             )
         layout = self._layout(optimizer, grads, variables)
         means = self.reduce(layout, grads)
-        for place in layout.idle:
-            if grads[place] is None and (self.is_tracing() or self._unused(layout, grads)):
-                means[place] = None
+        for place in self._unused(layout, grads):
+            means[place] = None
         before = self.enter(layout)
         update(means, self.parts)
         self.leave(layout, before)
@@ -180,10 +179,14 @@ class Served(Averager):
             if getattr(variable, "constraint", None) is not None:
                 variable.assign(variable.constraint(variable.value))
 
-    def _unused(self, layout: Layout, grads: list[Any]) -> bool:
-        """Tell whether variables that no rank used at first are still used by none."""
-        own = all(grads[place] is None for place in layout.idle)
-        return bool(self.everywhere(keras.ops.convert_to_tensor(own), "unused"))
+    def _unused(self, layout: Layout, grads: list[Any]) -> list[int]:
+        """Return the places of variables that no rank used at first, and none does now."""
+        places = sorted(layout.idle)
+        own = [grads[place] is None for place in places]
+        if places and not self.is_tracing():
+            all_ = self.everywhere(keras.ops.convert_to_tensor(own), "unused")
+            own = keras.ops.convert_to_numpy(all_).tolist()
+        return [place for place, unused in zip(places, own, strict=True) if unused]
 
     def remembered(self, bucket: Bucket) -> list[int]:
         """Return the indices of members of whose parts changes are sent, not values."""

@@ -192,6 +192,24 @@ def test_a_scaler_skips_on_all_ranks(hvd, wrapped):
 
 
 @TWO
+def test_gradients_that_only_some_ranks_have(hvd):
+    """A variable that no rank uses at first, then one; and one that none ever does."""
+    grad = keras.ops.convert_to_tensor(np.arange(1, 6, dtype="float32"))
+    found = []
+    for wrapped in (False, True):
+        variables = [keras.Variable(np.ones(5, "float32"), name=name) for name in "abc"]
+        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.1)
+        if wrapped:
+            hvd.DistributedOptimizer(optimizer, **PS)
+        share = (grad if hvd.rank() == 0 else None) if wrapped else grad / hvd.size()
+        optimizer.apply([grad, None, None], variables)
+        optimizer.apply([grad, share, None], variables)
+        found.append([variable.numpy() for variable in variables])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@TWO
 def test_what_is_refused(hvd, data, make_model, ways):
     def wrap(optimizer, **options):
         return hvd.DistributedOptimizer(optimizer, **{**PS, **options})
