@@ -74,6 +74,20 @@ def checked_servers(sync: Any, servers: Any, ranks: Sequence[int]) -> tuple[int,
     return tuple(sorted(ranks.index(rank) for rank in told))
 
 
+def refuse_measuring(compressor: Compressor) -> None:
+    """Refuse a compressor that measures what an allreduce takes, since none takes place.
+
+    Raises:
+        ValueError: it is such a one.
+    """
+    if compressor.prepare is not None:
+        raise ValueError(
+            f"sync='parameter_server' with compression={compressor}: it chooses by the time that "
+            "allreduces take, of which there are none; name a method, such as "
+            "hvd.Compression.int8()"
+        )
+
+
 class Cut(NamedTuple):
     """Who owns which part of a flat tensor: rank after rank, without gaps."""
 

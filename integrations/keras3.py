@@ -25,7 +25,7 @@ from hvdx.compression.base import refuse_momentum
 from hvdx.frameworks import framework_of_kind
 from hvdx.integrations.keras3_averager import Averager, Options
 from hvdx.reduce_op import ReduceOp
-from hvdx.servers import checked_servers
+from hvdx.servers import checked_servers, refuse_measuring
 
 _ENGINES = {
     "tensorflow": ("hvdx.integrations.keras3_tensorflow", "TensorFlowAverager"),
@@ -155,6 +155,7 @@ def DistributedOptimizer(
                 f"sync='parameter_server' with compression={local}: there, each rank steps on all "
                 "variables by itself; leave one of them out"
             )
+        refuse_measuring(compressor)
         importlib.import_module("hvdx.integrations.keras3_servers").check_served(inner)
     refuse_momentum(compressor, type(inner).__name__, inner.get_config())
     options = Options(

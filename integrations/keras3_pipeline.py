@@ -67,6 +67,7 @@ class Pipeline(BasePipeline):
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizer: of this process' stages.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
 
@@ -238,7 +239,7 @@ class Pipeline(BasePipeline):
             _assign(self._all_variables(), told, "model")
             if self.optimizer is not None:
                 _assign(_slots(self.optimizer), told, "optimizer")
-            self._step, self._seed = about["step"], about["seed"]
+            self.steps, self._seed = about["step"], about["seed"]
             for stage in self._stages.values():
                 stage.seed = self._seed
 
@@ -351,6 +352,7 @@ class Pipeline(BasePipeline):
                 gradients = [totals.get(name) for name in self._params]
                 self.optimizer.apply(gradients, list(self._params.values()))
             self._step += 1
+            self.steps += 1
         return found
 
     def _run(self, x: Any, y: Any, train: bool, outputs: bool = False) -> list[Any]:
@@ -361,7 +363,7 @@ class Pipeline(BasePipeline):
         rows = rows_of([tuple(tensor.shape) for tensor in tensors])
         sizes = self._sizes(rows, train)
         batch = Batch(
-            self._step,
+            self.steps if train else self._step,
             _pieces(inputs, sizes),
             _pieces(targets, sizes) if train else [],
             [size / rows for size in sizes],
@@ -407,7 +409,7 @@ class Pipeline(BasePipeline):
                 for name, tensor in zip(names[rank], arrived, strict=True):
                     arrays.setdefault(name, _array(tensor))
         _assign(self._all_variables(), arrays, "model")
-        about = {"format": _FORMAT, "step": self._step, "seed": self._seed}
+        about = {"format": _FORMAT, "step": self.steps, "seed": self._seed}
         about["plan"] = self.plan.to_json()
         return {**arrays, _ABOUT: np.array(json.dumps(about))}
 

@@ -101,6 +101,8 @@ class Unit:
                 both = dict(zip([*tensors, *(t + _MASK for t in tensors)], made, strict=True))
                 return [both[name] for name in self.makes]
 
+            # TensorFlow counts by code how often a function is traced, and would warn.
+            call.__code__ = call.__code__.replace(co_name=f"{self.name}_{training}")
             with _lock:
                 function = tf.function(call, reduce_retracing=True, autograph=False)
                 self._compiled.setdefault(training, function)

@@ -21,7 +21,7 @@ from hvdx.integrations.pytorch_optimizer_servers import METHODS as SERVER_METHOD
 from hvdx.integrations.pytorch_optimizer_servers import ServedReducer, check_elementwise
 from hvdx.integrations.pytorch_optimizer_wrapper import Options
 from hvdx.reduce_op import ReduceOp
-from hvdx.servers import checked_servers
+from hvdx.servers import checked_servers, refuse_measuring
 
 _METHODS = ("synchronize", "skip_synchronize", "set_backward_passes_per_step")
 
@@ -157,6 +157,7 @@ def DistributedOptimizer(
     places = checked_servers(sync, servers, list(ranks))
     if places is not None:
         _check_served(optimizer, ReduceOp.of(op), local)
+        refuse_measuring(as_compressor(compression))
     options = Options(
         _names(optimizer, named_parameters),
         none if local is not None else as_compressor(compression),

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdx import buckets, world
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import CompressionError, Reduced, Spec, none
+from hvdx.compression import CompressionError, Compressor, Reduced, Spec, none
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_backward import follow
@@ -276,25 +276,28 @@ class Reducer(Wrapper):
         return [[places[each] for each in group if each in places] for group in groups]
 
     def _dense_bucket(self, index: int, slots: list[Slot]) -> Bucket:
-        compressor = self.kept.shared(slot.name for slot in slots)
-        plain = compressor is none
-        mean = self.options.op == ReduceOp.Average
         bucket = self.bucket(
-            index,
-            [slot.name for slot in slots],
-            [slot.parameter for slot in slots],
-            scale=1.0 / self.ranks if plain and mean else 1.0,
-            ranks=self.ranks,
-            full=1 if mean and not plain else self.ranks,
-            compressor=compressor,
+            index, [slot.name for slot in slots], [slot.parameter for slot in slots], self.ranks
         )
+        self._adjust(bucket)
         for place, slot in enumerate(slots):
             slot.bucket, slot.index = bucket, place
         return bucket
 
-    def bucket(self, *members: Any, **options: Any) -> Bucket:
+    def bucket(self, *members: Any) -> Bucket:
         """Make a bucket."""
-        return Bucket(*members, **options)
+        return Bucket(*members)
+
+    def _adjust(self, bucket: Bucket) -> None:
+        """Have a bucket travel as its parameters' compressors do from now on."""
+        taken = self.kept.taken(bucket.names)
+        plain = taken.shared is none
+        mean = self.options.op == ReduceOp.Average
+        bucket.adjust(
+            taken,
+            scale=1.0 / self.ranks if plain and mean else 1.0,
+            full=1 if mean and not plain else self.ranks,
+        )
 
     def _sparse_bucket(self, index: int, slot: Slot) -> SparseBucket:
         scale = 1.0 / self.ranks if self.options.op == ReduceOp.Average else 1.0
@@ -434,7 +437,8 @@ class Reducer(Wrapper):
 
     def _send(self, bucket: AnyBucket) -> None:
         bucket.fill()
-        name = f"{self.name}.{bucket.index}" + (f".again{bucket.rounds}" if bucket.rounds else "")
+        name = f"{self.name}.{bucket.index}" + (f".turn{bucket.turn}" if bucket.turn else "")
+        name += f".again{bucket.rounds}" if bucket.rounds else ""
         bucket.rounds += 1
         work = bucket.reduction() if isinstance(bucket, SparseBucket) else self.reduction(bucket)
         bucket.flight = Flight(self.adapter, work, name, self.options.process_set)
@@ -459,9 +463,9 @@ class Reducer(Wrapper):
         scale = self._loss_scale()
         works: list[Work[Reduced]] = []
         views = bucket.tensors()
-        for name, view in zip(bucket.names, views, strict=True):
+        for view, method in zip(views, bucket.methods, strict=True):
             grad = view if scale == 1.0 else _wide(view) * (1.0 / scale)
-            works.append(self.start(bucket, len(works), name, grad))
+            works.append(self.start(bucket, len(works), grad, method))
         results = yield from together([*works, none.reduce(ops, bucket.presence, None)], ops)
         bucket.presence.copy_(results.pop().mean)
         for index, reduced in enumerate(results):
@@ -470,9 +474,11 @@ class Reducer(Wrapper):
             if reduced.state is not None and not bucket.idle(index):
                 self.kept.await_settling(bucket.names[index], reduced.state)
 
-    def start(self, bucket: Bucket, index: int, name: str, grad: torch.Tensor) -> Work[Reduced]:
-        """Start to compress the gradient of a parameter, which is ``index`` in ``bucket``."""
-        return self.kept.reduce(name, grad)
+    def start(
+        self, bucket: Bucket, index: int, grad: torch.Tensor, method: Compressor
+    ) -> Work[Reduced]:
+        """Start to compress, by ``method``, the gradient that is ``index`` in ``bucket``."""
+        return self.kept.reduce(bucket.names[index], grad, method)
 
     def _loss_scale(self) -> float:
         """Return what the loss was multiplied by, as far as we were told."""
@@ -567,6 +573,10 @@ class Reducer(Wrapper):
         self.kept.steps += 1
         for bucket in self.buckets:
             bucket.rounds = 0
+        if self.active and self.kept.review():
+            for bucket in self.buckets:
+                if isinstance(bucket, Bucket):
+                    self._adjust(bucket)
 
     def _loaded(self, optimizer: Any) -> None:
         """Forget passes of an accumulation that a checkpoint, once loaded, has overtaken."""

@@ -12,7 +12,7 @@ import torch
 
 from hvdx import world
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import Reduced, none
+from hvdx.compression import Compressor, Reduced, none
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_buckets import AnyBucket, Bucket
@@ -70,13 +70,11 @@ class ServedBucket(Bucket):
         servers: places of the ranks that own parts.
         place: this rank's.
         average: the reduction gives means; else sums.
-        members: see :class:`Bucket`, as for the options.
+        members: see :class:`Bucket`.
     """
 
-    def __init__(
-        self, *members: Any, servers: Sequence[int], place: int, average: bool, **options: Any
-    ) -> None:
-        _, self.member_names, parameters = members
+    def __init__(self, *members: Any, servers: Sequence[int], place: int, average: bool) -> None:
+        _, self.member_names, parameters, ranks = members
         for name, parameter in zip(self.member_names, parameters, strict=True):
             if not _gapless(parameter):
                 raise ValueError(
@@ -86,14 +84,14 @@ class ServedBucket(Bucket):
                 )
         ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
         self.offsets, self.total = [0, *ends[:-1]], ends[-1]
-        self.cut = cut(self.total, options["ranks"], servers)
+        self.cut = cut(self.total, ranks, servers)
         self.start, self.stop = self.cut.spans[place]
         self.parts = [
             (min(max(self.start - a, 0), b - a), min(max(self.stop - a, 0), b - a))
             for a, b in zip(self.offsets, ends, strict=True)
         ]
         self._average = average
-        super().__init__(*members, **options)
+        super().__init__(*members)
         # Where this rank does not own a gradient to its last element: an element that it can use.
         spare = [
             (index, a if low > 0 or low == high else a + high)
@@ -250,14 +248,13 @@ class ServedReducer(Reducer):
                 "sparse_as_dense=True, or use sync='allreduce'"
             )
 
-    def bucket(self, *members: Any, **options: Any) -> Bucket:
+    def bucket(self, *members: Any) -> Bucket:
         """See :meth:`Reducer.bucket`."""
         return ServedBucket(
             *members,
             servers=self.servers,
             place=self.adapter.place(self.options.process_set),
             average=self.options.op == ReduceOp.Average,
-            **options,
         )
 
     def settle(self) -> list[AnyBucket]:
@@ -291,11 +288,13 @@ class ServedReducer(Reducer):
         if self.options.op == ReduceOp.Sum and bucket.compressor is not none:
             gradients.mul_(self.ranks)
 
-    def start(self, bucket: Bucket, index: int, name: str, grad: torch.Tensor) -> Work[Reduced]:
+    def start(
+        self, bucket: Bucket, index: int, grad: torch.Tensor, method: Compressor
+    ) -> Work[Reduced]:
         """See :meth:`Reducer.start`."""
         assert isinstance(bucket, ServedBucket)
-        compressor, state = self.kept.compressor_of(name), self.kept.states[name]
-        return for_owners(_OPS, compressor, grad, state, bucket.cut_of(index))
+        state = self.kept.states[bucket.names[index]]
+        return for_owners(_OPS, method.at(self.kept.steps), grad, state, bucket.cut_of(index))
 
     def arrived(self, landed: Sequence[AnyBucket]) -> None:
         """See :meth:`Reducer.arrived`: tell all ranks how long each mean is."""

@@ -67,6 +67,7 @@ class Pipeline(BasePipeline):
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizers: those of this process, by stage: for learning-rate schedulers.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
 
@@ -144,6 +145,7 @@ class Pipeline(BasePipeline):
             (total,) = self._run(x, y, train=True)
             self._update()
             self._step += 1
+            self.steps += 1
         return total
 
     def __call__(self, x: Any) -> Any:
@@ -195,7 +197,7 @@ class Pipeline(BasePipeline):
             self._graph.model.load_state_dict(told["model"])
             for number, optimizer in self.optimizers.items():
                 _restore(optimizer, self._params[number], told.get("optimizer", {}))
-            self._step, self._seed = told.get("step", 0), told.get("seed", self._seed)
+            self.steps, self._seed = told.get("step", 0), told.get("seed", self._seed)
             for stage in self._stages.values():
                 stage.seed = self._seed
 
@@ -258,7 +260,7 @@ class Pipeline(BasePipeline):
         rows = rows_of([tensor.shape for tensor in tensors])
         sizes = self._sizes(rows, train)
         batch = Batch(
-            self._step,
+            self.steps if train else self._step,
             _pieces(inputs, sizes),
             _pieces(y, sizes),
             [size / rows for size in sizes],
@@ -314,7 +316,7 @@ class Pipeline(BasePipeline):
             "hvdx_pipeline": _FORMAT,
             "model": {},
             "optimizer": {},
-            "step": self._step,
+            "step": self.steps,
             "seed": self._seed,
             "plan": self.plan.to_json(),
         }

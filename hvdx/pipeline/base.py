@@ -46,6 +46,7 @@ class BasePipeline:
 
     Attributes:
         plan: cuts, places and schedule.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
     """
 
@@ -68,7 +69,8 @@ class BasePipeline:
         self._clip_norm, self._checkpoint = clip_norm, checkpoint
         self._across = place is None and world.is_initialized(framework) and world.size() > 1
         self._rank = world.rank() if self._across else 0
-        self._step, self._failed = 0, ""
+        self.steps = 0
+        self._step, self._failed = 0, ""  # calls for inference count as steps here
         self._channel: ZmqChannel | None = None
         self._threads: LocalRanks | None = None
         self._times: Times | None = None

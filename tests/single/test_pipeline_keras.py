@@ -121,6 +121,36 @@ def test_cuts_and_schedules_change_no_bit(build):
         assert_same(learnt, expected)
 
 
+def language():
+    """A causal transformer whose head shares the weight of the embedding."""
+    text = keras.Input((5,), dtype="int64", name="text")
+    symbols = layers.ReversibleEmbedding(9, 8, name="symbols")
+    x = symbols(text)
+    y = layers.LayerNormalization(name="norm")(x)
+    x = x + layers.MultiHeadAttention(2, 4, name="look")(y, y, use_causal_mask=True)
+    return keras.Model(text, symbols(layers.Dense(8, "gelu", name="think")(x), reverse=True))
+
+
+@pytest.mark.skipif(
+    not hasattr(layers, "ReversibleEmbedding"), reason="this Keras has no such layer"
+)
+def test_a_language_model_with_a_tied_head():
+    draw, loss = np.random.default_rng(0), keras.losses.SparseCategoricalCrossentropy(True)
+    data = [(t[:, :-1], t[:, 1:]) for t in draw.integers(9, size=(2, 8, 6))]
+    one, value = train(language, data, place=["cpu"], loss=loss)
+    other, last = train(language, data, place=["cpu"] * 3, loss=loss, schedule="gpipe")
+    assert_same(one, other)
+    plain = made(language)
+    plain.compile(keras.optimizers.Adam(1e-2), loss)
+    found = plain.fit(
+        np.concatenate([x for x, _ in data]), np.concatenate([y for _, y in data]),
+        batch_size=8, shuffle=False, verbose=0,
+    )  # fmt: skip
+    assert value == last and np.isfinite(found.history["loss"][0])
+    for name, expected in weights(plain).items():
+        np.testing.assert_allclose(one[name], expected, rtol=1e-4, atol=4e-5)
+
+
 def test_clipping_as_the_optimizer_of_the_plain_model():
     data = batches()
 
