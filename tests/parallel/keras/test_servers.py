@@ -224,6 +224,8 @@ def test_what_is_refused(hvd, data, make_model, ways):
         wrap(keras.optimizers.SGD(use_ema=True))
     with pytest.raises(ValueError, match=r"with compression=Compression\.local_sgd"):
         wrap(keras.optimizers.SGD(), compression=C.local_sgd)
+    with pytest.raises(ValueError, match="it chooses by the time that allreduces take"):
+        wrap(keras.optimizers.SGD(), compression=C.auto())
     with pytest.raises(ValueError, match="register_local_var"):
         wrap(keras.optimizers.SGD()).register_local_var(keras.Variable(1.0))
     model, built = make_model(), keras.optimizers.SGD()

@@ -475,6 +475,8 @@ def test_what_is_refused():
         wrap(sync="allreduce", servers=[0])
     with pytest.raises(ValueError, match=r"with compression=Compression\.local_sgd"):
         wrap(compression=C.local_sgd)
+    with pytest.raises(ValueError, match="it chooses by the time that allreduces take"):
+        wrap(compression=C.auto())
     with pytest.raises(ValueError, match=r"with op=hvd\.Adasum"):
         wrap(op=hvd.Adasum)
     with pytest.raises(ValueError, match="Adafactor is not known to treat every element alone"):
