@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from hvdx.errors import PlanError
@@ -107,6 +108,25 @@ class Graph:
                     tensor = operator.attrgetter(str(each.target))(self.model)
                     tensor.data = tensor.data.to(device)
 
+    def buffer(self, name: str) -> torch.Tensor:
+        """Return one of :meth:`written`."""
+        return self.model.get_buffer(name)
+
+    def set_buffer(self, name: str, value: torch.Tensor) -> None:
+        """Put another tensor in its place."""
+        path, _, own = name.rpartition(".")
+        setattr(self.model.get_submodule(path), own, value)
+
+    def results(self) -> list[str]:
+        """Name the values that the last stage needs behind its units."""
+        return result_names(self)
+
+    def perform(
+        self, unit: Unit, values: dict[str, Any], aliases: Mapping[str, Any], train: bool
+    ) -> None:
+        """Compute a unit; see :func:`perform`. Modules know their mode themselves."""
+        perform(self, unit, values, aliases)
+
     def owner(self, name: str) -> int:
         """Return the first unit that uses an entry of the model's ``state_dict()``; 0 if none."""
         held = self.model.state_dict(keep_vars=True)[name]
@@ -126,7 +146,12 @@ def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def flat(value: Any) -> tuple[Any, list[Any], list[torch.Tensor]]:
-    """Return structure, kinds of leaves and tensors of a value; numbers become tensors, too."""
+    """Return structure, kinds of leaves and tensors of a value; numbers become tensors, too.
+
+    The structure of a single tensor is None: such are most values, and nothing is searched then.
+    """
+    if type(value) is torch.Tensor:
+        return None, [torch.Tensor], [value]
     leaves, spec = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
     kinds: list[Any] = []
     tensors: list[torch.Tensor] = []
@@ -147,6 +172,8 @@ def flat(value: Any) -> tuple[Any, list[Any], list[torch.Tensor]]:
 
 def unflat(spec: Any, kinds: Iterable[Any], tensors: Iterable[torch.Tensor]) -> Any:
     """Undo :func:`flat`, taking the tensors it needs from an iterator."""
+    if spec is None:
+        return next(iter(tensors))
     leaves = []
     for kind in kinds:
         if isinstance(kind, tuple):
@@ -544,6 +571,18 @@ def differentiable(graph: Graph) -> set[str]:
 def is_smooth(tensor: torch.Tensor) -> bool:
     """Tell whether gradients exist for this dtype."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def batch_norms(graph: Graph, units: Sequence[Unit]) -> dict[str, _BatchNorm]:
+    """Name the BatchNorm modules in ``units``."""
+    called = {str(node.target) for unit in units for node in unit.nodes if node.op == "call_module"}
+    modules = graph.model.named_modules(remove_duplicate=False)
+    return {
+        name: module
+        for name, module in modules
+        if isinstance(module, _BatchNorm)
+        and any(name == each or name.startswith(f"{each}.") for each in called)
+    }
 
 
 def result_names(graph: Graph) -> list[str]:

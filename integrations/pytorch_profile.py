@@ -23,16 +23,16 @@ from hvdx.integrations.pytorch_graph import (
     differentiable,
     is_smooth,
     mode,
-    perform,
-    result_names,
     traced,
 )
+from hvdx.integrations.pytorch_precision import uncached
 from hvdx.pipeline import ir
 
 
 def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] = ()) -> ir.Graph:
     """Trace and profile a model: what the planner needs; see :func:`traced`, :func:`profiled`."""
-    return profiled(traced(model, sample, leaves), sample, micro_batches)
+    with uncached():
+        return profiled(traced(model, sample, leaves), sample, micro_batches)
 
 
 def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir.Graph:
@@ -131,7 +131,7 @@ class _Meter:
                 return tensor.detach()
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                perform(self._graph, unit, local, {})
+                self._graph.perform(unit, local, {}, True)
             sizes.append(size)
             self.values.update({name: _detached(local[name]) for name in unit.makes})
         return sizes
@@ -139,22 +139,23 @@ class _Meter:
     def round(self) -> list[_Taken]:
         """Measure the model whole, then each unit."""
         graph = self._graph
-        results = list(dict.fromkeys(result_names(graph)))
+        results = list(dict.fromkeys(graph.results()))
         whole = self._take(graph.units, list(graph.inputs), results)
         return [whole, *(self._take([unit], unit.reads, unit.makes) for unit in graph.units)]
 
     def _take(self, units: Sequence[Unit], reads: Sequence[str], makes: Sequence[str]) -> _Taken:
         weights = [p for unit in units for p in unit.params.values() if p.requires_grad]
+        sums = [torch.zeros_like(each) for each in weights]
         forward, entered, made = self._forward(units, reads, makes)
         if not made or not (entered or weights):
             return _Taken(forward, 0.0, 0.0, 0.0)
-        backward = self._backward(made, [*entered, *weights])
+        backward = self._backward(made, entered, weights, sums)
         if len(units) > 1:  # the model as a whole is never split
             return _Taken(forward, backward, 0.0, 0.0)
         del made
         _, entered, made = self._forward(units, reads, makes)
-        inputs = self._backward(made, entered, retain=True)
-        return _Taken(forward, backward, inputs, self._backward(made, weights))
+        inputs = self._backward(made, entered, (), (), retain=True)
+        return _Taken(forward, backward, inputs, self._backward(made, (), weights, sums))
 
     def _forward(
         self, units: Sequence[Unit], reads: Sequence[str], makes: Sequence[str]
@@ -167,19 +168,29 @@ class _Meter:
             each.requires_grad_()
         start = self._now()
         for unit in units:
-            perform(self._graph, unit, local, {})
+            self._graph.perform(unit, local, {}, True)
         seconds = self._now() - start
         made = [each for name in makes for each in _tensors(local[name]) if each.requires_grad]
         return seconds, entered, made
 
     def _backward(
-        self, made: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], retain: bool = False
+        self,
+        made: Sequence[torch.Tensor],
+        entered: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        sums: Sequence[torch.Tensor],
+        retain: bool = False,
     ) -> float:
+        """Find gradients, and add those of weights to ``sums``, as each micro-batch's are."""
+        wanted = [*entered, *weights]
         if not wanted:
             return 0.0
         given = [torch.ones_like(each) for each in made]
         start = self._now()
-        torch.autograd.grad(made, wanted, given, retain_graph=retain, allow_unused=True)
+        found = torch.autograd.grad(made, wanted, given, retain_graph=retain, allow_unused=True)
+        for total, gradient in zip(sums, found[len(entered) :], strict=True):
+            if gradient is not None:
+                total.add_(gradient)
         return self._now() - start
 
     def _now(self) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from hvdx.errors import PlanError
 from hvdx.pipeline.schedule import Action, Schedule, looped, needs, vee
-from hvdx.pipeline.simulator import Times
+from hvdx.pipeline.simulator import Times, simulate
 
 
 class _Rank:
@@ -135,9 +135,21 @@ def zbv(
         slack: keep up to 4p, and lose far less to hops.
     """
     place = vee(ranks)
-    times = times or Times.equal(len(place))
     cap, name = (4 * ranks, "zbv-slack") if slack else (2 * (ranks + 1), "zbv")
-    return greedy(place, micro_batches, times, cap=cap, name=name)
+    if times is None:
+        return greedy(place, micro_batches, Times.equal(len(place)), cap=cap, name=name)
+    # What is best next is not best in the end: orders for somewhat wrong times are often quicker.
+    orders = [greedy(place, micro_batches, each, cap=cap, name=name) for each in _like(times)]
+    return min(orders, key=lambda order: simulate(order, times).step)
+
+
+def _like(times: Times) -> Iterator[Times]:
+    """Yield ``times``, and others where stages are equal or hops take more or less."""
+    parts = (times.forward, times.inputs, times.weights)
+    means = (sum(part) / len(part) for part in parts)
+    for each in (times, Times.equal(len(times.forward), *means)):
+        for factor in (1.0, 0.0, 0.5, 2.0):
+            yield each._replace(hops=tuple(factor * hop for hop in times.hops))
 
 
 def _rank(rank: int, place: Sequence[int], cap: int) -> _Rank:

@@ -34,7 +34,9 @@ from hvdx.pipeline.channel import Failure, Key, Tensors, late
 VERSION = 1
 MAX_HEADER = 1 << 20
 MAX_PART = 1 << 34  # bytes of one tensor
-_COPY = 1 << 16  # smaller parts are copied, to be aligned and let go of
+_COPY = 1 << 16  # smaller parts that come are copied, to be aligned and let go of
+# Smaller parts that go are copied: sharing costs a thread that lets go of them when they are sent.
+_SHARE = 1 << 21
 _LINGER_MS = 2000  # for last messages on their way when the channel closes
 _DOMAIN, _USER = "hvdx", b"rank"
 _HEARTBEAT_MS, _SILENCE_MS = 1000, 10_000  # finds hosts that vanish; a dead process shows at once
@@ -112,6 +114,8 @@ class ZmqChannel:
         import zmq
 
         self._zmq = zmq
+        # As plain numbers: ZeroMQ's own flags take a microsecond to combine.
+        self._at_once, self._more_follows = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
         self._place, self._rank, self._seconds = tuple(place), rank, seconds or math.inf
         self._codec: Codec = codec or NumpyCodec()
         self._secret = secrets.token_hex(32)
@@ -125,7 +129,7 @@ class ZmqChannel:
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._sockets: dict[int, Any] = {}
-        self._handlers: dict[Any, Callable[[], None]] = {}  # socket: who reads it
+        self._handlers: dict[Any, Callable[[], object]] = {}  # socket: who reads it
         self._closed = False
         problem = None
         try:
@@ -156,8 +160,11 @@ class ZmqChannel:
         packed = [None if each is None else self._codec.pack(each) for each in tensors]
         told = [each and [each.dtype, list(each.shape), each.layout] for each in packed]
         parts = [self._header(key, told), *(each.data for each in packed if each)]
+        send = self._sockets[peer].send
         try:
-            self._sockets[peer].send_multipart(parts, self._zmq.NOBLOCK, copy=False)
+            for part in parts[:-1]:
+                send(part, self._more_follows, copy=False)
+            send(parts[-1], self._at_once, copy=False)
         except self._zmq.Again:  # nobody is there; perhaps he has said why
             self._read(peer)
             self._check()
@@ -167,7 +174,8 @@ class ZmqChannel:
         """Wait for what ``peer`` sends under ``key``; raises as :meth:`get` does."""
         self._check()
         until = time.monotonic() + self._seconds
-        self._read(peer)
+        while (peer, key) not in self._arrived and self._take_next(peer):
+            pass
         while (peer, key) not in self._arrived:
             self._check()
             self._check_peers(peer, key)
@@ -270,6 +278,7 @@ class ZmqChannel:
         socket.zap_domain = _DOMAIN.encode()
         socket.sndhwm = socket.rcvhwm = 0  # the schedule bounds what is on its way
         socket.maxmsgsize = MAX_PART
+        socket.copy_threshold = _SHARE
         # Before bind, since its listener keeps this figure for connections that break: with
         # ZeroMQ's own, no limit, a message sent just then would keep close() waiting for ever.
         socket.linger = _LINGER_MS
@@ -279,7 +288,7 @@ class ZmqChannel:
         socket.heartbeat_ivl, socket.heartbeat_timeout = _HEARTBEAT_MS, _SILENCE_MS
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         monitor = socket.get_monitor_socket(events | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-        self._watch(socket, lambda: self._read(peer))
+        self._watch(socket, lambda: self._take_next(peer))
         self._watch(monitor, lambda: self._heed(peer, monitor))
         return socket
 
@@ -297,7 +306,7 @@ class ZmqChannel:
 
     # --- reading
 
-    def _watch(self, socket: Any, handler: Callable[[], None]) -> None:
+    def _watch(self, socket: Any, handler: Callable[[], object]) -> None:
         self._poller.register(socket, self._zmq.POLLIN)
         self._handlers[socket] = handler
 
@@ -309,15 +318,23 @@ class ZmqChannel:
 
     def _read(self, peer: int) -> None:
         """Take all that has come from ``peer``."""
-        while True:
-            try:
-                parts = self._sockets[peer].recv_multipart(self._zmq.NOBLOCK, copy=False)
-            except self._zmq.Again:
-                return
-            try:
-                self._take(peer, parts)
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise OSError(f"rank {peer} sent what is no message: {error}") from None
+        while self._take_next(peer):
+            pass
+
+    def _take_next(self, peer: int) -> bool:
+        """Take one message of ``peer``; tell whether there was any."""
+        receive = self._sockets[peer].recv
+        try:
+            parts = [receive(self._at_once, copy=False)]
+        except self._zmq.Again:
+            return False
+        while parts[-1].more:
+            parts.append(receive(copy=False))
+        try:
+            self._take(peer, parts)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise OSError(f"rank {peer} sent what is no message: {error}") from None
+        return True
 
     def _take(self, peer: int, parts: list[Any]) -> None:
         if len(parts[0]) > MAX_HEADER:

@@ -166,6 +166,20 @@ def test_greedy_never_starts_before_its_inputs_come():
     assert orders[1] == zbv(4, 8, seeing, slack=True)
 
 
+@pytest.mark.parametrize("hop", [0.01, 0.1, 0.3])
+def test_measured_times_make_zbv_no_slower(hop):
+    # Greedy for hops of a hundredth was slower, by a unit, than for none.
+    draw = random.Random(0)
+    parts = [tuple(draw.uniform(0.97, 1.03) for _ in range(8)) for _ in range(3)]
+    times = Times(*parts, hops=(hop,) * 7)
+    made = zbv(4, 8, times)
+    validate(made)
+    assert max(peak_live_of_ranks(made)) <= 10
+    step = simulate(made, times).step
+    assert step <= simulate(zbv(4, 8), times).step
+    assert step <= simulate(greedy(vee(4), 8, times, cap=10), times).step
+
+
 def test_the_order_of_1f1b():
     assert str(one_f_one_b(2, 3)) == "0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2"
 
