@@ -19,7 +19,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from hvdx import world
-from hvdx.comm import Allgather, Allreduce, Rank, Ranks, Request, Together, Work, drive, together
+from hvdx.comm import (
+    Allgather,
+    Allreduce,
+    Owners,
+    Rank,
+    Ranks,
+    Reducescatter,
+    Request,
+    Together,
+    Work,
+    drive,
+    together,
+)
 from hvdx.compression import CompressionError, Spec, as_compressor, none
 from hvdx.frameworks import Adapter, framework_of_kind, kind_of
 from hvdx.ops import ops_for
@@ -189,6 +201,8 @@ def perform(
         return adapter.ranks(process_set)
     if isinstance(request, Rank):
         return adapter.place(process_set)
+    if isinstance(request, Owners):
+        return None
     if isinstance(request, Together):
         if reduction.startswith("grouped"):
             return _perform_group(adapter, request, name, process_set, reduction)
@@ -203,7 +217,14 @@ def perform(
         )
     if isinstance(request, Allgather):
         return adapter.allgather(request.tensor, name=full, process_set=process_set)
-    return adapter.alltoall(request.tensor, splits=None, name=full, process_set=process_set)
+    if isinstance(request, Reducescatter):
+        return adapter.reducescatter(
+            request.tensor, op=ReduceOp.Sum, name=full, process_set=process_set, **_UNSCALED
+        )
+    if request.splits is None:
+        return adapter.alltoall(request.tensor, splits=None, name=full, process_set=process_set)
+    splits = ops_for(type(request.tensor)).constant(list(request.splits), "int32")
+    return adapter.alltoall(request.tensor, splits=splits, name=full, process_set=process_set)[0]
 
 
 _UNSCALED = {"prescale_factor": 1.0, "postscale_factor": 1.0}

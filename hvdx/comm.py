@@ -12,6 +12,7 @@ graph could not be traced.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -36,10 +37,21 @@ class Allgather(NamedTuple):
 
 
 class Alltoall(NamedTuple):
-    """Ask for chunk r of every rank r's ``tensor``, cut into equal chunks, in rank order."""
+    """Ask for this rank's chunk of every rank's 1-D ``tensor``, in rank order."""
 
     tensor: Any
     phase: str = "exchange"
+    splits: tuple[int, ...] | None = None  # lengths of chunks, equal on all ranks; None: all equal
+
+
+class Reducescatter(NamedTuple):
+    """Ask for this rank's part of the sum of all ranks' 1-D ``tensor``.
+
+    Parts are as equal as can be; the first ones are longer by one where that does not divide.
+    """
+
+    tensor: Any
+    phase: str = "scatter"
 
 
 class Ranks(NamedTuple):
@@ -50,13 +62,27 @@ class Rank(NamedTuple):
     """Ask for this rank's place among those that take part; answered at once."""
 
 
+class Owners(NamedTuple):
+    """Ask which ranks need which part of the mean, as a :class:`hvdx.servers.Cut`.
+
+    Answered at once; by None where all ranks need all of it, as they do unless somebody asks on
+    behalf of owners (:func:`hvdx.servers.for_owners`).
+    """
+
+
+FACTS = (Rank, Ranks, Owners)
+"""Requests that are answered at once, without communication."""
+
+
 class Together(NamedTuple):
     """Ask for several requests at once; the answer is a list in the same order."""
 
     requests: tuple[Any, ...]
 
 
-Request: TypeAlias = Allreduce | Allgather | Alltoall | Rank | Ranks | Together
+Request: TypeAlias = (
+    Allreduce | Allgather | Alltoall | Reducescatter | Rank | Ranks | Owners | Together
+)
 Result = TypeVar("Result")
 Work: TypeAlias = Generator[Request, Any, Result]
 
@@ -107,7 +133,7 @@ def operations(request: Any) -> Iterator[Any]:
     if isinstance(request, Together):
         for each in request.requests:
             yield from operations(each)
-    elif not isinstance(request, (Rank, Ranks)):
+    elif not isinstance(request, FACTS):
         yield request
 
 
@@ -120,7 +146,7 @@ def sent_share(operation: str, ranks: int) -> float:
     """
     if operation == "allgather":
         return ranks - 1
-    return (1 if operation == "alltoall" else 2) * (ranks - 1) / ranks
+    return (1 if operation in ("alltoall", "reducescatter") else 2) * (ranks - 1) / ranks
 
 
 def together(works: Sequence[Work[Result]], ops: Any = None) -> Work[list[Result]]:
@@ -136,13 +162,13 @@ def together(works: Sequence[Work[Result]], ops: Any = None) -> Work[list[Result
     """
     results: list[Any] = [None] * len(works)
     replies: dict[int, Any] = dict.fromkeys(range(len(works)))
-    facts: dict[type, int] = {}
+    facts: dict[type, Any] = {}
     while True:
         requests = {}
         for index, reply in replies.items():
             try:
                 request = works[index].send(reply)
-                while isinstance(request, (Rank, Ranks)):
+                while isinstance(request, FACTS):
                     if type(request) not in facts:
                         facts[type(request)] = yield request
                     request = works[index].send(facts[type(request)])
@@ -154,23 +180,30 @@ def together(works: Sequence[Work[Result]], ops: Any = None) -> Work[list[Result
         if ops is None:
             answers = yield Together(tuple(requests.values()))
         else:
-            if Ranks not in facts:
-                facts[Ranks] = yield Ranks()
-            answers = yield from _merged(list(requests.values()), ops, facts[Ranks])
+            asked = list(requests.values())
+            for fact in (Ranks, Rank) if any(map(_uneven, asked)) else (Ranks,):
+                if fact not in facts:
+                    facts[fact] = yield fact()
+            answers = yield from _merged(asked, ops, facts.get(Rank), facts[Ranks])
         replies = dict(zip(requests, answers, strict=True))
 
 
-def _merged(requests: list[Any], ops: Any, ranks: int) -> Work[list[Any]]:
+def _uneven(request: Any) -> bool:
+    return getattr(request, "splits", None) is not None
+
+
+def _merged(requests: list[Any], ops: Any, rank: int | None, ranks: int) -> Work[list[Any]]:
     """Ask for all of these in as few requests as possible; return their answers in order."""
     groups: dict[Any, list[int]] = {}
     for index, request in enumerate(requests):
-        key = type(request), getattr(request, "op", None), ops.dtype(request.tensor)
+        uneven, operator = _uneven(request), getattr(request, "op", None)
+        key = type(request), operator, uneven, ops.dtype(request.tensor)
         groups.setdefault(key, []).append(index)
     whole = tuple(_joined([requests[i] for i in group], ops, ranks) for group in groups.values())
     received = (yield Together(whole)) if len(whole) > 1 else [(yield whole[0])]
     answers: list[Any] = [None] * len(requests)
     for group, one in zip(groups.values(), received, strict=True):
-        parts = _parted([requests[i] for i in group], one, ops, ranks)
+        parts = _parted([requests[i] for i in group], one, ops, rank, ranks)
         for index, part in zip(group, parts, strict=True):
             answers[index] = part
     return answers
@@ -181,6 +214,8 @@ def _joined(requests: list[Any], ops: Any, ranks: int) -> Any:
     first = requests[0]
     if len(requests) == 1:
         return first
+    if _uneven(first):
+        return _joined_unevenly(requests, ops)
     rows = ranks if isinstance(first, Alltoall) else 1
     parts = [ops.reshape(request.tensor, (rows, -1)) for request in requests]
     flat = ops.reshape(ops.concat(parts, axis=1), (-1,))
@@ -189,10 +224,30 @@ def _joined(requests: list[Any], ops: Any, ranks: int) -> Any:
     return first._replace(tensor=flat)
 
 
-def _parted(requests: list[Any], answer: Any, ops: Any, ranks: int) -> list[Any]:
+def _joined_unevenly(requests: list[Any], ops: Any) -> Alltoall:
+    """Join what goes to each rank, of alltoalls whose chunks are not equal."""
+    chunks, starts = [], [0] * len(requests)
+    sizes = list(zip(*(request.splits for request in requests), strict=True))  # by rank
+    for by_request in sizes:
+        for place, size in enumerate(by_request):
+            start, starts[place] = starts[place], starts[place] + size
+            chunks.append(requests[place].tensor[start : start + size])
+    splits = tuple(map(sum, sizes))
+    return Alltoall(ops.concat(chunks), requests[0].phase, splits)
+
+
+def _parted(requests: list[Any], answer: Any, ops: Any, rank: int | None, ranks: int) -> list[Any]:
     """Cut the answer to :func:`_joined` into those to each request."""
     if len(requests) == 1:
         return [answer]
+    if _uneven(requests[0]):
+        own = [request.splits[rank] for request in requests]
+        rows = ops.reshape(answer, (ranks, sum(own)))
+        ends = list(itertools.accumulate(own))
+        return [
+            ops.reshape(rows[:, end - size : end], (ranks * size,))
+            for size, end in zip(own, ends, strict=True)
+        ]
     summed = isinstance(requests[0], Allreduce)
     given = isinstance(requests[0], Allgather)
     rows = ops.reshape(answer, (1 if summed else ranks, -1))
@@ -243,6 +298,8 @@ def answer_in_memory(requests: Sequence[Any]) -> list[Any]:
         return [ranks] * ranks
     if isinstance(first, Rank):
         return list(range(ranks))
+    if isinstance(first, Owners):
+        return [None] * ranks
     if isinstance(first, Together):
         rounds = zip(*(r.requests for r in requests), strict=True)
         return [list(each) for each in zip(*map(answer_in_memory, rounds), strict=True)]
@@ -253,8 +310,11 @@ def answer_in_memory(requests: Sequence[Any]) -> list[Any]:
         raise AssertionError(f"ranks disagree about {type(first).__name__}: {told}")
     if isinstance(first, Allgather):
         return [np.concatenate(tensors)] * ranks
+    if isinstance(first, Reducescatter):
+        return list(np.array_split(sum(tensors), ranks))
     if isinstance(first, Alltoall):
-        parts = [np.split(t, ranks) for t in tensors]
+        ends = ranks if first.splits is None else np.cumsum(first.splits)[:-1]
+        parts = [np.split(t, ends) for t in tensors]
         return [np.concatenate([part[rank] for part in parts]) for rank in range(ranks)]
     fold: dict[Any, Any] = {
         ReduceOp.Average: lambda: sum(tensors) / np.asarray(ranks, tensors[0].dtype),

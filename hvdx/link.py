@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from hvdx.agreement import next_name
 from hvdx.buckets import width
 from hvdx.comm import (
+    FACTS,
     Allgather,
     Allreduce,
     Alltoall,
@@ -258,13 +259,13 @@ class _Watched:
             self.seconds += time.perf_counter() - start
             self.messages += messages(self._ops, request, rounds)
             reply = self._answer(request)
-            rounds += not isinstance(request, (Rank, Ranks))
+            rounds += not isinstance(request, FACTS)
 
     def _answer(self, request: Any) -> Any:
         if isinstance(request, Ranks):
             return self._ranks
-        if isinstance(request, Rank):
-            return 0
+        if isinstance(request, FACTS):
+            return 0 if isinstance(request, Rank) else None
         if isinstance(request, Together):
             return [self._answer(each) for each in request.requests]
         if isinstance(request, Allgather):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src import api_export
 from keras.src.saving import object_registration
 
@@ -24,10 +25,15 @@ from hvdx.compression.base import refuse_momentum
 from hvdx.frameworks import framework_of_kind
 from hvdx.integrations.keras3_averager import Averager, Options
 from hvdx.reduce_op import ReduceOp
+from hvdx.servers import checked_servers, refuse_measuring
 
 _ENGINES = {
     "tensorflow": ("hvdx.integrations.keras3_tensorflow", "TensorFlowAverager"),
     "torch": ("hvdx.integrations.keras3_torch", "TorchAverager"),
+}
+_SERVED_ENGINES = {
+    "tensorflow": ("hvdx.integrations.keras3_servers_tensorflow", "TensorFlowServed"),
+    "torch": ("hvdx.integrations.keras3_servers_torch", "TorchServed"),
 }
 _LOCAL_ENGINES = {
     "tensorflow": ("hvdx.integrations.keras3_local_tensorflow", "TensorFlowRounds"),
@@ -50,6 +56,8 @@ def DistributedOptimizer(
     average_aggregated_gradients: bool = False,
     process_set: Any = None,
     scale_local_gradients: bool = True,
+    sync: str = "allreduce",
+    servers: Sequence[int] | None = None,
 ) -> keras.optimizers.Optimizer:
     """Make ``optimizer`` average gradients over the ranks; returns the same object.
 
@@ -102,6 +110,12 @@ def DistributedOptimizer(
             Horovod by default, with their sum.
         process_set: the ranks to average over; all by default.
         scale_local_gradients: divide the gradients of local variables by the number of ranks.
+        sync: ``"allreduce"``, or ``"parameter_server"``: servers own parts of the variables. Means
+            go to their owners, which alone step the optimizer there, and its results to all; so
+            each server keeps one part of the optimizer's state. ``optimizer.settle()``, on all
+            ranks, before rank 0 saves the model with its optimizer; ``CheckpointCallback`` does
+            so. See docs/synchronization.md.
+        servers: ranks that own parts; by default all, which is ZeRO's first stage.
 
     Raises:
         TypeError: it is wrapped already, is no Keras 3 optimizer, or Keras runs on jax.
@@ -133,6 +147,16 @@ def DistributedOptimizer(
         )
     compressor = none if local is not None else as_compressor(compression)
     inner = _innermost(optimizer)
+    ranks = range(world.core(backend).ranks(None)) if process_set is None else process_set.ranks
+    places = checked_servers(sync, servers, list(ranks))
+    if places is not None:
+        if local is not None:
+            raise ValueError(
+                f"sync='parameter_server' with compression={local}: there, each rank steps on all "
+                "variables by itself; leave one of them out"
+            )
+        refuse_measuring(compressor)
+        importlib.import_module("hvdx.integrations.keras3_servers").check_served(inner)
     refuse_momentum(compressor, type(inner).__name__, inner.get_config())
     options = Options(
         name or next_name("keras", process_set),
@@ -144,9 +168,14 @@ def DistributedOptimizer(
         1 if average_aggregated_gradients else backward_passes_per_step,
         scale_local_gradients,
     )
-    module, averager = (_ENGINES if local is None else _LOCAL_ENGINES)[backend]
+    engines = _ENGINES if local is None else _LOCAL_ENGINES
+    module, averager = (engines if places is None else _SERVED_ENGINES)[backend]
     engine = getattr(importlib.import_module(module), averager)
     scaler = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if backward_passes_per_step > 1:
+        inner.gradient_accumulation_steps = backward_passes_per_step
+    if places is not None:
+        return _served(optimizer, engine(world.core(backend), options, places))
     if local is None:
         optimizer._averager = engine(world.core(backend), options)
         mixin: type = AveragingScaler if scaler else AveragingOptimizer
@@ -154,9 +183,18 @@ def DistributedOptimizer(
         optimizer._averager = engine(world.core(backend), options, local)
         rounds = importlib.import_module("hvdx.integrations.keras3_local")
         mixin = rounds.LocalScaler if scaler else rounds.LocalOptimizer
-    if backward_passes_per_step > 1:
-        _innermost(optimizer).gradient_accumulation_steps = backward_passes_per_step
     optimizer.__class__ = _class_with(mixin, optimizer)
+    return optimizer
+
+
+def _served(optimizer: Any, averager: Any) -> Any:
+    """Have ``optimizer``, or the one in a scaler, step on parts; a scaler then asks all ranks."""
+    module = importlib.import_module("hvdx.integrations.keras3_servers")
+    inner = _innermost(optimizer)
+    inner._averager = averager
+    inner.__class__ = _class_with(module.ServedOptimizer, inner)
+    if inner is not optimizer:
+        optimizer.__class__ = _class_with(AgreeingScaler, optimizer)
     return optimizer
 
 
@@ -287,6 +325,14 @@ class AveragingOptimizer:
     """
 
     _averager: Averager
+    has_parts = False  # of the state, of which each rank then has its own
+
+    def without_parts(self, variables: Iterable[Any]) -> list[Any]:
+        """Return those of ``variables`` that are equal on all ranks."""
+        return list(variables)
+
+    def hand_out_parts(self) -> None:
+        """Give each rank its part of the state that rank 0 has loaded; a collective call."""
 
     @property
     def communication_seconds(self) -> float:
@@ -375,11 +421,14 @@ class AveragingOptimizer:
         A ``LossScaleOptimizer`` builds what is in it, and later calls it only if this rank's own
         gradients are finite: the other ranks would wait for its gradients.
         """
-        caller: Any = sys._getframe(1).f_locals.get("self")
+        self._meet_scaler(sys._getframe(1).f_locals.get("self"))
+        super().build(variables)  # type: ignore[misc]
+
+    def _meet_scaler(self, caller: Any) -> None:
+        """Have ``caller``, if it is a scaler that builds this optimizer, ask all ranks."""
         plain = isinstance(caller, keras.optimizers.LossScaleOptimizer)
         if plain and caller.inner_optimizer is self and not isinstance(caller, AgreeingScaler):
             caller.__class__ = _class_with(AgreeingScaler, caller)
-        super().build(variables)  # type: ignore[misc]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Average ``grads`` over the ranks, then update as the user's class does."""
@@ -436,6 +485,28 @@ class AgreeingScaler:
     def communication_seconds(self) -> float:
         """See :attr:`AveragingOptimizer.communication_seconds`."""
         return self.inner_optimizer.communication_seconds
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the scale, and what the optimizer saves."""
+        if not self.inner_optimizer.has_parts:
+            super().save_own_variables(store)  # type: ignore[misc]
+            return
+        own = [keras.ops.convert_to_numpy(variable) for variable in self._variables]  # type: ignore[attr-defined]
+        whole = self.inner_optimizer._averager.whole_state(self.inner_optimizer)
+        for place, array in enumerate([*own, *whole]):
+            store[str(place)] = array
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load them."""
+        own = self._variables  # type: ignore[attr-defined]
+        if not self.inner_optimizer.has_parts or len(store.keys()) != len(self.variables):  # type: ignore[attr-defined]
+            super().load_own_variables(store)  # type: ignore[misc]
+            return
+        arrays = [np.array(store[str(place)]) for place in range(len(store.keys()))]
+        for variable, array in zip(own, arrays, strict=False):
+            variable.assign(array)
+        inner = self.inner_optimizer
+        inner._averager.put(inner, arrays[len(own) :])
 
     def check_finite(self, grads: Sequence[Any]) -> Any:
         """Tell whether the gradients of all ranks are finite."""

@@ -27,6 +27,7 @@ from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_state import States
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
+from hvdx.servers import Cut
 
 
 class Options(NamedTuple):
@@ -54,6 +55,7 @@ class Bucket:
         clock: says whose turn it is, if the compressors' phases are turns.
         starts: steps, 0 first, from which on one of them works in another way; or turns.
         flat: what the engine keeps from step to step.
+        cut: who owns which part, with parameter servers.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Bucket:
                 self._alike[turn] = ways.setdefault(way, turn)
             self.starts = list(ways.values())
         self.flat: Any = None
+        self.cut: Cut | None = None
 
     def start(self, step: int) -> int:
         """Return that of :attr:`starts` by which gradients travel in ``step``, or by now."""
@@ -409,12 +412,7 @@ class Averager(abc.ABC):
         name, process_set = "hvdx.keras.agreement", self.options.process_set
         local = self._local_places(variables)
         specs = {
-            place: Spec(
-                self._name(variable),
-                tuple(variable.shape),
-                keras.backend.standardize_dtype(variable.dtype),
-                self.ranks(),
-            )
+            place: self.spec(variable)
             for place, variable in enumerate(variables)
             if place not in local
         }
@@ -469,6 +467,11 @@ class Averager(abc.ABC):
             any(bucket.remembers for bucket in made),
             fresh,
         )
+
+    def spec(self, variable: Any) -> Spec:
+        """Describe a variable."""
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        return Spec(self._name(variable), tuple(variable.shape), dtype, self.ranks())
 
     def _name(self, variable: Any) -> str:
         """Return the path of a variable, numbered where it is another's already."""
@@ -567,7 +570,21 @@ class Averager(abc.ABC):
         variables: list[Any],
         origins: list[Origin | None],
     ) -> list[Bucket]:
-        # Backward meets the last layers first, so that their bucket shall fill first.
+        compressors = self._compressors(specs, variables)
+        parameters = [(specs[p], c, self.device(variables[p])) for p, c in compressors.items()]
+        self._meet(prefix, parameters, origins)
+        made = []
+        for number, places in enumerate(self.grouped(specs, variables)):
+            own = [specs[place] for place in places]
+            chosen = [compressors[place] for place in places]
+            made.append(Bucket(f"{prefix}.{number}", places, own, chosen))
+        return made
+
+    def grouped(self, specs: dict[int, Spec], variables: list[Any]) -> list[list[int]]:
+        """Return the places among ``variables`` whose gradients travel together.
+
+        Backward meets the last layers first, so that their bucket shall fill first.
+        """
         order = list(specs)[::-1]
         compressors = self._compressors(specs, variables)
         clocks = list(dict.fromkeys(compressors[place].clock for place in order))
@@ -583,15 +600,7 @@ class Averager(abc.ABC):
             ],
             buckets.limit_bytes(),
         )
-        parameters = [(specs[p], c, self.device(variables[p])) for p, c in compressors.items()]
-        self._meet(prefix, parameters, origins)
-        made = []
-        for number, members in enumerate(plan):
-            places = [order[i] for i in members]
-            own = [specs[place] for place in places]
-            chosen = [compressors[place] for place in places]
-            made.append(Bucket(f"{prefix}.{number}", places, own, chosen))
-        return made
+        return [[order[index] for index in members] for members in plan]
 
     def configuration(self, optimizer: Any) -> str:
         """Describe the optimizer's options, equal on ranks that train alike."""

@@ -124,6 +124,10 @@ class States:
         """Return a parameter's state as a tree of tensors."""
         return self._kept[name].state
 
+    def knows(self, name: str) -> bool:
+        """Tell whether a parameter has been met."""
+        return name in self._kept
+
     def settle(self, finite: Any, states: Mapping[str, Any]) -> None:
         """Keep new states and count the step, if its means are finite.
 

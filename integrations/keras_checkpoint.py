@@ -158,7 +158,11 @@ class CheckpointCallback(RankCallback):
             if self._found is not None:
                 _build(self.model)
                 broadcast_parameters(self.model)
-                broadcast_parameters(self.model.optimizer)
+                if optimizer is None:
+                    broadcast_parameters(self.model.optimizer)
+                else:
+                    broadcast_parameters(optimizer.without_parts(self.model.optimizer.variables))
+                    optimizer.hand_out_parts()
                 _hand_out(self._compression, optimizer)
                 self._compression = None
                 self.model._initial_epoch = self._found["epoch"]

@@ -107,8 +107,12 @@ class BroadcastGlobalVariablesCallback(RankCallback):
         if optimizer is not None:
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
-            state = self._shared_state() if self._local else optimizer
-            broadcast_parameters(state, self.root_rank)
+            if (served := averaging(optimizer)) is not None and served.has_parts:
+                shared = served.without_parts(optimizer.variables)
+                broadcast_parameters(shared, self.root_rank)
+            else:
+                state = self._shared_state() if self._local else optimizer
+                broadcast_parameters(state, self.root_rank)
         self.broadcast_done = True
 
     def _is_local(self, variable: Any) -> bool:

@@ -85,6 +85,12 @@ class TorchAdapter(Collectives):
                 "LBFGS keeps a history that differs in length between ranks, and so cannot be "
                 "kept equal; use a first-order optimizer"
             )
+        if getattr(getattr(optimizer, "reducer", None), "sharded", False):
+            raise ValueError(
+                "with sync='parameter_server' each rank keeps its own part of the optimizer's "
+                "state, and none can be broadcast. To go on from a checkpoint, load on every rank "
+                "what optimizer.portable_state_dict() has returned"
+            )
         name = next_name("optimizer", process_set)
         groups = enumerate(optimizer.param_groups)
         held = {

@@ -11,7 +11,19 @@ import torch
 from horovod.torch import mpi_ops
 
 from hvdx import world
-from hvdx.comm import Allgather, Allreduce, Alltoall, Rank, Ranks, Request, Together, Work
+from hvdx.comm import (
+    FACTS,
+    Allgather,
+    Allreduce,
+    Alltoall,
+    Owners,
+    Rank,
+    Ranks,
+    Reducescatter,
+    Request,
+    Together,
+    Work,
+)
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.mismatch import explain, is_mismatch
@@ -127,7 +139,7 @@ class Flight:
     def _resume(self, answer: Any) -> None:
         try:
             request = self._work.send(answer)
-            while isinstance(request, (Rank, Ranks)):
+            while isinstance(request, FACTS):
                 request = self._work.send(self._place(request))
         except StopIteration as done:
             self._collect = None
@@ -137,13 +149,15 @@ class Flight:
             with waiting("reduction", self._name):  # Horovod may have been stopped meanwhile
                 self._collect = self._submit(request, self._name)
 
-    def _place(self, request: Rank | Ranks) -> int:
+    def _place(self, request: Rank | Ranks | Owners) -> int | None:
+        if isinstance(request, Owners):
+            return None
         asked = self._adapter.ranks if isinstance(request, Ranks) else self._adapter.place
         return asked(self._process_set)
 
     def _submit(self, request: Request, name: str) -> Callable[[], Any]:
         """Start ``request``; the function returned waits for its answer."""
-        if isinstance(request, (Rank, Ranks)):
+        if isinstance(request, FACTS):
             return lambda: self._place(request)
         if isinstance(request, Together):
             parts = [
@@ -153,8 +167,16 @@ class Flight:
         name = f"{name}/{request.phase}"
         if isinstance(request, Allreduce):
             return self._submit_allreduce(request, name)
-        start = {Allgather: self._horovod.allgather_async, Alltoall: self._horovod.alltoall_async}
-        handle = start[type(request)](request.tensor, name=name, process_set=self._set)
+        options: dict[str, Any] = {"name": name, "process_set": self._set}
+        if isinstance(request, Allgather):
+            start = self._horovod.allgather_async
+        elif isinstance(request, Reducescatter):
+            start, options["op"] = self._horovod.reducescatter_async, int(ReduceOp.Sum)
+        else:
+            start = self._horovod.alltoall_async
+            if request.splits is not None:
+                options["splits"] = torch.tensor(request.splits, dtype=torch.int32)
+        handle = start(request.tensor, **options)
         operation = type(request).__name__.lower()
         collect = self._waiting(handle, request.tensor, name, operation)
         if isinstance(request, Alltoall):  # Horovod tells besides how much came from each rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,15 @@ from hvdx.compression.base import refuse_momentum
 from hvdx.integrations.pytorch_optimizer_adasum import DeltaStepper
 from hvdx.integrations.pytorch_optimizer_local import METHODS as LOCAL_METHODS
 from hvdx.integrations.pytorch_optimizer_local import LocalStepper
+from hvdx.integrations.pytorch_optimizer_reducer import METHODS as REDUCER_METHODS
 from hvdx.integrations.pytorch_optimizer_reducer import Reducer
+from hvdx.integrations.pytorch_optimizer_servers import METHODS as SERVER_METHODS
+from hvdx.integrations.pytorch_optimizer_servers import ServedReducer, check_elementwise
 from hvdx.integrations.pytorch_optimizer_wrapper import Options
 from hvdx.reduce_op import ReduceOp
+from hvdx.servers import checked_servers, refuse_measuring
 
 _METHODS = ("synchronize", "skip_synchronize", "set_backward_passes_per_step")
-_REDUCER_METHODS = (
-    *_METHODS,
-    "no_sync",
-    "compression_state",
-    "portable_compression_state",
-    "load_compression_state",
-)
 
 
 def DistributedOptimizer(
@@ -40,6 +37,8 @@ def DistributedOptimizer(
     groups: int | list[list[torch.Tensor]] | None = None,
     sparse_as_dense: bool = False,
     process_set: Any = None,
+    sync: str = "allreduce",
+    servers: Sequence[int] | None = None,
 ) -> torch.optim.Optimizer:
     """Make ``optimizer`` average gradients over the ranks; returns the same object.
 
@@ -118,6 +117,14 @@ def DistributedOptimizer(
             averaged, as ``SparseAdam`` wants them.
         process_set: the ranks to average over; all by default. Ranks outside train alone.
 
+        sync: ``"allreduce"``, or ``"parameter_server"``: servers own parts of the parameters. Means
+            go to their owners, which alone step the optimizer there, and its results to all; so
+            each server keeps one part of the optimizer's state. After ``backward()`` a gradient is
+            the mean where this rank owns it, and elsewhere zeros but for one number, which gives
+            it the mean's norm, so that ``clip_grad_norm_`` and ``GradScaler`` do as always. What
+            must see every element of a mean does not work. See docs/synchronization.md.
+        servers: ranks that own parts; by default all, which is ZeRO's first stage.
+
     Raises:
         TypeError: ``optimizer`` is wrapped already or is none.
         ValueError: an option has no meaning here, or a parameter is of another dtype; the
@@ -145,12 +152,17 @@ def DistributedOptimizer(
             f"DistributedOptimizer(op={ReduceOp.of(op).name}, compression={local}): what ranks "
             "have learnt alone is averaged; use op=hvd.Average"
         )
-    world.core("torch")
+    adapter, own_set = world.core("torch"), _set_of_ranks(process_set)
+    ranks = range(adapter.ranks(None)) if own_set is None else own_set.ranks
+    places = checked_servers(sync, servers, list(ranks))
+    if places is not None:
+        _check_served(optimizer, ReduceOp.of(op), local)
+        refuse_measuring(as_compressor(compression))
     options = Options(
         _names(optimizer, named_parameters),
         none if local is not None else as_compressor(compression),
         ReduceOp(op),
-        _set_of_ranks(process_set),
+        own_set,
         _checked_groups(groups),
         sparse_as_dense,
     )
@@ -167,9 +179,23 @@ def DistributedOptimizer(
         stepper = DeltaStepper(optimizer, options)
         stepper.set_backward_passes_per_step(backward_passes_per_step)
         stepper.attach(_METHODS)
+    elif places is not None:
+        served = ServedReducer(optimizer, options, backward_passes_per_step, places)
+        served.attach(SERVER_METHODS)
     else:
-        Reducer(optimizer, options, backward_passes_per_step).attach(_REDUCER_METHODS)
+        Reducer(optimizer, options, backward_passes_per_step).attach(REDUCER_METHODS)
     return optimizer
+
+
+def _check_served(optimizer: torch.optim.Optimizer, op: ReduceOp, local: Any) -> None:
+    """Refuse what parameter servers cannot do."""
+    if local is not None or op == ReduceOp.Adasum:
+        what = f"compression={local}" if local is not None else "op=hvd.Adasum"
+        raise ValueError(
+            f"sync='parameter_server' with {what}: there, each rank steps on all parameters by "
+            "itself; leave one of them out"
+        )
+    check_elementwise(optimizer)
 
 
 def _refuse_optimizer(optimizer: Any) -> None:

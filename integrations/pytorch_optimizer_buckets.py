@@ -121,6 +121,10 @@ class Bucket:
                     return True
         return False
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the gradients as compressors see them."""
+        return self.views
+
     def place(self, index: int, parameter: torch.Tensor) -> None:
         """Copy one large gradient in, as soon as it is there: it still lies in the cache."""
         grad = parameter.grad

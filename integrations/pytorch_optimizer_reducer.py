@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdx import buckets, world
 from hvdx.comm import Allreduce, Work, together
-from hvdx.compression import CompressionError, Spec, none
+from hvdx.compression import CompressionError, Compressor, Reduced, Spec, none
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_backward import follow
@@ -26,6 +26,15 @@ from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper,
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
+METHODS = (
+    "synchronize",
+    "skip_synchronize",
+    "set_backward_passes_per_step",
+    "no_sync",
+    "compression_state",
+    "portable_compression_state",
+    "load_compression_state",
+)
 _LARGE = 16384  # elements from which a gradient is moved alone, and at once
 
 
@@ -87,6 +96,8 @@ class Reducer(Wrapper):
     and the new ones get their buckets.
     """
 
+    strategy = ""  # what ranks must agree on besides; begins with a comma
+
     def __init__(
         self, optimizer: torch.optim.Optimizer, options: Options, passes_per_step: int
     ) -> None:
@@ -140,6 +151,11 @@ class Reducer(Wrapper):
         super().set_backward_passes_per_step(passes)
         self._passes_per_step = passes
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether what backward adds to may be something else than a mean."""
+        return self.options.op == ReduceOp.Sum
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let backward only accumulate on this rank; the next one outside averages the sum."""
@@ -189,7 +205,7 @@ class Reducer(Wrapper):
             self._fresh.append(slot)
             ready: Callable[..., Any] = functools.partial(self._ready, slot)
             slot.hooks.append(parameter.register_post_accumulate_grad_hook(ready))
-            if self.options.op == ReduceOp.Sum:
+            if self.adds_up:
                 slot.hooks.append(parameter.register_hook(functools.partial(self._share, slot)))
         if self.optimizer is not None:
             groups = self.optimizer.param_groups
@@ -210,7 +226,7 @@ class Reducer(Wrapper):
         if not self._slots:
             retire(self)
 
-    def _settle(self) -> list[AnyBucket]:
+    def settle(self) -> list[AnyBucket]:
         """Put parameters that are new into buckets, after all ranks have compared notes."""
         fresh = self._fresh
         limit = buckets.limit_bytes()
@@ -218,10 +234,12 @@ class Reducer(Wrapper):
         more = (
             f"backward_passes_per_step={self._passes_per_step}, groups={together_}, "
             f"sparse_as_dense={self.options.sparse_as_dense}, buckets of {limit} bytes"
+            f"{self.strategy}"
         )
         sparse = self.meet([Named(slot.name, slot.parameter) for slot in fresh], more)
         if self.options.sparse_as_dense:
             sparse = set()
+        self.check_sparse([fresh[place].name for place in sorted(sparse)])
         layout = buckets.plan(
             [
                 buckets.Entry(s.name, s.parameter.numel(), dtype_name(s.parameter.dtype),
@@ -244,6 +262,9 @@ class Reducer(Wrapper):
         self.buckets += made
         return made
 
+    def check_sparse(self, names: list[str]) -> None:
+        """Refuse sparse gradients, of these parameters, if they cannot be averaged."""
+
     def _together(self, slots: list[Slot]) -> list[list[int]]:
         """Return the places in ``slots`` that travel together by the user's ``groups``."""
         groups = self.options.groups
@@ -255,13 +276,17 @@ class Reducer(Wrapper):
         return [[places[each] for each in group if each in places] for group in groups]
 
     def _dense_bucket(self, index: int, slots: list[Slot]) -> Bucket:
-        bucket = Bucket(
+        bucket = self.bucket(
             index, [slot.name for slot in slots], [slot.parameter for slot in slots], self.ranks
         )
         self._adjust(bucket)
         for place, slot in enumerate(slots):
             slot.bucket, slot.index = bucket, place
         return bucket
+
+    def bucket(self, *members: Any) -> Bucket:
+        """Make a bucket."""
+        return Bucket(*members)
 
     def _adjust(self, bucket: Bucket) -> None:
         """Have a bucket travel as its parameters' compressors do from now on."""
@@ -332,7 +357,7 @@ class Reducer(Wrapper):
             self._task = task
 
     def _share(self, slot: Slot, grad: torch.Tensor) -> None:
-        """With op=Sum: before this rank's gradient is added to a sum over the ranks."""
+        """Before this rank's gradient is added to what is no mean on this rank."""
         if slot.bucket is not None:
             slot.bucket.share(slot.index)
 
@@ -364,7 +389,7 @@ class Reducer(Wrapper):
                 if bucket.flight is None:
                     self._send(bucket)
             if self._fresh:
-                for bucket in self._settle():
+                for bucket in self.settle():
                     self._send(bucket)
                     self._aloft.append(bucket)
         except BaseException:
@@ -381,6 +406,7 @@ class Reducer(Wrapper):
                 assert bucket.flight is not None
                 bucket.flight.finish()
                 bucket.deliver(self.options.op)
+            self.arrived(self._aloft)
             self._settle_states()
         except BaseException:
             self.abandon()
@@ -388,6 +414,9 @@ class Reducer(Wrapper):
         optimizer: Any = self.optimizer
         if optimizer is not None:
             optimizer.communication_seconds += time.perf_counter() - start
+
+    def arrived(self, landed: Sequence[AnyBucket]) -> None:
+        """Finish what the means of ``landed`` buckets need to be complete."""
 
     def _settle_states(self) -> None:
         """Keep the compressor's new states, if the means are finite.
@@ -411,10 +440,10 @@ class Reducer(Wrapper):
         name = f"{self.name}.{bucket.index}" + (f".turn{bucket.turn}" if bucket.turn else "")
         name += f".again{bucket.rounds}" if bucket.rounds else ""
         bucket.rounds += 1
-        work = bucket.reduction() if isinstance(bucket, SparseBucket) else self._reduction(bucket)
+        work = bucket.reduction() if isinstance(bucket, SparseBucket) else self.reduction(bucket)
         bucket.flight = Flight(self.adapter, work, name, self.options.process_set)
 
-    def _reduction(self, bucket: Bucket) -> Work[None]:
+    def reduction(self, bucket: Bucket) -> Work[None]:
         """Replace the bucket's gradients by their means (or sums), as its compressor will."""
         if bucket.compressor is none:  # a mean's 1/N is in the gradients already
             yield Allreduce(bucket.flat, op=ReduceOp.Sum, in_place=True)
@@ -425,24 +454,31 @@ class Reducer(Wrapper):
             reduced = yield from compressor.reduce(ops, bucket.flat, None)
             bucket.flat.copy_(reduced.mean)
         else:
-            yield from self._each(ops, bucket)
+            yield from self.each(ops, bucket)
         if self.options.op == ReduceOp.Sum:
             bucket.flat.mul_(self.ranks)
 
-    def _each(self, ops: Ops, bucket: Bucket) -> Work[None]:
+    def each(self, ops: Ops, bucket: Bucket) -> Work[None]:
         """Compress parameter by parameter, in rounds shared by the whole bucket."""
         scale = self._loss_scale()
-        works = []
-        for name, view, method in zip(bucket.names, bucket.views, bucket.methods, strict=True):
+        works: list[Work[Reduced]] = []
+        views = bucket.tensors()
+        for view, method in zip(views, bucket.methods, strict=True):
             grad = view if scale == 1.0 else _wide(view) * (1.0 / scale)
-            works.append(self.kept.reduce(name, grad, method))
+            works.append(self.start(bucket, len(works), grad, method))
         results = yield from together([*works, none.reduce(ops, bucket.presence, None)], ops)
         bucket.presence.copy_(results.pop().mean)
         for index, reduced in enumerate(results):
             mean = reduced.mean if scale == 1.0 else reduced.mean * scale
-            bucket.views[index].copy_(mean)
+            views[index].copy_(mean)
             if reduced.state is not None and not bucket.idle(index):
                 self.kept.await_settling(bucket.names[index], reduced.state)
+
+    def start(
+        self, bucket: Bucket, index: int, grad: torch.Tensor, method: Compressor
+    ) -> Work[Reduced]:
+        """Start to compress, by ``method``, the gradient that is ``index`` in ``bucket``."""
+        return self.kept.reduce(bucket.names[index], grad, method)
 
     def _loss_scale(self) -> float:
         """Return what the loss was multiplied by, as far as we were told."""
@@ -499,9 +535,7 @@ class Reducer(Wrapper):
 
     def before_step(self, optimizer: Any, args: Any, options: dict[str, Any]) -> Any:
         """Average what has not been; after the closure, if there is one."""
-        if self._skipped:
-            return None
-        if self._asked:
+        if self._asked and not self._skipped:
             warnings.warn(
                 "optimizer.step() called without optimizer.skip_synchronize() after "
                 "optimizer.synchronize(). Horovod would average twice; hvdx does not, so that "
@@ -511,17 +545,25 @@ class Reducer(Wrapper):
         positional = len(args) > 1
         closure = args[1] if positional else options.get("closure")
         if closure is None:
-            self._catch_up()
+            self._about_to_step()
             return None
 
         def averaged() -> Any:
             loss = closure()
-            self._catch_up()
+            self._about_to_step()
             return loss
 
         if positional:
             return (args[0], averaged, *args[2:]), options
         return args, {**options, "closure": averaged}
+
+    def _about_to_step(self) -> None:
+        if not self._skipped:
+            self._catch_up()
+        self.enter_step()
+
+    def enter_step(self) -> None:
+        """Do what remains once gradients are averaged, before the optimizer reads them."""
 
     def after_step(self, optimizer: Any, args: Any, options: Any) -> None:
         """Begin to count rounds and passes anew."""

@@ -22,6 +22,7 @@ from hvdx.compression.portable import (
 )
 from hvdx.compression.state import Leaf, leaves
 from hvdx.compression.turns import Clock
+from hvdx.compression.updates import Messenger
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.integrations.pytorch_engine import Flight
@@ -190,6 +191,10 @@ class Kept:
         """
         method = method or self.taken([name]).methods[0]
         return method.at(self.steps).reduce(_OPS, grad, self.states[name])
+
+    def messenger(self, name: str) -> Messenger | None:
+        """Return how parameter servers send back what they have made of a parameter."""
+        return self.taken([name]).methods[0].at(self.steps).updates
 
     def await_settling(self, name: str, state: Any) -> None:
         """Note what the state becomes unless the step is skipped."""

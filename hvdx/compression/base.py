@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from hvdx.comm import Allreduce, Ranks, Work
 from hvdx.compression import codecs
 from hvdx.compression.codecs import Codec
+from hvdx.compression.updates import Messenger, coded
 from hvdx.errors import HvdxError
 from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
@@ -84,6 +85,9 @@ class Compressor(NamedTuple):
 
     rows: Callable[[int], Codec] | None = None
     """What writes the rows, of so many numbers each, of sparse gradients; None: they travel raw."""
+
+    updates: Messenger | None = None
+    """How parameter servers send back what they have changed; None: parameters travel raw."""
 
     def __repr__(self) -> str:
         return f"Compression.{self.name}"
@@ -197,7 +201,12 @@ def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
 
 none = HorovodCompressor("none", stateless, _identity, elementwise=True)
 fp16 = HorovodCompressor(
-    "fp16", stateless, _half, elementwise=True, rows=lambda columns: codecs.float16()
+    "fp16",
+    stateless,
+    _half,
+    elementwise=True,
+    rows=lambda columns: codecs.float16(),
+    updates=coded(codecs.float16()),
 )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from hvdx.buckets import summed_width
-from hvdx.comm import Allgather, Alltoall, Rank, Ranks, Work
+from hvdx.comm import Allgather, Alltoall, Owners, Rank, Ranks, Work
 from hvdx.compression import draws
 from hvdx.compression.base import Compressor, Reduced, Spec, none
 from hvdx.compression.codecs import Codec
@@ -58,7 +58,7 @@ def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Co
     def reduce(ops: Ops, grad: Any, state: Any) -> Work[Reduced]:
         shape, dtype = tuple(grad.shape), ops.dtype(grad)
         size = math.prod(shape)
-        ranks = yield Ranks()
+        ranks, cut = (yield Ranks()), (yield Owners())
         if ranks == 1 or size == 0:
             return Reduced(grad, grad, state)
         if not pays(codec, size, dtype, ranks):
@@ -72,7 +72,9 @@ def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Co
             return codec.encode(ops, rows, used, *keys)
 
         flat = ops.cast(ops.reshape(grad, (-1,)), "float32")
-        if ranks == 2:
+        if cut is not None:
+            mean, own = yield from _to_owners(ops, codec, write, flat, cut.spans)
+        elif ranks == 2:
             mean, own = yield from _one_phase(ops, codec, write, flat, size)
         else:
             mean, own, owner = yield from _two_phases(ops, codec, write, flat, size, ranks, owner)
@@ -137,6 +139,43 @@ def _two_phases(
         return ops.reshape(codec.decode(ops, data, columns), (-1,))[:size]
 
     return ops.reshape(means, (-1,))[:size], own, owner
+
+
+def _to_owners(
+    ops: Ops, codec: Codec, write: Write, flat: Any, spans: list[tuple[int, int]]
+) -> Work[tuple[Any, Callable[[], Any]]]:
+    """Send each rank the piece that it owns, and average one's own; zeros stand elsewhere.
+
+    Servers send parameters back, not means: the second phase and its rounding are not needed.
+    """
+    rank, ranks = (yield Rank()), len(spans)
+    columns = [_columns(stop - start, 1, codec.block) for start, stop in spans]
+    data = []
+    for place, (start, stop) in enumerate(spans):
+        if stop > start:
+            rows = _rows(ops, flat[start:stop], stop - start, 1, columns[place])
+            data.append(ops.reshape(write(rows, stop - start, rank + ranks * place), (-1,)))
+    splits = tuple(codec.row_bytes(each) for each in columns)
+    received = yield Alltoall(ops.concat(data), "push", splits)
+    start, stop = spans[rank]
+    parts = [ops.zeros((start,), "float32"), ops.zeros((flat.shape[0] - stop,), "float32")]
+    if stop > start:
+        rows = codec.decode(ops, ops.reshape(received, (ranks, splits[rank])), columns[rank])
+        total = rows[0]
+        for row in range(1, ranks):  # in rank order: another order rounds otherwise
+            total = total + rows[row]
+        parts.insert(1, ops.scale(total, 1.0 / ranks)[: stop - start])
+
+    def own() -> Any:
+        sizes = [stop - start for start, stop in spans if stop > start]
+        used = [each for each in columns if each]
+        pieces = [
+            codec.decode(ops, ops.reshape(one, (1, -1)), width)[0][:size]
+            for one, width, size in zip(data, used, sizes, strict=True)
+        ]
+        return ops.concat(pieces)
+
+    return ops.concat(parts), own
 
 
 def _columns(size: int, rows: int, block: int) -> int:

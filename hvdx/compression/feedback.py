@@ -100,7 +100,7 @@ def after(steps: int, inner: Compressor, first: Compressor = none) -> Compressor
             f"after({steps}, {inner}, first={first}): what comes first must keep no state"
         )
     name = f"after({steps}, {inner.name})"
-    early = inner._replace(reduce=hold, phases=(), clock=None)
+    early = inner._replace(reduce=hold, phases=(), clock=None, updates=first.updates)
     wrap = functools.partial(after, steps, first=first)
     if inner.clock is not None:
         phases = ((BEFORE, early), *inner.phases)

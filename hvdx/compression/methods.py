@@ -22,6 +22,7 @@ from hvdx.compression.local import Local, diloco, local_sgd
 from hvdx.compression.policy import by_layer
 from hvdx.compression.powersgd import alternating_power_sgd, power_sgd
 from hvdx.compression.sparse import deep_gradient_compression, random_k, top_k
+from hvdx.compression.updates import coded
 
 _SMALL = 1024  # parameters of fewer elements travel raw where each is compressed alone
 
@@ -44,7 +45,9 @@ class Compression:
 
     none = none
     fp16 = fp16
-    bf16 = only_floats(exchange(codecs.bfloat16()))._replace(rows=lambda columns: codecs.bfloat16())
+    bf16 = only_floats(exchange(codecs.bfloat16()))._replace(
+        rows=lambda columns: codecs.bfloat16(), updates=coded(codecs.bfloat16())
+    )
 
     @staticmethod
     def int8(feedback: bool = False, rounding: str = "nearest", seed: int = 0) -> Compressor:
@@ -272,7 +275,9 @@ def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor
     compressor = exchange(codec, owner_feedback=feedback, seed=seed)
     if feedback:
         compressor = error_feedback(compressor)
-    return _finished(compressor._replace(name=f"{codec.name}(feedback={feedback})"))
+    updates = None if codec.noisy else coded(codec)
+    name = f"{codec.name}(feedback={feedback})"
+    return _finished(compressor._replace(name=name, updates=updates))
 
 
 def _integers(
@@ -283,7 +288,8 @@ def _integers(
             f"Compression.{method}(rounding={rounding!r}): use 'nearest' or 'stochastic'"
         )
     codec = codecs.integers(bits, block, stochastic=rounding == "stochastic")
-    compressor = _quantised(codec, feedback, seed)
+    nearest = coded(codecs.integers(bits, block))
+    compressor = _quantised(codec, feedback, seed)._replace(updates=nearest)
     return _finished(compressor, rounding=(rounding, "nearest"), seed=(seed, 0))
 
 
@@ -296,6 +302,7 @@ def _finished(compressor: Compressor, **options: tuple[Any, Any]) -> Compressor:
     return only_floats(compressor)._replace(
         name=f"{compressor.name[:-1]}{more})",
         rows=lambda columns: codecs.integers(8, min(columns, 256)),
+        updates=compressor.updates or coded(codecs.integers(8, 256)),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from hvdx.comm import Allreduce, Work
 from hvdx.compression.base import Compressor, Reduced, Spec, name_hash, none
 from hvdx.compression.feedback import Feedback
+from hvdx.compression.updates import Messenger
 from hvdx.ops import Ops
 
 _INFINITE = 0x7F800000  # bits of infinity in a float32; NaN lie above
@@ -137,7 +138,47 @@ def _compressor(
         mean = ops.outer(found.left, found.right, grad)
         return Reduced(mean, None, Feedback(residual, found.kept))
 
-    return Compressor(name, init, reduce, stateful=True)
+    return Compressor(name, init, reduce, stateful=True, updates=low_rank(rank))
+
+
+def low_rank(rank: int, seed: int = 0) -> Messenger:
+    """Return the messenger that sends two factors of its owner's part of the matrix.
+
+    One power iteration on the owner's rows, of which the first and the last may be incomplete,
+    from where the last one ended; nobody else takes part in it.
+    """
+
+    def frame(spec: Spec, start: int, stop: int) -> tuple[int, int, int]:
+        columns = matrix_shape(spec.shape)[1]
+        first = start // columns
+        return -(-stop // columns) - first, columns, start - first * columns
+
+    def size(spec: Spec, start: int, stop: int) -> int | None:
+        rows, columns, _ = frame(spec, start, stop)
+        return 4 * rank * (rows + columns) if worthwhile(rows, columns, rank) else None
+
+    def first(ops: Ops, spec: Spec) -> Any:
+        return _random(ops, spec, seed, (rank, matrix_shape(spec.shape)[1]))
+
+    def write(ops: Ops, change: Any, spec: Spec, start: int, last: Any) -> tuple[Any, Any]:
+        length = change.shape[0]
+        rows, columns, before = frame(spec, start, start + length)
+        around = [ops.zeros((n,), "float32") for n in (before, rows * columns - before - length)]
+        matrix = ops.reshape(ops.concat([around[0], change, around[1]]), (rows, columns))
+        p = ops.orthonormal(ops.matmul(ops.orthonormal(last), matrix, transposed=True))
+        q = ops.matmul(p, matrix)
+        kept = ops.either(_healthy(ops, q), lambda: _renewed(ops, q), lambda: last)
+        return ops.to_bytes(ops.concat([ops.reshape(p, (-1,)), ops.reshape(q, (-1,))])), kept
+
+    def read(ops: Ops, data: Any, spec: Spec, start: int, stop: int) -> Any:
+        rows, columns, before = frame(spec, start, stop)
+        factors = ops.from_bytes(data, "float32")
+        p = ops.reshape(factors[: rank * rows], (rank, rows))
+        q = ops.reshape(factors[rank * rows :], (rank, columns))
+        matrix = ops.outer(p, q, ops.zeros((rows, columns), "float32"))
+        return ops.reshape(matrix, (-1,))[before : before + stop - start]
+
+    return Messenger(f"powersgd(rank={rank})", size, first, write, read)
 
 
 def _random(ops: Ops, spec: Spec, seed: int, shape: tuple[int, int]) -> Any:
