@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdx.agreement import next_name
+from hvdx.compression import none
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
 from hvdx.integrations.keras3_profile import profiled
@@ -50,8 +52,10 @@ class Pipeline(BasePipeline):
             each has; or a :class:`hvdx.pipeline.plan.Plan`. Default: one per rank or device, two
             for ``interleaved`` and ``zbv``.
         place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]`` or
-            TensorFlow's ``["CPU:0", "CPU:1"]``. Default: the ranks of the job, if there are
-            several, else this one process.
+            TensorFlow's ``["CPU:0", "CPU:1"]``. Or rows of ranks that are replicas of each other:
+            ``[[0, 2], [1, 3]]`` trains two stages, each on two ranks that share its micro-batches.
+            Default: the ranks of the job, if there are several, one per stage or two; else this
+            one process.
         schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
             ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times. TensorFlow
             finds both halves of a backward at once: ``zb1p`` and ``zbv`` gain less.
@@ -62,6 +66,7 @@ class Pipeline(BasePipeline):
             in the place of the optimizer's ``global_clipnorm``.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+        compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
 
     Attributes:
@@ -89,11 +94,12 @@ class Pipeline(BasePipeline):
         *,
         micro_batches: int = 8,
         stages: int | Sequence[str] | Sequence[int] | Plan | None = None,
-        place: Sequence[str] | None = None,
+        place: Sequence[str] | Sequence[Sequence[int]] | None = None,
         schedule: str = "1f1b",
         by: str | None = None,
         clip_norm: float | None = None,
         checkpoint: str = "never",
+        compression: Any = None,
         seed: int | None = None,
         **others: Any,
     ) -> None:
@@ -105,6 +111,7 @@ class Pipeline(BasePipeline):
             random.getrandbits(31) if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
+            compression=compression,
         )
         with self._alike():
             check_options(micro_batches, place, clip_norm, checkpoint)
@@ -112,8 +119,8 @@ class Pipeline(BasePipeline):
             self._graph = traced(model, sample)
             self.units = [unit.name for unit in self._graph.units]
             self._loss = None if loss is None else _Losses(loss, len(self._graph.outputs))
-            self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, None)
-            self._stages = self._make_stages(place)
+            self.plan = self._planned(sample, stages, schedule, micro_batches, by, None)
+            self._stages = self._make_stages()
             self._params = {
                 name: variable
                 for _, first, stop in self._own_stages()
@@ -121,6 +128,9 @@ class Pipeline(BasePipeline):
                 for name, variable in unit.params.items()
             }
             self.optimizer = self._checked(optimizer)
+            self._compressor = self._checked_compression(
+                {self.optimizer.name: self.optimizer.get_config()} if self.optimizer else {}
+            )
         if self._across:
             self._agree()
         self._connect()
@@ -238,6 +248,7 @@ class Pipeline(BasePipeline):
             _assign(self._all_variables(), told, "model")
             if self.optimizer is not None:
                 _assign(_slots(self.optimizer), told, "optimizer")
+            self._load_kept(about, told)
             self._step, self._seed = about["step"], about["seed"]
             for stage in self._stages.values():
                 stage.seed = self._seed
@@ -282,7 +293,7 @@ class Pipeline(BasePipeline):
     def _profile(self, sample: Any, micro_batches: int) -> ir.Graph:
         return profiled(self._graph, sample, micro_batches)
 
-    def _make_stages(self, place: Sequence[str] | None) -> dict[int, KerasStage]:
+    def _make_stages(self) -> dict[int, KerasStage]:
         stages: dict[int, KerasStage] = {}
         edges = self.plan.edges(self._line)
         owner: dict[str, int] = {}
@@ -294,7 +305,7 @@ class Pipeline(BasePipeline):
                         f"variable {name!r}, which training changes without gradients, is used in "
                         f"stages {owner[name]} and {number}: cut so that one stage has both uses"
                     )
-        devices = [_device(each) for each in place] if place is not None else []
+        devices = [*map(_device, self._devices or [])]
         for number, first, stop in self._own_stages():
             stages[number] = KerasStage(
                 self._graph,
@@ -377,6 +388,15 @@ class Pipeline(BasePipeline):
         wide = [tf.cast(each, tf.float32) if each.dtype.size < 4 else each for each in gradients]
         return [float(tf.norm(each)) for each in wide]
 
+    def _joined(self, pieces: Sequence[Sequence[Any]], train: bool) -> list[Any]:
+        outputs = [
+            tf.concat(each, 0) if each[0].shape.rank else tf.stack(each)
+            for each in zip(*(piece[1:] if train else piece for piece in pieces), strict=True)
+        ]
+        if not train:
+            return outputs
+        return [functools.reduce(tf.add, (piece[0] for piece in pieces)), *outputs]
+
     def _as_result(self, tensors: Sequence[Any]) -> Any:
         return keras.tree.pack_sequence_as(self._graph.result, list(tensors))
 
@@ -387,29 +407,57 @@ class Pipeline(BasePipeline):
 
     def _gathered(self) -> dict[str, np.ndarray]:
         """Bring rank 0's model up to date; return the arrays of a checkpoint there."""
-        own: dict[str, Any] = {}
-        for _, first, stop in self._own_stages():
-            for name, variable in self._graph.variables(first, stop).items():
-                own[f"model/{name}"] = variable
-        if self.optimizer is not None:
-            slots = _slots(self.optimizer)
-            own.update({f"optimizer/{name}": variable for name, variable in slots.items()})
-        arrays = {name: _array(variable) for name, variable in own.items()}
+        own = self._own_state()
+        arrays = {name: _array(tensor) for name, tensor in own.items()}
         if self._channel is not None:
             names = self._core.allgather_object(list(own), next_name("pipeline"), None)
             key = Key("S", self._step, 0, 0)
             self._channel.note = f"save at {self._step}"
             if self._rank:
-                self._channel.send(0, key, [tf.convert_to_tensor(v.value) for v in own.values()])
+                if own:
+                    self._channel.send(0, key, list(own.values()))
                 return {}
-            for rank in sorted(set(self.plan.place) - {0}):
+            for rank in sorted({*self._leads} - {0}):
                 arrived = self._channel.receive(rank, key)
                 for name, tensor in zip(names[rank], arrived, strict=True):
                     arrays.setdefault(name, _array(tensor))
         _assign(self._all_variables(), arrays, "model")
         about = {"format": _FORMAT, "step": self._step, "seed": self._seed}
         about["plan"] = self.plan.to_json()
+        if self._sums is not None and self._compressor is not none:
+            about["compression"] = self._compressor.name
+            about["compression_steps"] = self._sums.steps
         return {**arrays, _ABOUT: np.array(json.dumps(about))}
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return the part of a checkpoint that this process has; replicas leave it to the first."""
+        kept = self._compression_state()
+        if self._rank not in self._leads:
+            return {}
+        own: dict[str, Any] = {}
+        for _, first, stop in self._own_stages():
+            for name, variable in self._graph.variables(first, stop).items():
+                own[f"model/{name}"] = tf.convert_to_tensor(variable.value)
+        if self.optimizer is not None:
+            for name, variable in _slots(self.optimizer).items():
+                own[f"optimizer/{name}"] = tf.convert_to_tensor(variable.value)
+        for name, tensors in kept.items():
+            own.update({f"compression/{name}@{path}": each for path, each in tensors.items()})
+        return own
+
+    def _load_kept(self, about: dict[str, Any], arrays: dict[str, Any]) -> None:
+        """Give compressors their part of a checkpoint, if there is one."""
+        if "compression" not in about:
+            self._load_compression(None)
+            return
+        kept: dict[str, dict[str, Any]] = {}
+        for name, array in arrays.items():
+            kind, _, rest = name.partition("/")
+            if kind == "compression":
+                parameter, _, path = rest.rpartition("@")
+                kept.setdefault(parameter, {})[path] = tf.constant(array)
+        told = {"compressor": about["compression"], "steps": about["compression_steps"]}
+        self._load_compression({**told, "parameters": kept})
 
 
 def _pair(data: Any) -> tuple[Any, Any]:

@@ -389,18 +389,12 @@ class KerasStage:
         self._inputs: dict[int, tuple[dict[str, Any], list[Any]]] = {}
         self._kept: dict[int, list[_Pass]] = {}
         self._pending: dict[int, list[tuple[tuple[int, str], Any]]] = {}
-        self._outputs: dict[int, list[Any]] = {}
-        self._total: Any = None
+        self._results: dict[int, list[Any]] = {}
         self.gradients: dict[tuple[int, str], Any] = {}
 
-    def found(self) -> list[Any]:
-        """Return the loss, if training, and the outputs of all micro-batches put together."""
-        outputs = [self._outputs[k] for k in sorted(self._outputs)]
-        joined = [
-            tf.concat(pieces, 0) if pieces[0].shape.rank else tf.stack(pieces)
-            for pieces in zip(*outputs, strict=True)
-        ]
-        return [self._total, *joined] if self._batch.train else joined
+    def found(self) -> dict[int, list[Any]]:
+        """Return by micro-batch the weighted loss, if training, and outputs that are asked for."""
+        return self._results
 
     def forward(self, micro_batch: int, inputs: Sequence[Any] | None) -> list[Any]:
         """See :meth:`Stage.forward`."""
@@ -505,9 +499,8 @@ class KerasStage:
     def _finish(self, values: Mapping[str, Any], micro_batch: int) -> list[_Pass]:
         """Compute the loss, or keep the outputs."""
         outputs = [values[name] for name in self._graph.outputs]
-        if not self._batch.train or self._batch.outputs:
-            self._outputs[micro_batch] = outputs
         if not self._batch.train:
+            self._results[micro_batch] = outputs
             return []
         assert self._loss is not None
         entered = {name: values[name] for name in self._graph.outputs if name in self._graph.smooth}
@@ -515,7 +508,7 @@ class KerasStage:
         with _tape(True) as tape:
             tape.watch(list(entered.values()))
             weighted = self._loss(targets, outputs, self._batch.weights[micro_batch])
-        self._total = weighted if self._total is None else self._total + weighted
+        self._results[micro_batch] = [weighted, *(outputs if self._batch.outputs else ())]
         return [_Pass(-1, tape, entered, {_LOSS: weighted})]
 
     def _differentiate(self, done: _Pass, found: dict[str, Any], weights: list[Any]) -> None:

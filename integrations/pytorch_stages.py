@@ -139,9 +139,8 @@ class TorchStage:
 
     Attributes:
         unit: name of the unit at work.
-        total: the weighted loss of the micro-batches so far; on the last stage.
-        outputs: by micro-batch, the tensors that the model returns; on the last stage, without
-            training.
+        results: by micro-batch, on the last stage: the weighted loss or, without training, the
+            tensors that the model returns.
         gradients: (unit, weight) -> sum over micro-batches.
     """
 
@@ -195,8 +194,7 @@ class TorchStage:
         self._kept: dict[int, list[_Pass]] = {}
         self.gradients: dict[tuple[int, str], torch.Tensor] = {}
         self._own: set[tuple[int, str]] = set()  # whose memory nobody else has
-        self.total: torch.Tensor | None = None
-        self.outputs: dict[int, list[torch.Tensor]] = {}
+        self.results: dict[int, list[torch.Tensor]] = {}
         self.unit = None
         self._differentiable = differentiable(self._graph) if batch.train else set()
         self._aliases = {
@@ -238,15 +236,9 @@ class TorchStage:
         for done in reversed(self._kept.pop(micro_batch)):
             self._differentiate(done, {}, list(done.weights.items()))
 
-    def found(self) -> list[torch.Tensor]:
-        """Return the loss, or the outputs of all micro-batches put together."""
-        if self._batch.train:
-            assert self.total is not None
-            return [self.total]
-        return [
-            torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
-            for pieces in zip(*(self.outputs[k] for k in sorted(self.outputs)), strict=True)
-        ]
+    def found(self) -> dict[int, list[torch.Tensor]]:
+        """Return by micro-batch the weighted loss, or the outputs."""
+        return self.results
 
     # --- forward
 
@@ -342,7 +334,7 @@ class TorchStage:
         """Compute the loss, or keep the outputs."""
         if not self._batch.train:
             names = dict.fromkeys(result_names(self._graph))
-            self.outputs[micro_batch] = [x for name in names for x in flat(local[name])[2]]
+            self.results[micro_batch] = [x for name in names for x in flat(local[name])[2]]
             return
         outputs = result_of(self._graph, local)
         assert self._loss is not None
@@ -363,8 +355,7 @@ class TorchStage:
             )
         weighted = loss.reshape(()) * self._batch.weights[micro_batch]
         made[_LOSS] = weighted
-        value = weighted.detach()
-        self.total = value if self.total is None else self.total + value
+        self.results[micro_batch] = [weighted.detach()]
 
     @contextlib.contextmanager
     def _casting(self) -> Iterator[None]:

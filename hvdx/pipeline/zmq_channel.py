@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hvdx.errors import HvdxError, MismatchError
-from hvdx.pipeline.channel import Failure, Key, Tensors, late
+from hvdx.pipeline.channel import Failure, Key, Tensors, holder, late, rows_of_ranks
 
 VERSION = 1
 MAX_HEADER = 1 << 20
@@ -85,7 +85,7 @@ class ZmqChannel:
     """See :class:`hvdx.pipeline.channel.Channel`; for one process per rank.
 
     Args:
-        place: by stage, the rank that has it.
+        place: by stage, the rank that has it, or its replicas.
         rank: this one.
         exchange: gathers one picklable object per rank, in rank order; all ranks call it twice.
         codec: of the framework's tensors.
@@ -101,7 +101,7 @@ class ZmqChannel:
 
     def __init__(
         self,
-        place: Sequence[int],
+        place: Sequence[int | Sequence[int]],
         rank: int,
         exchange: Callable[[Any], list[Any]],
         codec: Codec | None = None,
@@ -112,7 +112,7 @@ class ZmqChannel:
         import zmq
 
         self._zmq = zmq
-        self._place, self._rank, self._seconds = tuple(place), rank, seconds or math.inf
+        self._rows, self._rank, self._seconds = rows_of_ranks(place), rank, seconds or math.inf
         self._codec: Codec = codec or NumpyCodec()
         self._secret = secrets.token_hex(32)
         self.note = ""
@@ -129,7 +129,9 @@ class ZmqChannel:
         self._closed = False
         problem = None
         try:
-            self._meet(sorted(set(place) - {rank}), exchange, address)
+            self._meet(
+                sorted({each for row in self._rows for each in row} - {rank}), exchange, address
+            )
         except (OSError, HvdxError, zmq.ZMQError) as error:
             problem = f"rank {rank}: {error}"
         except BaseException:
@@ -142,11 +144,11 @@ class ZmqChannel:
 
     def put(self, key: Key, tensors: Tensors) -> None:
         """See :meth:`Channel.put`."""
-        self.send(self._place[key.stage], key, tensors)
+        self.send(holder(self._rows, key.stage, key.micro_batch), key, tensors)
 
     def get(self, key: Key) -> Tensors:
         """See :meth:`Channel.get`."""
-        return self.receive(self._place[key.sender], key)
+        return self.receive(holder(self._rows, key.sender, key.micro_batch), key)
 
     def send(self, peer: int, key: Key, tensors: Tensors) -> None:
         """Send to any rank of the pipeline; ``key`` need be new between these two only."""
