@@ -75,7 +75,7 @@ def alone(kind, micro_batches=4, rows=(12,) * 6, clip_norm=None):
 @pytest.mark.parametrize("place", MESHES)
 def test_it_learns_what_the_plain_model_learns_in_float64(place, shared):
     """A tied weight in the first and the last stage, clipped gradients, skips."""
-    data = [(x.double(), y.double()) for x, y in models.batches()]
+    data = [(x.double(), y.double()) for x, y in models.batches(8)]
     model = models.made(models.Residual).double()
     expected, loss = models.train_plain(model, data, clip_norm=0.5)
     if hvd.rank():  # the ranks begin with rank 0's weights
@@ -141,7 +141,7 @@ def test_batches_of_fewer_rows_than_replicas_and_checkpoints_of_any_mesh(place, 
     models.assert_near(learnt(pipe, shared / "state"), expected)
     following = [pipe.step(x, y) for x, y in data]
     pipe.close()
-    for other in (None, ["cpu", "cpu"], [list(range(hvd.size()))]):
+    for other in (None, ["cpu"], [list(range(hvd.size()))]):
         again = pipeline(models.made(models.Dropped), data[0][0], place=other)
         again.load(shared / "state")
         torch.testing.assert_close([again.step(x, y) for x, y in data], following)
@@ -149,7 +149,6 @@ def test_batches_of_fewer_rows_than_replicas_and_checkpoints_of_any_mesh(place, 
 
 
 COMPRESSIONS = {
-    "fp16": hvd.Compression.fp16,
     "int8": hvd.Compression.int8(),
     "powersgd": hvd.Compression.powersgd(rank=2, min_elements=1),
     "topk": hvd.Compression.topk(0.5, min_elements=1),
@@ -160,8 +159,8 @@ COMPRESSIONS = {
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_gradients_of_replicas_are_compressed(name, shared):
     place = [[0, 1]] if hvd.size() == 2 else UNEQUAL
-    data, options = models.batches(8), {"place": place, "compression": COMPRESSIONS[name]}
-    _, losses = alone(models.Residual, 4, (12,) * 8)
+    data, options = models.batches(4), {"place": place, "compression": COMPRESSIONS[name]}
+    _, losses = alone(models.Residual, 4, (12,) * 4)
     pipe, found = train(models.made(models.Residual), data, **options)
     assert len(set(hvd.allgather_object(found[-1].item()))) == 1
     assert found != losses
@@ -171,12 +170,12 @@ def test_gradients_of_replicas_are_compressed(name, shared):
     pipe.save(shared / "state")
     kept, steps = pipe._sums.saved(99), pipe._sums.steps
     hvd.barrier()
-    assert steps == 8 and bool(kept) == COMPRESSIONS[name].stateful
+    assert steps == 4 and any(hvd.allgather_object(bool(kept))) == COMPRESSIONS[name].stateful
     pipe.close()
     pipe = pipeline(models.made(models.Residual), data[0][0], **options)
     pipe.load(shared / "state")
     again = pipe._sums.saved(99)
-    assert pipe._sums.steps == 8
+    assert pipe._sums.steps == 4
     torch.testing.assert_close(again, kept)
     pipe.step(*data[0])
     pipe.close()
