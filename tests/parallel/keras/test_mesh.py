@@ -56,8 +56,8 @@ def test_a_micro_batch_for_each_replica_gives_the_bits_of_one_process(place, mic
     data = models.batches(rows=[12, 7, 3, 1])
     options = {"micro_batches": micro_batches, "clip_norm": 0.5}
     expected, loss = models.train(models.dropped, data, place=["cpu"], **options)
-    pipe = models.pipeline(models.made(models.dropped, seed=3 + hvd.rank()), data[0][0], place=place,
-                           **options)  # fmt: skip
+    model = models.made(models.dropped, seed=3 + hvd.rank())  # they begin with rank 0's weights
+    pipe = models.pipeline(model, data[0][0], place=place, **options)
     for x, y in data:
         last = pipe.step(x, y)
     assert float(last) == loss
