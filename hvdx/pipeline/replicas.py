@@ -292,7 +292,7 @@ class Sums:
             told = row.ops.constant([int(weight in found) for weight in weights], "int64")
             for place in range(working, len(row.ranks)):
                 row.send(place, key, [told])
-        if row.place < working:
+        if row.place < working:  # these may still have work, for which others wait
             return found
         (which,) = row.receive(0, key)
         used = which.numpy().tolist()
