@@ -74,8 +74,9 @@ class BasePipeline:
     ) -> None:
         self._framework, self._codec = framework, codec
         self._clip_norm, self._checkpoint = clip_norm, checkpoint
-        self._asked, self._compressor = compression, none
-        self._mesh, self._devices = (place, None) if is_mesh(place) else ((), place)
+        self._asked, self._compressor = compression, as_compressor(none)
+        self._mesh: Sequence[Any] = place if place is not None and is_mesh(place) else ()
+        self._devices = None if self._mesh else place
         job = self._devices is None and world.is_initialized(framework)
         self._across = job and world.size() > 1
         self._rank = world.rank() if self._across else 0
@@ -200,7 +201,7 @@ class BasePipeline:
                 raise PlanError(f"the plan is for {plan.ranks} {what}, but there are {ranks}")
             if mesh and plan.mesh != mesh:
                 told, own = ([list(row) for row in each] for each in (mesh, plan.mesh))
-                raise PlanError(f"place={told}, but the plan has {own}: leave place out, or say so")
+                raise PlanError(f"place={told}, but the plan has {own}: give one of them")
             plan.edges(self._line)
             return plan
         if not ranks:

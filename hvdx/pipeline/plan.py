@@ -40,8 +40,9 @@ _ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
     "zb1p": zb1p,
     "gpipe": gpipe,
 }
+_VEES = "zbv", "zbv-slack"
 #: Names, of which "auto" takes the quickest -> stages per rank.
-SCHEDULES = {**dict.fromkeys(_ONE_STAGE, 1), "interleaved": 2, "zbv": 2, "zbv-slack": 2}
+SCHEDULES = {**dict.fromkeys(_ONE_STAGE, 1), "interleaved": 2, **dict.fromkeys(_VEES, 2)}
 
 
 def schedule_of(
@@ -68,7 +69,8 @@ def schedule_of(
         PlanError: there is no such schedule, or it does not suit these numbers.
     """
     if mesh:
-        times = times and _of_groups(times, mesh)
+        if times is not None and told in _VEES:
+            times = _of_groups(times, mesh)
         order = schedule_of(told, ranks, groups(mesh, micro_batches), stages, times)
         return dealt(order, mesh, micro_batches)
     if re.match(r"\s*\d+[FBIW]\d", told):
@@ -82,7 +84,7 @@ def schedule_of(
         made = _ONE_STAGE[told](ranks, micro_batches)
     elif told == "interleaved":
         made = interleaved(ranks, micro_batches, max(1, (stages or 2 * ranks) // ranks))
-    elif told in ("zbv", "zbv-slack"):
+    elif told in _VEES:
         made = zbv(ranks, micro_batches, times, slack=told == "zbv-slack")
     else:
         names = ", ".join((*SCHEDULES, "auto"))
@@ -117,15 +119,15 @@ def check_mesh(mesh: Mesh, ranks: int | None = None) -> None:
     """
     told = f"place={[list(row) for row in mesh]}"
     if not mesh or not all(mesh):
-        row = next((number for number, row in enumerate(mesh) if not row), 0)
-        raise PlanError(f"{told}: row {row} has no rank; each stage needs one, at least")
+        empty = next((number for number, row in enumerate(mesh) if not row), 0)
+        raise PlanError(f"{told}: row {empty} has no rank; each stage needs one, at least")
     count = sum(map(len, mesh)) if ranks is None else ranks
     rows: dict[int, int] = {}
     for number, row in enumerate(mesh):
         for rank in row:
             if not 0 <= rank < count:
                 raise PlanError(
-                    f"{told}: row {number} has rank {rank}, but there are {count} ranks, from 0 to "
+                    f"{told}: row {number} has rank {rank}, but the job has ranks 0 to "
                     f"{count - 1}: give these, or start more (hvdx run -np ...)"
                 )
             if rank in rows:
@@ -570,7 +572,7 @@ def _predicted(
     if len(found) != order.stages:
         raise PlanError(f"{len(found)} stages, but schedule {told!r} takes {order.stages}")
     times = stage_times(graph, means, order, found)
-    if told in ("zbv", "zbv-slack") and any(times.forward):
+    if told in _VEES and any(times.forward):
         count = order.micro_batches
         order = schedule_of(told, len(means.rows), count, order.stages, times, means.mesh)
     memory = _Memory(graph, means, order).of_ranks(found)

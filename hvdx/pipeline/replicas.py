@@ -133,7 +133,7 @@ class Talk(Generic[Result]):
         """Wait for the generator's end and return its result."""
         while self._collect is not None:
             self._resume(self._collect())
-        return self._result
+        return self._result  # type: ignore[no-any-return]  # of Any
 
     def _resume(self, answer: Any) -> None:
         try:

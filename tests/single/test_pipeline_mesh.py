@@ -73,7 +73,7 @@ def test_replicas_share_the_time():
         ([[0, 1], []], r"place=\[\[0, 1\], \[\]\]: row 1 has no rank"),
         ([[0, 1], [2, 1]], "rank 1 is in rows 0 and 1"),
         ([[0, 0], [1, 2]], "rank 0 is in row 0 twice"),
-        ([[0, 1], [2, 4]], "row 1 has rank 4, but there are 4 ranks, from 0 to 3"),
+        ([[0, 1], [2, 4]], "row 1 has rank 4, but the job has ranks 0 to 3"),
         ([[0, 1], [-1, 2]], "row 1 has rank -1"),
         ([[0, 1], [2]], "has 3 of 4 ranks: add rank 3 to a row"),
     ],
@@ -127,6 +127,9 @@ def test_memory_and_sums_are_those_of_each_rank():
     whole = make(line(*[1] * 3), replace(means, ranks=4, mesh=((0, 1, 3), (2,))), 8,
                  schedule="gpipe", stages=[2, 1], by="params")  # fmt: skip
     assert whole.memory[0] == 800 + 3 * 20 and whole.memory[3] == 800 + 2 * 20
+    for name in SCHEDULES:  # that zbv's is made for the times of groups
+        timed = make(line(*[1] * 6), means, 8, schedule=name)
+        assert timed.order(Times.equal(len(timed.place))).mesh == mesh
     free = make(line(*[1] * 3), replace(means, link=Link()), 8, schedule="gpipe", stages=[2, 1],
                 by="params")  # fmt: skip
     assert plan.step >= free.step + 0.2 + 1e-3  # two ranks send each other 200 bytes
