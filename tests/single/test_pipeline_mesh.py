@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hvdx.errors import PlanError
+from hvdx.pipeline.dispatch import dry_run
 from hvdx.pipeline.ir import Graph, Unit
 from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, check_mesh, make, schedule_of
 from hvdx.pipeline.schedule import parse, peak_live_of_ranks, validate
@@ -117,6 +118,18 @@ def test_a_stage_with_replicas_gets_more_units():
     assert plan.step < make(line(*[1] * 6), Means(2), 8, schedule="1f1b").step
     even = make(line(*[1] * 6), Means(4, mesh=TWO_BY_TWO), 8, schedule="1f1b")
     assert even.cuts == ("u3",)
+
+
+def test_plans_without_ranks_have_meshes_too():
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    sample, place = torch.ones(64, 64), [[0, 1], [2]]
+    dry = dry_run(model, sample, 3, place=place, by="params", schedule="1f1b")
+    assert dry.plan.mesh == ((0, 1), (2,)) and dry.plan.cuts == ("4",)
+    assert " 0,1 " in str(dry) and "rank 2" in str(dry)
+    with pytest.raises(PlanError, match="has 3 of 4 ranks"):
+        dry_run(model, sample, 4, place=place)
 
 
 def test_memory_and_sums_are_those_of_each_rank():
