@@ -70,13 +70,16 @@ class Compression:
         return _integers("int4", 4, 128, feedback, rounding, seed)
 
     @staticmethod
-    def onebit(feedback: bool = True) -> Compressor:
+    def onebit(feedback: bool = True, min_elements: int = _SMALL) -> Compressor:
         """Signs, and the mean magnitude of every 1024 elements, with error feedback.
 
         Args:
             feedback: without it training stalls; for experiments.
+            min_elements: smaller parameters, and vectors, travel raw.
         """
-        return _quantised(codecs.signs(1024), feedback)
+        _check_whole("onebit", "min_elements", min_elements)
+        compressor = _quantised(codecs.signs(1024), feedback)
+        return _finished(min_size(min_elements, compressor), min_elements=(min_elements, _SMALL))
 
     @staticmethod
     def topk(density: float = 0.01, min_elements: int = _SMALL) -> Compressor:

@@ -97,7 +97,7 @@ data = hvd.DistributedDataset(x, 2 * x, batch_size=2)
 model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
 optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
 # Of so few elements nothing is held back; but states are kept, and carried to other ranks.
-optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.Compression.onebit())
+optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.Compression.onebit(min_elements=0))
 model.compile(optimizer, "mse")
 
 class Seen(keras.callbacks.Callback):

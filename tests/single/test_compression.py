@@ -259,14 +259,14 @@ def test_horovods_two_methods(ops, dtype):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("size", [5, 24, 77, 2000])
+@pytest.mark.parametrize("size", [300, 1100, 2000, 5000])
 def test_losses_of_signs_stay_bounded(ranks, size):
     """Ranks once read padding as signs and sent its sum on: losses grew 40 times in each step."""
-    ops, compressor = NumpyOps(), Compression.onebit()
+    ops, compressor = NumpyOps(), Compression.onebit(min_elements=0)
     random = np.random.default_rng(0)
-    states = [compressor.init(ops, Spec("p", (size,), "float32", ranks)) for _ in range(ranks)]
+    states = [compressor.init(ops, Spec("p", (1, size), "float32", ranks)) for _ in range(ranks)]
     for _ in range(30):
-        grads = random.normal(size=(ranks, size)).astype("float32")
+        grads = random.normal(size=(ranks, 1, size)).astype("float32")
         results = in_step(
             [compressor.reduce(ops, g, s) for g, s in zip(grads, states, strict=True)]
         )

@@ -22,7 +22,7 @@ METHODS = {
     "int8": Compression.int8(),
     "int8 with feedback": Compression.int8(feedback=True),
     "int4": Compression.int4(),
-    "onebit": Compression.onebit(),
+    "onebit": Compression.onebit(min_elements=0),
     "topk": Compression.topk(0.02),
     "dgc": Compression.dgc(0.02, min_elements=0),
     "randomk": Compression.randomk(0.05),
@@ -178,9 +178,10 @@ def test_padding_adds_nothing_to_a_mean(ranks, feedback):
     """Ranks' pieces are padded to whole blocks, and 1-bit codes decode padding to ±scale: that
     counted in the scale of the mean, and where errors are kept, they grew a thousandfold a step.
     """
-    compressor, shape = Compression.onebit(feedback=feedback), (24,)
+    compressor, shape = Compression.onebit(feedback, min_elements=0), (11, 100)
     states = [compressor.init(OPS, Spec("w", shape, "float32", ranks)) for _ in range(ranks)]
-    grad = np.where(np.arange(24) % 3, 1, -1).astype(np.float32)  # which needs no rounding
+    signs = np.where(np.arange(1100) % 3, 1, -1).astype(np.float32)  # which need no rounding
+    grad = signs.reshape(shape)
     for _ in range(3):
         results = in_step([compressor.reduce(OPS, grad, state) for state in states])
         states = [result.state for result in results]
@@ -200,7 +201,7 @@ def test_a_portable_state_is_one_tensor_of_the_parameters_shape():
     job = Job(METHODS["onebit"], 4)
     job.run(1)
     shapes = {name: {p: t.shape for p, t in own.items()} for name, own in job.saved()[0].items()}
-    assert shapes == {name: {"residual": shape} for name, shape in SHAPES.items()}
+    assert shapes == {"weight": {"residual": (48, 96)}, "odd": {"residual": (7, 11, 3)}, "bias": {}}
 
 
 @pytest.mark.parametrize("make", [TorchOps, TensorFlowOps])

@@ -65,7 +65,7 @@ def method(name: str, **options: Any) -> Compressor:
     found: Any = getattr(Compression, name)
     if isinstance(found, Compressor):
         return found
-    if name in ("topk", "dgc", "randomk", "powersgd"):
+    if name in ("onebit", "topk", "dgc", "randomk", "powersgd"):
         options["min_elements"] = 0
     return found(**options)
 

@@ -19,12 +19,12 @@ METHODS = {
     "bf16": C.bf16,
     "int8": C.int8(feedback=True),
     "int4": C.int4(),
-    "onebit": C.onebit(),
+    "onebit": C.onebit(min_elements=0),
     "topk": C.topk(0.1, min_elements=0),
     "randomk": C.randomk(0.2, min_elements=0),
     "powersgd": C.powersgd(2, min_elements=0),
     "dgc": C.dgc(0.1, momentum=0.5, warmup_steps=2, min_elements=0),
-    "after": after(2, C.onebit()),
+    "after": after(2, C.onebit(min_elements=0)),
 }
 SHAPES = {"weight": (24, 36), "bias": (24,), "odd": (7, 11)}
 STEPS = 4
@@ -162,9 +162,9 @@ def test_what_measures_and_chooses(hvd):
         asked.append([spec.name for spec in specs])
         return policy
 
-    policy = C.onebit()._replace(policy=choose)
+    policy = C.onebit(min_elements=0)._replace(policy=choose)
     optimizer = keras.optimizers.SGD(1.0)
-    measuring = C.onebit()._replace(name="measuring", prepare=prepare)
+    measuring = C.onebit(min_elements=0)._replace(name="measuring", prepare=prepare)
     optimizer = hvd.DistributedOptimizer(optimizer, compression=measuring)
     model = given_gradients()
     saved = optimizer_with(hvd, "topk").compression_state()
@@ -184,10 +184,10 @@ def test_what_measures_and_chooses(hvd):
 def test_accumulation_compresses_sums(hvd):
     everyone = [gradients(rank) for rank in range(hvd.size())]
     optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
-    optimizer = hvd.DistributedOptimizer(optimizer, compression=C.onebit())
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=C.onebit(min_elements=0))
     result = train(given_gradients(), optimizer, everyone[hvd.rank()])
     sums = [own.reshape(STEPS // 2, 2, -1).sum(1) for own in everyone]
-    weights, _ = in_memory(C.onebit(), sums)
+    weights, _ = in_memory(C.onebit(min_elements=0), sums)
     for one, other in zip(result, weights, strict=True):
         np.testing.assert_allclose(one, other / 2, atol=1e-5)  # Keras takes the mean of them
     assert optimizer.compression_state()["step"] == 2
@@ -205,14 +205,15 @@ def test_an_overflow_leaves_states_alone(hvd, around):
     scaling = {"initial_scale": 4.0, "dynamic_growth_steps": 2}
     if around == "wrapped":
         optimizer = hvd.DistributedOptimizer(
-            keras.optimizers.LossScaleOptimizer(inner, **scaling), compression=C.onebit()
+            keras.optimizers.LossScaleOptimizer(inner, **scaling),
+            compression=C.onebit(min_elements=0),
         )
         averaging = optimizer
     else:
-        averaging = hvd.DistributedOptimizer(inner, compression=C.onebit())
+        averaging = hvd.DistributedOptimizer(inner, compression=C.onebit(min_elements=0))
         optimizer = keras.optimizers.LossScaleOptimizer(averaging, **scaling)
     result = train(given_gradients(), optimizer, with_overflow)
-    weights, kept = in_memory(C.onebit(), everyone)
+    weights, kept = in_memory(C.onebit(min_elements=0), everyone)
     for one, other in zip(result, weights, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     told = averaging.compression_state()

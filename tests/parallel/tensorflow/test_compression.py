@@ -17,7 +17,7 @@ from hvdx.ops import NumpyOps
 
 C = hvdx.Compression
 METHODS = {  # made anew by each tape, as scripts do
-    "onebit": C.onebit,
+    "onebit": lambda: C.onebit(min_elements=0),
     "randomk": lambda: C.randomk(0.2, min_elements=0),
     "after": lambda: after(2, C.dgc(0.1, momentum=0.5, min_elements=0)),
 }
@@ -79,7 +79,7 @@ def test_a_tape_goes_on_from_what_was_saved(hvd, run):
     grads = gradients(hvd.rank())
 
     def tape_of(tape):
-        return hvd.DistributedGradientTape(tape, compression=C.onebit)
+        return hvd.DistributedGradientTape(tape, compression=C.onebit(min_elements=0))
 
     def train(steps, load=None, started=False):
         """Return the sum of the means, the tape's variables, and what is owed afterwards."""
@@ -123,7 +123,7 @@ def test_a_tape_goes_on_from_what_was_saved(hvd, run):
 @pytest.mark.ranks(2)
 def test_states_of_tapes_that_do_not_fit(hvd):
     variable = tf.Variable(tf.zeros((30, 40)))
-    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=C.onebit)
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=C.onebit(min_elements=0))
     saved = tape.compression_state([variable])
     other = hvd.DistributedGradientTape(tf.GradientTape(), compression=C.topk)
     Error = hvdx.compression.CompressionError
@@ -182,6 +182,6 @@ def test_what_a_tape_cannot_keep(hvd):
         tape.watch(x)
         y = tf.Variable(x)
         loss = tf.reduce_sum(x * x) + tf.reduce_sum(y)
-    stateful = hvd.DistributedGradientTape(tape, compression=C.onebit)
+    stateful = hvd.DistributedGradientTape(tape, compression=C.onebit(min_elements=0))
     with pytest.raises(hvdx.compression.CompressionError, match="source 1 is a tensor"):
         stateful.gradient(loss, [y, x])

@@ -19,12 +19,12 @@ METHODS = {
     "bf16": C.bf16,
     "int8": C.int8(),
     "int4": C.int4(),
-    "onebit": C.onebit(),
+    "onebit": C.onebit(min_elements=0),
     "topk": C.topk(0.1, min_elements=0),
     "randomk": C.randomk(0.2, min_elements=0),
     "powersgd": C.powersgd(2, min_elements=0),
     "dgc": C.dgc(0.1, momentum=0.5, min_elements=0),
-    "after": after(2, C.onebit()),
+    "after": after(2, C.onebit(min_elements=0)),
 }
 SHAPES = {"weight": (24, 36), "bias": (24,), "odd": (7, 11), "one": (1,), "empty": (0, 3)}
 
@@ -129,7 +129,7 @@ def test_a_skipped_step_leaves_what_is_kept_alone(hvd, method):
 @pytest.mark.ranks(2)
 def test_parameters_without_a_gradient(hvd):
     """On one rank: others' means, and what it owes; on all: nothing, and all stays owed."""
-    parameters, optimizer = wrapped(hvd, C.onebit())
+    parameters, optimizer = wrapped(hvd, C.onebit(min_elements=0))
     values = go(parameters, optimizer, gradients(hvd.rank(), 1))
     before = optimizer.compression_state()["parameters"]
     step = gradients(hvd.rank(), 1)[0]
@@ -181,7 +181,7 @@ def test_a_single_operation_has_no_state(hvd):
     x = torch.ones(3000)
     np.testing.assert_allclose(hvd.allreduce(x, compression=C.int8()), 1.0, atol=0.01)
     with pytest.raises(hvdx.compression.CompressionError, match="keeps state"):
-        hvd.allreduce(x, compression=C.onebit())
+        hvd.allreduce(x, compression=C.onebit(min_elements=0))
 
 
 # -- what is kept: saved, loaded, moved
@@ -255,13 +255,13 @@ def after_one_idle_step(hvd, compression, values, saved):
 
 def test_what_a_lost_rank_owed_is_told(hvd):
     """As after a crash in elastic training: all ranks but the last have what they owed."""
-    parameters, optimizer = wrapped(hvd, C.onebit())
+    parameters, optimizer = wrapped(hvd, C.onebit(min_elements=0))
     values, last = go(parameters, optimizer, gradients(hvd.rank(), 3)), hvd.size() - 1
     saved = optimizer.compression_state()
     told = pytest.warns(UserWarning, match=rf"ranks \[{last}\] of {hvd.size()} is lost")
     with told if hvd.rank() == 0 else contextlib.nullcontext():
         again, other = after_one_idle_step(
-            hvd, C.onebit(), values, saved if hvd.rank() < last else None
+            hvd, C.onebit(min_elements=0), values, saved if hvd.rank() < last else None
         )
     now = other.portable_compression_state()
     for name, parameter in again.items():
@@ -277,12 +277,12 @@ def test_what_a_lost_rank_owed_is_told(hvd):
 
 @pytest.mark.ranks(2)
 def test_states_of_different_steps_are_told(hvd):
-    parameters, optimizer = wrapped(hvd, C.onebit())
+    parameters, optimizer = wrapped(hvd, C.onebit(min_elements=0))
     for step in gradients(hvd.rank(), 2):
         go(parameters, optimizer, [step])
         if hvd.rank() == 0 or optimizer.compression_state()["step"] == 1:
             saved = optimizer.compression_state()
-    parameters, optimizer = wrapped(hvd, C.onebit())
+    parameters, optimizer = wrapped(hvd, C.onebit(min_elements=0))
     optimizer.load_compression_state(saved)
     with pytest.raises(hvdx.MismatchError, match="rank 0: 2, rank 1: 1"):
         go(parameters, optimizer, gradients(0, 1))
@@ -292,24 +292,27 @@ def test_states_of_different_steps_are_told(hvd):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"compressor": "topk(0.1)"}, r"compression=topk\(0\.1\), but .*=onebit\(feedback=True\)"),
+        (
+            {"compressor": "topk(0.1)"},
+            r"compression=topk\(0\.1\), but .*=onebit\(feedback=True, min",
+        ),
         ({"rank": 5, "ranks": 7}, "rank 5 of 7, .*portable_compression_state"),
         (
             {"parameters": {"head": {"residual": torch.zeros(3)}}},
             "parameter 'head'.* another model",
         ),
-        ({"parameters": {"bias": {"residual": torch.zeros(3)}}}, r"'bias': residual .*\(3,\)"),
+        ({"parameters": {"odd": {"residual": torch.zeros(3)}}}, r"'odd': residual .*\(3,\)"),
         ({"kinds": None}, "not what compression_state"),
     ],
     ids=["codec", "ranks", "name", "shape", "form"],
 )
 def test_states_that_do_not_fit_are_refused(hvd, change, told):
-    parameters, optimizer = wrapped(hvd, C.onebit())
+    parameters, optimizer = wrapped(hvd, C.onebit(min_elements=0))
     go(parameters, optimizer, gradients(hvd.rank(), 1))
     saved = {**optimizer.compression_state(), **change}
     if saved["kinds"] is None:
         del saved["kinds"]
-    for one in (optimizer, wrapped(hvd, C.onebit())[1]):
+    for one in (optimizer, wrapped(hvd, C.onebit(min_elements=0))[1]):
         with pytest.raises(hvdx.compression.CompressionError, match=f"rank {hvd.rank()}: .*{told}"):
             one.load_compression_state(saved)
 
@@ -319,7 +322,7 @@ def test_states_that_do_not_fit_are_refused(hvd, change, told):
 
 @pytest.mark.ranks(2)
 def test_a_policy_chooses_by_parameter(hvd):
-    methods = {"weight": C.onebit(), "odd": C.int8()}
+    methods = {"weight": C.onebit(min_elements=0), "odd": C.int8()}
     prepared = []
 
     def prepare(adapter, specs, process_set):
@@ -329,7 +332,7 @@ def test_a_policy_chooses_by_parameter(hvd):
         )
 
     grads = gradients(hvd.rank(), 2)
-    result = train(hvd, C.onebit()._replace(name="chosen", prepare=prepare), grads)
+    result = train(hvd, C.onebit(min_elements=0)._replace(name="chosen", prepare=prepare), grads)
     assert prepared == [([*reversed(SHAPES)], hvd.size())]
     for name in SHAPES:
         alone = train(hvd, methods.get(name, C.none), grads)[name]
@@ -338,7 +341,7 @@ def test_a_policy_chooses_by_parameter(hvd):
 
 @pytest.mark.ranks(2)
 def test_where_all_choose_none_buckets_travel_as_without_compression(hvd):
-    chosen = C.onebit()._replace(name="chosen", prepare=lambda *given: C.none)
+    chosen = C.onebit(min_elements=0)._replace(name="chosen", prepare=lambda *given: C.none)
     parameters, optimizer = wrapped(hvd, chosen)
     values = go(parameters, optimizer, gradients(hvd.rank(), 2))
     assert [bucket.compressor for bucket in optimizer.reducer.buckets] == [C.none]

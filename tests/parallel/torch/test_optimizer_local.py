@@ -160,7 +160,7 @@ def test_ranks_talk_in_outer_steps_only(monkeypatch):
 @pytest.mark.parametrize("steps", [5, 6], ids=["within a round", "after a round"])
 def test_saved_and_restored(steps):
     """To the last bit, with what error feedback has left; on each rank."""
-    training = C.diloco(3, compression=C.onebit)
+    training = C.diloco(3, compression=C.onebit(min_elements=0))
     batches = list(data(steps=10))
     net, ours = distributed(training)
     for x, y in batches[:steps]:
@@ -191,7 +191,7 @@ def test_saved_and_restored(steps):
 
 
 def test_portable_state_and_a_new_beginning():
-    net, ours = distributed(C.diloco(2, compression=C.onebit))
+    net, ours = distributed(C.diloco(2, compression=C.onebit(min_elements=0)))
     batches = list(data(steps=5))
     for x, y in batches[:3]:
         local_step(net, ours, x, y)
@@ -200,7 +200,7 @@ def test_portable_state_and_a_new_beginning():
     ours.flush()
     saved = ours.portable_compression_state()
     assert len(set(hvd.allgather_object(str(saved)))) == 1
-    again, resumed = distributed(C.diloco(2, outer_lr=0.6, compression=C.onebit))
+    again, resumed = distributed(C.diloco(2, outer_lr=0.6, compression=C.onebit(min_elements=0)))
     again.load_state_dict(net.state_dict())
     resumed.load_compression_state(saved)
     for x, y in batches[3:]:
