@@ -70,5 +70,5 @@ def test_saving_and_resuming(tmp_path, monkeypatch):
     names = {"torch": torch, "hvd": hvdx, "model": model, "optimizer": optimizer}
     exec(example("optimizer.load_compression_state"), names)
     kept = names["state"]["compression"]["parameters"]
-    assert set(kept) == {"weight", "bias"}
+    assert set(kept) == {"weight"}  # the bias travels raw
     train(model, optimizer)

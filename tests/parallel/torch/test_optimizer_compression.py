@@ -239,9 +239,10 @@ def test_the_portable_state_is_what_is_owed(hvd, method, loaded_by):
     if method == "onebit":  # what is owed has been applied, or is still owed
         now = other.portable_compression_state()
         assert now["step"] == portable["step"] + 1
-        for name, parameter in again.items():
-            before = portable["parameters"][name]["residual"].double()
-            left = now["parameters"][name]["residual"] - (parameter - values[name]).double()
+        assert {"weight", "odd"} <= set(portable["parameters"])
+        for name, held in portable["parameters"].items():
+            before, moved = held["residual"].double(), again[name] - values[name]
+            left = now["parameters"][name]["residual"] - moved.double()
             assert near(left, before), name
 
 
@@ -264,14 +265,15 @@ def test_what_a_lost_rank_owed_is_told(hvd):
             hvd, C.onebit(min_elements=0), values, saved if hvd.rank() < last else None
         )
     now = other.portable_compression_state()
-    for name, parameter in again.items():
-        own = saved["parameters"][name]["residual"].double() / hvd.size() * (hvd.rank() < last)
-        pieces = hvd.allgather_object(saved["parameters"][name].get("inner.lost"))
+    assert {"weight", "odd"} <= set(saved["parameters"])
+    for name, held in saved["parameters"].items():
+        own = held["residual"].double() / hvd.size() * (hvd.rank() < last)
+        pieces = hvd.allgather_object(held.get("inner.lost"))
         expected = hvd.allreduce(own, op=hvd.Sum)
         if pieces[0] is not None:
             pieces[last] = torch.zeros_like(pieces[last])
             expected += torch.cat(pieces)[: expected.numel()].view(expected.shape)
-        left = now["parameters"][name]["residual"] - (parameter - values[name]).double()
+        left = now["parameters"][name]["residual"] - (again[name] - values[name]).double()
         assert near(left, expected), name
 
 
