@@ -97,20 +97,14 @@ WIDTH, DEPTH, LENGTH, BATCH, RATE = 160, 4, 64, 8, 1e-3
 
 
 def windows(rank: int, steps: int, seed: int) -> tuple[Any, Any]:
-    """Return bytes to train on, (steps * BATCH, LENGTH + 1), and to test on, alike on all ranks.
-
-    The last tenth of the text is for the test.
-    """
-    from pydoc_data.topics import topics
-
+    """Return bytes to train on, (steps * BATCH, LENGTH + 1), and to test on, alike on all ranks."""
+    import gpt_shared as gpt
     import numpy as np
 
-    text = np.frombuffer("\n".join(topics.values()).encode(), np.uint8).astype(np.int64)
-    train, test = np.split(text, [len(text) * 9 // 10])
+    train, test = gpt.english()
     starts = np.random.default_rng([seed, rank]).integers(len(train) - LENGTH, size=steps * BATCH)
-    places = starts[:, None] + np.arange(LENGTH + 1)
     rest = len(test) // (LENGTH + 1) * (LENGTH + 1)
-    return train[places], test[:rest].reshape(-1, LENGTH + 1)
+    return gpt.windows(train, starts, LENGTH), test[:rest].reshape(-1, LENGTH + 1)
 
 
 def text_torch(method: Any, seed: int, steps: int) -> float:

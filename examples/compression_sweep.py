@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
 import hvdx as hvd
-from hvdx.comm import Allgather, Allreduce, Alltoall, Together, Work, in_step
+from hvdx import link
+from hvdx.comm import in_step, through
 from hvdx.compression import CompressionError, Compressor, Spec, as_compressor
 from hvdx.ops import NumpyOps
 
@@ -81,34 +81,18 @@ def megabytes(compressor: Compressor, shapes: Shapes, ranks: int, steps: int) ->
 def _bytes(
     compressor: Compressor, shapes: tuple[tuple[str, tuple[int, ...]], ...], ranks: int
 ) -> float:
-    sent, ops = [0.0], NumpyOps()
+    sent, ops = 0.0, NumpyOps()
+
+    def count(request: Any) -> None:
+        nonlocal sent
+        sent += link.sent(ops, request, ranks)
+
     for name, shape in shapes:
         spec = Spec(name, shape, "float32", ranks)
         own = compressor.of(spec)
-        grad = np.zeros(shape, np.float32)
-        in_step(
-            [
-                _counted(own.reduce(ops, grad, own.init(ops, spec)), ranks, sent)
-                for _ in range(ranks)
-            ]
-        )
-    return sent[0] / ranks
-
-
-def _counted(work: Work[Any], ranks: int, sent: list[float]) -> Work[Any]:
-    """Pass requests and answers on, and add up the bytes that the requests make a rank send."""
-    others = ranks - 1
-    share = {Allreduce: 2 * others / ranks, Alltoall: others / ranks, Allgather: others}
-    reply = None
-    while True:
-        try:
-            request = work.send(reply)
-        except StopIteration as done:
-            return done.value
-        for each in request.requests if isinstance(request, Together) else [request]:
-            if type(each) in share:
-                sent[0] += np.asarray(each.tensor).nbytes * share[type(each)]
-        reply = yield request
+        grad, state = np.zeros(shape, np.float32), own.init(ops, spec)
+        in_step([through(own.reduce(ops, grad, state), see=count) for _ in range(ranks)])
+    return sent / ranks
 
 
 def show(curves: list[Curve], title: str, file: str) -> None:
@@ -130,6 +114,8 @@ def show(curves: list[Curve], title: str, file: str) -> None:
 
 def draw(curves: list[Curve], title: str, file: str) -> None:
     """Draw the loss against bytes, and against time."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+
     figure = Figure(figsize=(12, 5), layout="constrained")
     figure.suptitle(title)
     sent, timed = figure.subplots(1, 2, sharey=True)

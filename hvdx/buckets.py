@@ -35,6 +35,11 @@ def width(dtype: str) -> int:
     return _WIDTHS.get(digits, 1)
 
 
+def summed_width(dtype: str) -> int:
+    """Return the bytes of an element as it travels to be added up: bfloat16 as float32."""
+    return width("float32" if dtype == "bfloat16" else dtype)
+
+
 def limit_bytes() -> int:
     """Return the size at which a bucket is full, from ``HVDX_BUCKET_MB`` where it is set."""
     told = os.environ.get("HVDX_BUCKET_MB")

@@ -93,10 +93,15 @@ def doctor(as_json: bool, no_run: bool) -> None:
     sys.exit(examine(as_json_text=as_json, run=not no_run))
 
 
-@main.command(
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+class _Verbatim(click.Command):
+    """A command that reads its line itself: ``--`` too, which click would take away."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.params["arguments"] = tuple(args)
+        return []
+
+
+@main.command(cls=_Verbatim, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
     """Start a job: `hvdx run -np 4 [-H h1:2,h2:2] [horovodrun's flags] -- python train.py`."""

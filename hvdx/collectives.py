@@ -132,23 +132,32 @@ def _compressed(
     postscale_factor: float,
     process_set: Any,
 ) -> Any:
-    """Reduce through a stateless compressor, whose reductions ``operation`` performs."""
+    """Reduce through a stateless compressor, whose reductions ``operation`` performs.
+
+    Rows of sparse tensors travel as any compressor writes them.
+    """
     compressor = as_compressor(compression)
     if op not in (ReduceOp.Average, ReduceOp.Sum):
         raise ValueError(f"compression={compressor} needs op=hvd.Average or hvd.Sum, not {op.name}")
-    if compressor.stateful:
-        raise CompressionError(
-            f"compression={compressor} keeps state from step to step, which a single operation "
-            "has not: use hvd.DistributedOptimizer for it"
-        )
     adapter, process_set = route.adapter, world.own_set(route.adapter.framework, process_set)
     entered = given if route.enter is None else route.enter(given)
     grouped = operation.startswith("grouped")
     group = entered if grouped else [entered]
-    ops = ops_for(type(group[0]))
     factor = postscale_factor * (adapter.ranks(process_set) if op is ReduceOp.Sum else 1)
 
     def mean_of(tensor: Any) -> Work[Any]:
+        rows = adapter.reduce_rows(
+            tensor, compressor, op=op, name=name, process_set=process_set,
+            factor=prescale_factor * postscale_factor,
+        )  # fmt: skip
+        if rows is not None:  # of which nothing is kept
+            return rows
+        if compressor.stateful:
+            raise CompressionError(
+                f"compression={compressor} keeps state from step to step, which a single operation "
+                "has not: use hvd.DistributedOptimizer for it"
+            )
+        ops = ops_for(type(tensor))
         if prescale_factor != 1.0:
             tensor = ops.scale(tensor, prescale_factor)
         spec = Spec(name or "", tuple(tensor.shape), ops.dtype(tensor), adapter.ranks(process_set))

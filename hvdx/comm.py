@@ -13,7 +13,7 @@ graph could not be traced.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from hvdx.reduce_op import ReduceOp
@@ -69,6 +69,58 @@ def drive(work: Work[Result], answer: Callable[[Any], Any]) -> Result:
             request = work.send(answer(request))
     except StopIteration as done:
         return done.value  # type: ignore[no-any-return]
+
+
+def through(
+    work: Work[Result],
+    see: Callable[[Any], object] | None = None,
+    make: Callable[[Any], Any] | None = None,
+) -> Work[Result]:
+    """Pass the requests of ``work`` on, and the answers back, for who wants to know or change them.
+
+    Args:
+        work: a generator of requests.
+        see: is shown each request.
+        make: makes tensors of the NumPy arrays in answers, as :func:`in_step` gives them.
+    """
+    answer: Any = None
+    while True:
+        try:
+            request = work.send(answer)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        if see is not None:
+            see(request)
+        answer = yield request
+        if make is not None:
+            answer = _made(answer, make)
+
+
+def _made(answer: Any, make: Callable[[Any], Any]) -> Any:
+    if isinstance(answer, list):
+        return [_made(each, make) for each in answer]
+    return make(answer) if hasattr(answer, "__array__") else answer
+
+
+def operations(request: Any) -> Iterator[Any]:
+    """Yield the collectives that a request asks for: several at once, or none."""
+    if isinstance(request, Together):
+        for each in request.requests:
+            yield from operations(each)
+    elif not isinstance(request, (Rank, Ranks)):
+        yield request
+
+
+def sent_share(operation: str, ranks: int) -> float:
+    """Return the bytes that a rank sends per byte of its tensor: by ring, but for an alltoall.
+
+    Args:
+        operation: ``"allgather"``, ``"alltoall"``, or any kind of ``"allreduce"``.
+        ranks: how many take part.
+    """
+    if operation == "allgather":
+        return ranks - 1
+    return (1 if operation == "alltoall" else 2) * (ranks - 1) / ranks
 
 
 def together(works: Sequence[Work[Result]], ops: Any = None) -> Work[list[Result]]:

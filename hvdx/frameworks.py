@@ -61,6 +61,21 @@ class Adapter(Protocol):
     ) -> list[Any]:
         """Reduce ``tensors`` as one operation."""
 
+    def reduce_rows(
+        self,
+        tensor: Any,
+        compressor: Any,
+        *,
+        op: int,
+        name: str | None,
+        factor: float,
+        process_set: Any,
+    ) -> Any:
+        """Reduce a sparse ``tensor`` whose rows ``compressor`` writes; None if it is dense.
+
+        The result is the mean, or the sum, times ``factor``.
+        """
+
     def allgather(self, tensor: Any, *, name: str | None, process_set: Any) -> Any:
         """Concatenate the ranks' tensors along the first dimension, which may differ."""
 

@@ -14,12 +14,22 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hvdx.agreement import next_name
 from hvdx.buckets import width
-from hvdx.comm import Allgather, Allreduce, Alltoall, Rank, Ranks, Together, Work
+from hvdx.comm import (
+    Allgather,
+    Allreduce,
+    Alltoall,
+    Rank,
+    Ranks,
+    Together,
+    Work,
+    operations,
+    sent_share,
+)
 from hvdx.compression.base import Compressor, Spec
 from hvdx.frameworks import Adapter
 from hvdx.ops import Ops, ops_for
@@ -29,6 +39,7 @@ KINDS = ("allreduce float32", "allreduce float16", "allgather", "alltoall")
 _SIZES = tuple(2**power for power in (10, 16, 18, 20, 22, 24))  # bytes sent by a rank
 _REPEATS = 5
 _CLEAR = 4.0  # an operation that takes this many times as long as the smallest shows bandwidth
+_LEAST_BETA = 1e-10  # 10 GB/s, where no bandwidth shows
 _WATCHED_SECONDS = 0.1  # a compressor runs until these are over, from 3 to _REPEATS times
 
 
@@ -57,15 +68,16 @@ class Link(NamedTuple):
         """Return the bytes a rank sends in an operation on a tensor of ``payload`` bytes."""
         return payload * sent_share(kind, self.ranks)
 
+    def paced(self, pace: float) -> Link:
+        """Return a link that takes ``pace`` times as long for each byte."""
+        lines = {
+            kind: Line(line.alpha, pace * max(line.beta, _LEAST_BETA))
+            for kind, line in self.lines.items()
+        }
+        return Link(self.ranks, lines)
+
     def _line(self, kind: str) -> Line:
         return self.lines.get(kind) or self.lines["allreduce float32"]
-
-
-def sent_share(kind: str, ranks: int) -> float:
-    """Return the bytes sent per byte of payload: rings for allreduce and allgather."""
-    if kind == "allgather":
-        return ranks - 1
-    return (1 if kind == "alltoall" else 2) * (ranks - 1) / ranks
 
 
 class Message(NamedTuple):
@@ -77,6 +89,28 @@ class Message(NamedTuple):
     payload: int  # bytes of the tensor
 
 
+def messages(ops: Ops, request: Any, round_: int = 0) -> list[Message]:
+    """Return what ``request`` makes a rank send."""
+    return [_message(ops, each, round_) for each in operations(request)]
+
+
+def _message(ops: Ops, request: Any, round_: int) -> Message:
+    tensor = request.tensor
+    kind, dtype = type(request).__name__.lower(), ops.dtype(tensor)
+    size = math.prod(tensor.shape) * width(dtype)
+    if not isinstance(request, Allreduce):
+        return Message(round_, kind, "", size)
+    if dtype == "bfloat16":  # no type of Horovod's: summed as float32
+        dtype, size = "float32", 2 * size
+    return Message(round_, f"{kind} {dtype}", request.op.name, size)
+
+
+def sent(ops: Ops, request: Any, ranks: int) -> float:
+    """Return the bytes that ``request`` makes each of ``ranks`` send, headers left out."""
+    told = messages(ops, request)
+    return sum(each.payload * sent_share(each.kind, ranks) for each in told)
+
+
 class Footprint(NamedTuple):
     """What reducing one gradient takes: seconds of computing, and requests."""
 
@@ -84,7 +118,9 @@ class Footprint(NamedTuple):
     messages: tuple[Message, ...]
 
 
-def measure(adapter: Adapter, process_set: Any = None, seconds: float = 1.0) -> Link:
+def measure(
+    adapter: Adapter, process_set: Any = None, seconds: float = 1.0, name: str | None = None
+) -> Link:
     """Measure every kind of collective; all ranks of ``process_set`` must call it together.
 
     Sizes grow from 1 KB to 16 MB as long as the time allows, or until bandwidth shows.
@@ -93,11 +129,12 @@ def measure(adapter: Adapter, process_set: Any = None, seconds: float = 1.0) -> 
         adapter: the running core.
         process_set: the ranks that take part.
         seconds: about what it may take.
+        name: of the operations, equal on all ranks; by default calls are counted.
     """
     ranks = adapter.ranks(process_set)
     if ranks == 1:
         return Link(1, dict.fromkeys(KINDS, Line(0.0, 0.0)))
-    name = next_name("link", process_set)
+    name = name or next_name("link", process_set)
 
     def timed(kind: str, size: int) -> Callable[[], float]:
         tensor = _payload(adapter, kind, math.ceil(size / sent_share(kind, ranks)), ranks)
@@ -212,44 +249,29 @@ class _Watched:
             start = time.perf_counter()
             try:
                 request = work.send(reply)
-                for each in _tensors(request):
-                    self._settle(each)
+                for each in operations(request):
+                    self._settle(each.tensor)
             except StopIteration as done:
                 self._settle(done.value.mean)
                 self.seconds += time.perf_counter() - start
                 return
             self.seconds += time.perf_counter() - start
-            reply = self._answer(request, rounds)
+            self.messages += messages(self._ops, request, rounds)
+            reply = self._answer(request)
             rounds += not isinstance(request, (Rank, Ranks))
 
-    def _answer(self, request: Any, round_: int) -> Any:
+    def _answer(self, request: Any) -> Any:
         if isinstance(request, Ranks):
             return self._ranks
         if isinstance(request, Rank):
             return 0
         if isinstance(request, Together):
-            return [self._answer(each, round_) for each in request.requests]
-        tensor = request.tensor
-        size = math.prod(tensor.shape) * width(dtype := self._ops.dtype(tensor))
-        if isinstance(request, Allreduce):
-            if dtype == "bfloat16":  # no type of Horovod's: summed as float32
-                dtype, size = "float32", 2 * size
-            self.messages.append(Message(round_, f"allreduce {dtype}", request.op.name, size))
-            return tensor
-        self.messages.append(Message(round_, type(request).__name__.lower(), "", size))
+            return [self._answer(each) for each in request.requests]
         if isinstance(request, Allgather):
-            return self._ops.concat([tensor] * self._ranks)
-        return tensor
+            return self._ops.concat([request.tensor] * self._ranks)
+        return request.tensor
 
     def _settle(self, tensor: Any) -> None:
         """Wait until ``tensor`` is computed: frameworks may run behind."""
         if math.prod(tensor.shape):
             self._adapter.to_numpy(self._ops.reshape(tensor, (-1,))[:1])
-
-
-def _tensors(request: Any) -> Iterator[Any]:
-    if isinstance(request, Together):
-        for each in request.requests:
-            yield from _tensors(each)
-    elif not isinstance(request, (Rank, Ranks)):
-        yield request.tensor

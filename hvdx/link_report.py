@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdx import buckets, link, world
-from hvdx.compression.auto import BUDGETS, Form, Model, Plan, choose, survey
+from hvdx.compression.auto import BUDGETS, survey
 from hvdx.compression.base import Compressor, Spec
 from hvdx.compression.methods import candidates
+from hvdx.compression.plans import Form, Model, Plan, choose
 from hvdx.errors import HvdxError
 from hvdx.link import Footprint, Link
 

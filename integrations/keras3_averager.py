@@ -22,6 +22,7 @@ from hvdx.compression import FORMAT, CompressionError, Compressor, Spec, none
 from hvdx.compression.codecs import Codec
 from hvdx.compression.portable import Origin, in_order, warn_of_lost
 from hvdx.compression.rows import row_codec
+from hvdx.compression.turns import Clock
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_state import States
 from hvdx.ops import Ops
@@ -50,7 +51,8 @@ class Bucket:
         shapes: of the members.
         sizes: of the members, in elements.
         compressors: of the members.
-        starts: steps, 0 first, from which on one of them works in another way.
+        clock: says whose turn it is, if the compressors' phases are turns.
+        starts: steps, 0 first, from which on one of them works in another way; or turns.
         flat: what the engine keeps from step to step.
     """
 
@@ -63,15 +65,29 @@ class Bucket:
         self.shapes = [spec.shape for spec in specs]
         self.sizes = [_elements(spec.shape) for spec in specs]
         self.compressors = compressors
-        self.starts = sorted({0, *(start for each in compressors for start, _ in each.phases)})
+        self.clock: Clock | None = next((each.clock for each in compressors if each.clock), None)
+        moments = {start for each in compressors for start, _ in each.phases}
+        self._alike: dict[int, int] = {}  # by turn, the first in which all works as in it
+        if self.clock is None:
+            self.starts = sorted({0, *moments})
+        else:
+            ways: dict[tuple[int, ...], int] = {}
+            for turn in sorted(moments):
+                way = tuple(id(each.at(turn)) for each in compressors)
+                self._alike[turn] = ways.setdefault(way, turn)
+            self.starts = list(ways.values())
         self.flat: Any = None
 
     def start(self, step: int) -> int:
-        """Return that of :attr:`starts` from which on gradients travel as in ``step``."""
+        """Return that of :attr:`starts` by which gradients travel in ``step``, or by now."""
+        if self.clock is not None:
+            return self._alike[self.clock.turn(self.specs)]
         return max(start for start in self.starts if start <= step)
 
     def name(self, start: int) -> str:
         """Name the operations of the steps from ``start`` on, equally on all ranks."""
+        if self.clock is not None:
+            return f"{self._name}.turn{start}"
         return f"{self._name}.from{start}" if start else self._name
 
     @property
@@ -96,6 +112,12 @@ class Layout(NamedTuple):
     local: frozenset[int]  # places whose gradients stay here
     idle: frozenset[int]  # places for which no rank had a gradient in the first step
     remembers: bool  # whether compressors keep anything from step to step
+    clocks: list[Clock]  # to be asked after steps of this layout
+
+    @property
+    def turns(self) -> bool:
+        """Whether methods take turns, so that states may rest."""
+        return any(bucket.clock is not None for bucket in self.buckets)
 
 
 _averagers: weakref.WeakSet[Averager] = weakref.WeakSet()
@@ -130,12 +152,14 @@ class Averager(abc.ABC):
         self._compressor: Compressor | None = None  # once it is prepared
         self._names: dict[int, str] = {}  # of variables, by identity
         self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._clocks: dict[Clock, int] = {}  # steps until the next review of each
         self._unseen: set[tuple[int, ...]] = set()  # layouts whose replicas are yet to compare
         _averagers.add(self)
 
     def forget(self) -> None:
         """Have the ranks agree again at the next step: others may have joined since."""
         self._layouts.clear()
+        self._clocks.clear()
         self._unseen.clear()
         self._names.clear()
         self._compressor = None
@@ -336,17 +360,40 @@ class Averager(abc.ABC):
         if predivide != 1.0:
             grads = [self.ops.scale(grad, 1.0 / predivide) for grad in grads]
         names = [spec.name for spec in bucket.specs]
+        given = [self.states[name] for name in names]
         results = yield from together(
             [
-                compressor.reduce(self.ops, grad, self.states[name])
-                for compressor, grad, name in zip(compressors, grads, names, strict=True)
+                compressor.reduce(self.ops, grad, state)
+                for compressor, grad, state in zip(compressors, grads, given, strict=True)
             ],
             self.ops,
         )
         means = [result.mean for result in results]
         if factor != 1.0:
             means = [self.ops.scale(mean, factor) for mean in means]
-        return means, {name: each.state for name, each in zip(names, results, strict=True)}
+        told = zip(names, results, given, strict=True)
+        return means, {name: each.state for name, each, state in told if each.state is not state}
+
+    def review(self, layout: Layout, delivered: bool, steps: int = 1) -> int:
+        """Count steps, and have clocks think turns over when it is time; a collective call.
+
+        Args:
+            layout: that of the steps.
+            delivered: whether the last one's means were finite.
+            steps: how many there were since the last call.
+
+        Returns:
+            After how many to call again at the latest.
+        """
+        for clock in layout.clocks:
+            self._clocks[clock] -= steps
+            if self._clocks[clock] <= 0:
+                self._clocks[clock] = clock.review(delivered)
+        return self.wait(layout)
+
+    def wait(self, layout: Layout) -> int:
+        """Return after how many steps a clock is to be asked."""
+        return min(self._clocks[clock] for clock in layout.clocks)
 
     def all_finite(self, layout: Layout, means: list[Any], grads: list[Any]) -> Any:
         """Tell whether means, and any gradients that stay on a rank, are finite on all ranks."""
@@ -407,6 +454,9 @@ class Averager(abc.ABC):
         made = self._buckets(prefix, dense, variables, [left for _, _, left in everyone])
         sparse = {place: specs[place] for place in names}
         chosen = self._compressors(sparse, variables)
+        known = dict.fromkeys(bucket.clock for bucket in made if bucket.clock is not None)
+        fresh = [clock for clock in known if clock not in self._clocks]  # one layout's steps count
+        self._clocks.update((clock, clock.wait) for clock in fresh)
         return Layout(
             variables,
             made,
@@ -417,6 +467,7 @@ class Averager(abc.ABC):
             local,
             frozenset(place for place, found in kinds.items() if found == {None}),
             any(bucket.remembers for bucket in made),
+            fresh,
         )
 
     def _name(self, variable: Any) -> str:
@@ -518,19 +569,20 @@ class Averager(abc.ABC):
     ) -> list[Bucket]:
         # Backward meets the last layers first, so that their bucket shall fill first.
         order = list(specs)[::-1]
+        compressors = self._compressors(specs, variables)
+        clocks = list(dict.fromkeys(compressors[place].clock for place in order))
         plan = buckets.plan(
             [
                 buckets.Entry(
                     specs[place].name,
                     _elements(specs[place].shape),
                     specs[place].dtype,
-                    self.device(variables[place]),
+                    f"{self.device(variables[place])} {clocks.index(compressors[place].clock)}",
                 )
                 for place in order
             ],
             buckets.limit_bytes(),
         )
-        compressors = self._compressors(specs, variables)
         parameters = [(specs[p], c, self.device(variables[p])) for p, c in compressors.items()]
         self._meet(prefix, parameters, origins)
         made = []
@@ -548,7 +600,8 @@ class Averager(abc.ABC):
 
 def _remembers(compressor: Compressor) -> bool:
     choosing = compressor.policy is not None or compressor.prepare is not None
-    return compressor.stateful or bool(compressor.phases) or choosing
+    stepping = bool(compressor.phases) and compressor.clock is None
+    return compressor.stateful or stepping or choosing
 
 
 def _nameless(tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -46,9 +46,10 @@ class Trainer(keras.Model):
 
     Args:
         model: that is trained in stages.
-        train: trains on a batch; the loss and the outputs, if there are metrics.
+        train: trains on inputs, targets and sample weights; returns the loss and, if they are
+            asked for, the outputs.
+        test: computes the same without training; its loss may be None.
         predict: computes outputs.
-        loss: of targets and outputs.
         collect: brings rank 0's model up to date; True there.
         settle: raises on every rank the problem that rank 0 tells.
     """
@@ -56,23 +57,29 @@ class Trainer(keras.Model):
     def __init__(
         self,
         model: Any,
-        train: Callable[[Any, Any, bool], tuple[Any, Any]],
+        train: Callable[[Any, Any, Any, bool], tuple[Any, Any]],
+        test: Callable[[Any, Any, Any, bool], tuple[Any, Any]],
         predict: Callable[[Any], Any],
-        loss: Callable[[Any, Any], Any] | None,
         collect: Callable[[], bool],
         settle: Callable[[str], None],
     ) -> None:
         super().__init__(name=f"{model.name}_in_stages")
         self.whole = model
-        self._train, self._call, self._compare = train, predict, loss
+        self._train, self._test, self._call = train, test, predict
         self._collect, self._settle = collect, settle
         self._mean = keras.metrics.Mean(name="loss")
         self.built = True
 
-    def prepare(self, optimizer: Any, metrics: Sequence[Any] | None) -> None:
+    def prepare(self, optimizer: Any, metrics: Any, weighted_metrics: Any) -> None:
         """Compile: only this wrapper is eager, units stay compiled."""
-        self.compile(optimizer, metrics=metrics, run_eagerly=True, auto_scale_loss=False)
-        self._measures = bool(metrics)
+        self.compile(
+            optimizer,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=True,
+            auto_scale_loss=False,
+        )
+        self._measures = bool(metrics or weighted_metrics)
 
     def call(self, x: Any, training: bool | None = None) -> Any:
         """Compute as the whole model does; Keras asks for shapes in this way."""
@@ -80,28 +87,25 @@ class Trainer(keras.Model):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Train on a batch."""
-        x, y = _without_weights(data)
-        loss, outputs = self._train(x, y, self._measures)
-        return self._report(x, y, outputs, loss)
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        return self._report(x, y, weights, *self._train(x, y, weights, self._measures))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Compute a batch's loss and metrics."""
-        x, y = _without_weights(data)
-        outputs = self._call(x)
-        loss = self._compare(y, outputs) if self._compare else None
-        return self._report(x, y, outputs, loss)
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        return self._report(x, y, weights, *self._test(x, y, weights, self._measures))
 
     def predict_step(self, data: Any) -> Any:
         """Compute the outputs for a batch."""
         return self._call(keras.utils.unpack_x_y_sample_weight(data)[0])
 
-    def _report(self, x: Any, y: Any, outputs: Any, loss: Any) -> dict[str, Any]:
+    def _report(self, x: Any, y: Any, weights: Any, loss: Any, outputs: Any) -> dict[str, Any]:
         told: dict[str, Any] = {}
         if loss is not None:
             self._mean.update_state(loss, sample_weight=len(keras.tree.flatten(x)[0]))
             told["loss"] = self._mean.result()
         if self._measures:
-            measured = self.compute_metrics(x, y, outputs)
+            measured = self.compute_metrics(x, y, outputs, sample_weight=weights)
             told.update({name: value for name, value in measured.items() if name != "loss"})
         return told
 
@@ -123,10 +127,3 @@ class Trainer(keras.Model):
             except (OSError, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
         self._settle(problem)
-
-
-def _without_weights(data: Any) -> tuple[Any, Any]:
-    x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
-    if weights is not None:
-        raise ValueError("sample weights and class weights have no meaning in pipelines yet")
-    return x, y

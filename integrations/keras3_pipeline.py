@@ -1,9 +1,11 @@
-"""``hvd.Pipeline`` for Keras 3 on TensorFlow: train a model in stages, on several ranks or here."""
+"""``hvd.Pipeline`` for Keras 3: train a model in stages, on several ranks or here."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
+import operator
 import os
 import random
 from collections.abc import Sequence
@@ -11,20 +13,28 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras.src.backend import set_keras_mask
 
 from hvdx.agreement import next_name
 from hvdx.compression import none
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
-from hvdx.integrations.keras3_profile import profiled
-from hvdx.integrations.keras3_stages import Batch, KerasStage, TensorFlowCodec, traced
+from hvdx.integrations.keras3_graph import Batch, Graph
+from hvdx.integrations.keras3_losses import Objective
+from hvdx.integrations.keras3_masks import MASK
+from hvdx.integrations.keras3_trace import traced
+from hvdx.integrations.keras_loss_scale import LossScale
+from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.pipeline import ir
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.plan import Plan
 from hvdx.replicas import broadcast_parameters
 
+_BACKENDS = {  # of Keras: who computes stages, and who measures units
+    "tensorflow": ("hvdx.integrations.keras3_stages", "hvdx.integrations.keras3_profile"),
+    "torch": ("hvdx.integrations.keras3_stages_torch", "hvdx.integrations.keras3_stages_torch"),
+}
 _FORMAT = 1
 _ABOUT = "hvdx_pipeline"
 
@@ -36,8 +46,8 @@ class Pipeline(BasePipeline):
     one ``y``, and the loss returns everywhere. Parameters begin as rank 0 has them. Schedule,
     cuts and placement change no bit of what is learnt; more micro-batches change rounding.
 
-    Each rank keeps the whole model, but trains only its stages' part: see :meth:`save`. What is
-    trainable is settled when the pipeline is made.
+    Each rank keeps the whole model, but trains only its stages' part: see :meth:`save`. Layers may
+    be frozen, on every rank, between steps; what was frozen when the pipeline was made stays so.
 
     Args:
         model: a Sequential or functional model. Each call of a layer is a unit; a model in it is
@@ -45,20 +55,24 @@ class Pipeline(BasePipeline):
         sample: a batch, or a part of one: an array, a list of them, or a dictionary by the
             names of the inputs. It is run once.
         loss: as for ``compile``: a name, ``keras.losses.Loss``, or function of ``y_true`` and
-            ``y_pred``; one for all outputs, or a list of one each. It means over samples.
-        optimizer: a Keras optimizer, new, or its name. It is this rank's alone.
+            ``y_pred``; one for all outputs, a list of one each, or a dictionary by the outputs'
+            names. Losses that layers add, and regularizers', count as well: as Keras counts them.
+        optimizer: a Keras optimizer, new, or its name. It is this rank's alone. A model whose
+            dtype policy is ``mixed_float16`` gets a ``LossScaleOptimizer`` around it, as
+            ``compile`` does; where a rank's gradients are not finite, all ranks skip the step.
+        loss_weights: factors of the outputs' losses, given as those are.
         micro_batches: pieces of a batch. Fewer where a batch has fewer rows.
         stages: how many; names of the units that all but the first begin with; how many units
             each has; or a :class:`hvdx.pipeline.plan.Plan`. Default: one per rank or device, two
             for ``interleaved`` and ``zbv``.
         place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]`` or
-            TensorFlow's ``["CPU:0", "CPU:1"]``. Or rows of ranks that are replicas of each other:
-            ``[[0, 2], [1, 3]]`` trains two stages, each on two ranks that share its micro-batches.
-            Default: the ranks of the job, if there are several, one per stage or two; else this
-            one process.
+            TensorFlow's ``["CPU:0", "CPU:1"]``, PyTorch's ``["cuda:0", "cuda:1"]``. Or rows of
+            ranks that are replicas of each other: ``[[0, 2], [1, 3]]`` trains two stages, each on
+            two ranks that share its micro-batches. Default: the ranks of the job, if there are
+            several, one per stage or two; else this one process.
         schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
             ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times. TensorFlow
-            finds both halves of a backward at once: ``zb1p`` and ``zbv`` gain less.
+            finds both halves of a backward at once: ``zb1p`` and ``zbv`` gain less there.
         by: what cuts even out: ``"params"`` or ``"time"``. Default: time under
             ``schedule="auto"``, else params. Time runs micro-batches of ``sample``, on rank 0, to
             measure the units: let it be a whole batch.
@@ -67,13 +81,18 @@ class Pipeline(BasePipeline):
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
         compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
+        batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
+            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
 
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizer: of this process' stages.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
+        skipped: whether the last step changed no variable, since a gradient under loss scaling
+            was not finite.
 
     Raises:
         PlanError: the model cannot be cut or placed as asked.
@@ -85,6 +104,9 @@ class Pipeline(BasePipeline):
         ...     loss = pipe.step(x, y)
     """
 
+    _graph: Graph
+    _scale: LossScale | None = None
+
     def __init__(
         self,
         model: Any,
@@ -92,6 +114,7 @@ class Pipeline(BasePipeline):
         loss: Any = None,
         optimizer: Any = None,
         *,
+        loss_weights: Any = None,
         micro_batches: int = 8,
         stages: int | Sequence[str] | Sequence[int] | Plan | None = None,
         place: Sequence[str] | Sequence[Sequence[int]] | None = None,
@@ -100,25 +123,27 @@ class Pipeline(BasePipeline):
         clip_norm: float | None = None,
         checkpoint: str = "never",
         compression: Any = None,
+        batchnorm: str = "deferred",
         seed: int | None = None,
         **others: Any,
     ) -> None:
-        _check_backend()
+        self._stages_of, self._profile_of = _backend()
         super().__init__(
-            "tensorflow",
-            TensorFlowCodec(),
+            self._stages_of.FRAMEWORK,
+            self._stages_of.Codec(),
             place,
             random.getrandbits(31) if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
             compression=compression,
+            batchnorm=batchnorm,
         )
         with self._alike():
-            check_options(micro_batches, place, clip_norm, checkpoint)
+            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm)
             _refuse(by, others)
-            self._graph = traced(model, sample)
+            self._graph = traced(model, sample, deferred=batchnorm == "deferred")
             self.units = [unit.name for unit in self._graph.units]
-            self._loss = None if loss is None else _Losses(loss, len(self._graph.outputs))
+            self._loss = Objective(loss, loss_weights, self._graph)
             self.plan = self._planned(sample, stages, schedule, micro_batches, by, None)
             self._stages = self._make_stages()
             self._params = {
@@ -137,22 +162,24 @@ class Pipeline(BasePipeline):
 
     # --- what users call
 
-    def step(self, x: Any, y: Any) -> Any:
-        """Train on a batch; return its loss, the mean weighted by the micro-batches' sizes.
+    def step(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """Train on a batch; return its loss, as Keras has it for the whole batch.
 
         Args:
             x: as ``sample`` was; arrays are cut along their first dimension.
-            y: what the loss compares with: an array, or one for each output.
+            y: what the loss compares with: an array, or one for each output, as a list or by name.
+            sample_weight: by row, or by what else Keras' losses take; one for all outputs or one
+                for each.
 
         Raises:
             PipelineError: something failed, here or on another rank; raised on every rank.
         """
-        return self._train(x, y)[0]
+        return self._train(x, y, sample_weight)[0]
 
     def __call__(self, x: Any) -> Any:
         """Compute the model's output for a batch, in inference mode, on every rank."""
         with self._telling("call"):
-            tensors = self._run(x, None, train=False)
+            tensors = self._run(x, outputs=True)
             self._step += 1
         return self._as_result(tensors)
 
@@ -163,8 +190,10 @@ class Pipeline(BasePipeline):
         batch_size: int = 32,
         epochs: int = 1,
         *,
+        sample_weight: Any = None,
         shuffle: bool = True,
-        metrics: Sequence[Any] | None = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
         validation_data: Any = None,
         **options: Any,
     ) -> Any:
@@ -175,19 +204,22 @@ class Pipeline(BasePipeline):
             y: arrays; None with a dataset.
             batch_size: of arrays.
             epochs: through the data.
+            sample_weight: arrays; a dataset gives them as third of its batches.
             shuffle: arrays, in an order of the pipeline's seed.
             metrics: as for ``compile``.
-            validation_data: ``(x, y)`` or a dataset.
-            **options: others of Keras' ``fit``: ``callbacks`` among them. Their ``model`` saves
-                the whole model by ``save`` and ``save_weights``, called on every rank.
+            weighted_metrics: as for ``compile``.
+            validation_data: ``(x, y)``, ``(x, y, sample_weight)`` or a dataset.
+            **options: others of Keras' ``fit``: ``callbacks`` and ``class_weight`` among them. The
+                callbacks' ``model`` saves the whole model by ``save`` and ``save_weights``, called
+                on every rank.
 
         Returns:
             Keras' history.
         """
-        trainer = self._trainer(metrics)
+        trainer = self._trainer(metrics, weighted_metrics)
         if validation_data is not None:
-            validation_data = self._dataset(*_pair(validation_data), batch_size, False)
-        data = self._dataset(x, y, batch_size, shuffle)
+            validation_data = self._dataset(_parts(validation_data), batch_size, False)
+        data = self._dataset((x, y, sample_weight), batch_size, shuffle)
         # Keras would shuffle the batches once more, on each rank in its own way.
         options["shuffle"] = False
         return trainer.fit(data, epochs=epochs, validation_data=validation_data, **options)
@@ -198,16 +230,19 @@ class Pipeline(BasePipeline):
         y: Any = None,
         batch_size: int = 32,
         *,
-        metrics: Sequence[Any] | None = None,
+        sample_weight: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
         **options: Any,
     ) -> Any:
         """Compute loss and metrics as Keras' ``evaluate``, on every rank."""
-        data = self._dataset(x, y, batch_size, False)
-        return self._trainer(metrics).evaluate(data, **options)
+        data = self._dataset((x, y, sample_weight), batch_size, False)
+        return self._trainer(metrics, weighted_metrics).evaluate(data, **options)
 
     def predict(self, x: Any, batch_size: int = 32, **options: Any) -> Any:
         """Compute the outputs as Keras' ``predict``: arrays, on every rank."""
-        return self._trainer(None).predict(self._dataset(x, None, batch_size, False), **options)
+        data = self._dataset((x, None, None), batch_size, False)
+        return self._trainer(None, None).predict(data, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write model, optimizer, step and plan to one ``.npz`` file; every rank calls it.
@@ -249,15 +284,23 @@ class Pipeline(BasePipeline):
             if self.optimizer is not None:
                 _assign(_slots(self.optimizer), told, "optimizer")
             self._load_kept(about, told)
-            self._step, self._seed = about["step"], about["seed"]
+            self.steps, self._seed = about["step"], about["seed"]
             for stage in self._stages.values():
                 stage.seed = self._seed
 
     # --- fit
 
-    def _trainer(self, metrics: Sequence[Any] | None) -> Trainer:
-        def train(x: Any, y: Any, outputs: bool) -> tuple[Any, Any]:
-            loss, *tensors = self._train(x, y, outputs)
+    def _trainer(self, metrics: Any, weighted_metrics: Any) -> Trainer:
+        def train(x: Any, y: Any, weight: Any, outputs: bool) -> tuple[Any, Any]:
+            loss, *tensors = self._train(x, y, weight, outputs)
+            return loss, self._as_result(tensors) if outputs else None
+
+        def test(x: Any, y: Any, weight: Any, outputs: bool) -> tuple[Any, Any]:
+            with self._telling("call"):
+                compared = bool(self._loss)
+                tensors = self._run(x, y, weight, compared=compared, outputs=outputs)
+                self._step += 1
+            loss = tensors.pop(0) if compared else None
             return loss, self._as_result(tensors) if outputs else None
 
         def collect() -> bool:
@@ -270,50 +313,56 @@ class Pipeline(BasePipeline):
             if told:
                 raise OSError(f"the model cannot be saved: {told}")
 
-        def compare(y: Any, outputs: Any) -> Any:
-            assert self._loss is not None
-            return self._loss(keras.tree.flatten(y), keras.tree.flatten(outputs))
-
-        trainer = Trainer(self._graph.model, train, self, self._loss and compare, collect, settle)
-        trainer.prepare(self.optimizer, metrics)
+        trainer = Trainer(self._graph.model, train, test, self, collect, settle)
+        trainer.prepare(self.optimizer, metrics, weighted_metrics)
         return trainer
 
-    def _dataset(self, x: Any, y: Any, size: int, shuffle: bool) -> Any:
-        """Make batches of arrays; leave datasets as they are."""
-        arrays = keras.tree.flatten(x if y is None else (x, y))
+    def _dataset(self, data: tuple[Any, ...], size: int, shuffle: bool) -> Any:
+        """Make batches of arrays, ``x``, ``y`` and weights; leave datasets as they are."""
+        while len(data) > 1 and data[-1] is None:
+            data = data[:-1]
+        arrays = [each for each in keras.tree.flatten(data) if each is not None]
         if not all(hasattr(each, "shape") for each in arrays):
-            return x
-        data = (x,) if y is None else (x, y)
-        data = keras.tree.map_structure(np.asarray, data)
-        rows = rows_of([each.shape for each in keras.tree.flatten(data)])
+            return data[0]
+        data = tuple(tuple(each) if isinstance(each, list) else each for each in data)
+        data = keras.tree.map_structure(lambda x: None if x is None else np.asarray(x), data)
+        rows = rows_of([np.shape(each) for each in arrays])
         return Shuffled(data, rows, size, self._seed if shuffle else None)
 
     # --- making one
 
     def _profile(self, sample: Any, micro_batches: int) -> ir.Graph:
-        return profiled(self._graph, sample, micro_batches)
+        line = self._profile_of.profiled(self._graph, sample, micro_batches)
+        return line  # type: ignore[no-any-return]  # of a module that is loaded by name
 
-    def _make_stages(self) -> dict[int, KerasStage]:
-        stages: dict[int, KerasStage] = {}
+    def _make_stages(self) -> dict[int, Any]:
+        stages: dict[int, Any] = {}
+        split = self.plan.order().splits
         edges = self.plan.edges(self._line)
         owner: dict[str, int] = {}
         for number, (first, stop) in enumerate(edges):
-            for variable in self._graph.untrained(first, stop):
-                name = self._graph.names[id(variable)]
+            for name in self._graph.untrained(self._graph.units[first:stop]):
                 if owner.setdefault(name, number) != number:
                     raise PlanError(
                         f"variable {name!r}, which training changes without gradients, is used in "
                         f"stages {owner[name]} and {number}: cut so that one stage has both uses"
                     )
-        devices = [*map(_device, self._devices or [])]
+        for unit in self._graph.units if self._across else ():
+            if any(isinstance(part, SyncBatchNormalization) for part in unit.parts):
+                raise PlanError(
+                    f"layer {unit.name!r} is a SyncBatchNormalization, which waits for all ranks, "
+                    "but those of other stages do not have it: use keras.layers.BatchNormalization"
+                )
+        devices = [self._stages_of.device(each) for each in self._devices or ()]
         for number, first, stop in self._own_stages():
-            stages[number] = KerasStage(
+            stages[number] = self._stages_of.KerasStage(
                 self._graph,
                 first,
                 stop,
                 loss=self._loss,
                 device=devices[self.plan.place[number]] if devices else None,
                 seed=self._seed,
+                split=split,
             )
         return stages
 
@@ -322,20 +371,23 @@ class Pipeline(BasePipeline):
         if told is None:
             return None
         optimizer = keras.optimizers.get(told)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            raise PlanError("a LossScaleOptimizer scales no loss here: use bfloat16 or float32")
-        if self._across and optimizer.global_clipnorm:
+        scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if self._graph.model.dtype_policy.name == "mixed_float16" and not scaling:
+            optimizer, scaling = keras.optimizers.LossScaleOptimizer(optimizer), True
+        limit = getattr(optimizer, "inner_optimizer", optimizer).global_clipnorm
+        if self._across and limit:
             raise PlanError(
-                f"global_clipnorm={optimizer.global_clipnorm} needs the norm over all ranks, which "
-                "an optimizer does not know: give it to the pipeline, as "
-                f"clip_norm={optimizer.global_clipnorm}"
+                f"global_clipnorm={limit} needs the norm over all ranks, which an optimizer does "
+                f"not know: give it to the pipeline, as clip_norm={limit}"
             )
         if optimizer.built:
             raise PlanError(
                 f"optimizer {optimizer.name!r} is built for other variables already; give a new one"
             )
-        if self._params:
+        if self._params or scaling:  # all ranks follow the scale
             optimizer.build(list(self._params.values()))
+        if scaling:
+            self._scale = LossScale(optimizer)
         return optimizer
 
     def _agree(self) -> None:
@@ -343,62 +395,115 @@ class Pipeline(BasePipeline):
         model = self._graph.model
         entries = {
             unit.name: str({name: tuple(v.shape) for name, v in unit.params.items()})
+            + f" in {getattr(unit.layer, 'compute_dtype', 'any type')}"
             for unit in self._graph.units
         }
+        entries["the loss scale"] = f"= {self._scale and self._scale.settings()}"
         self._check_agreed(entries)
         if model.variables:
             broadcast_parameters(model.variables)
 
     # --- a step
 
-    def _train(self, x: Any, y: Any, outputs: bool = False) -> list[Any]:
+    def _train(self, x: Any, y: Any, sample_weight: Any = None, outputs: bool = False) -> list[Any]:
         """Train on a batch; return its loss and, if asked for, the outputs."""
         with self._telling("step"):
-            if self._loss is None or self.optimizer is None:
+            if not self._loss or self.optimizer is None:
                 raise PlanError("step() needs the loss= and optimizer= that it was made without")
-            found = self._run(x, y, train=True, outputs=outputs)
-            totals = self._totals()
-            if self._params:
-                gradients = [totals.get(name) for name in self._params]
-                self.optimizer.apply(gradients, list(self._params.values()))
+            scale = self._scale.value() if self._scale else None
+            found = self._run(
+                x, y, sample_weight, train=True, compared=True, outputs=outputs, scale=scale
+            )
+            totals = self._totals(scale)
+            for stage in self._stages.values():
+                stage.commit()
+            if not self.skipped:
+                self._apply(totals)
+            if self._scale:
+                self._scale.update(self.skipped)
             self._step += 1
+            self.steps += 1
         return found
 
-    def _run(self, x: Any, y: Any, train: bool, outputs: bool = False) -> list[Any]:
-        """Run the schedule; return the loss, or the outputs, on every rank."""
-        inputs = {name: tf.convert_to_tensor(each) for name, each in self._graph.bind(x).items()}
-        targets = keras.tree.map_structure(tf.convert_to_tensor, y) if train else None
-        tensors = [*inputs.values(), *keras.tree.flatten(targets if train else [])]
-        rows = rows_of([tuple(tensor.shape) for tensor in tensors])
+    def _apply(self, totals: dict[str, Any]) -> None:
+        """Step the optimizer with the gradients there are."""
+        optimizer = self._scale.inner if self._scale else self.optimizer
+        names = [name for name in self._params if name in totals]
+        if names:
+            variables = [self._params[name] for name in names]
+            self._stages_of.apply(optimizer, [totals[name] for name in names], variables)
+        elif self._params:  # all are frozen now; schedules go on
+            optimizer.iterations.assign_add(1)
+
+    def _run(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        train: bool = False,
+        compared: bool = False,
+        outputs: bool = False,
+        scale: float | None = None,
+    ) -> list[Any]:
+        """Run the schedule; return the loss, where ``compared``, then ``outputs``, everywhere."""
+        graph = self._graph
+        frozen = graph.refresh() if train else 0
+        inputs = graph.tensors(x)
+        targets = self._loss.targets(y) if compared else []
+        weights = self._loss.weights(sample_weight) if compared else []
+        every = [each for each in [*inputs.values(), *targets, *weights] if each is not None]
+        rows = rows_of([tuple(tensor.shape) for tensor in every])
         sizes = self._sizes(rows, train)
+        shares: Any = []
+        if compared:
+            shares = self._loss.shares(targets, weights, graph.masks_ahead(inputs), sizes)
+        last = len(self.plan.place) - 1 in self._stages
         batch = Batch(
-            self._step,
-            _pieces(inputs, sizes),
-            _pieces(targets, sizes) if train else [],
-            [size / rows for size in sizes],
+            self.steps if train else self._step,
+            _pieces(inputs, sizes) if 0 in self._stages else [],
+            _pieces((targets, weights), sizes) if compared and last else [],
+            [keras.ops.convert_to_tensor(each) for each in shares] if last else [],
             train,
             outputs,
+            scale,
         )
-        return self._perform(batch, rows, train)
+        return self._perform(
+            batch, rows, train, f", {frozen} variables frozen" if frozen else "", compared
+        )
 
     def _tensor(self, numbers: Sequence[float]) -> Any:
-        return tf.constant(numbers, tf.float64)
+        return self._stages_of.numbers(numbers)
 
     def _norms(self, gradients: Sequence[Any]) -> list[float]:
-        wide = [tf.cast(each, tf.float32) if each.dtype.size < 4 else each for each in gradients]
-        return [float(tf.norm(each)) for each in wide]
+        return self._stages_of.norms(gradients)  # type: ignore[no-any-return]  # loaded by name
 
-    def _joined(self, pieces: Sequence[Sequence[Any]], train: bool) -> list[Any]:
+    def _finite(self, gradients: Sequence[Any]) -> bool:
+        return self._stages_of.finite(gradients)  # type: ignore[no-any-return]  # loaded by name
+
+    def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
+        return self._stages_of.arrived(gradient, self._graph.units[unit].params[name])
+
+    def _joined(self, pieces: Sequence[Sequence[Any]], compared: bool) -> list[Any]:
         outputs = [
-            tf.concat(each, 0) if each[0].shape.rank else tf.stack(each)
-            for each in zip(*(piece[1:] if train else piece for piece in pieces), strict=True)
+            keras.ops.concatenate(each) if len(each[0].shape) else keras.ops.stack(each)
+            for each in zip(*(piece[1:] if compared else piece for piece in pieces), strict=True)
         ]
-        if not train:
+        if not compared:
             return outputs
-        return [functools.reduce(tf.add, (piece[0] for piece in pieces)), *outputs]
+        return [functools.reduce(operator.add, (piece[0] for piece in pieces)), *outputs]
+
+    def _beside(self, tensor: Any, like: Any) -> Any:
+        return tensor.to(like.device) if self._stages_of.FRAMEWORK == "torch" else tensor
 
     def _as_result(self, tensors: Sequence[Any]) -> Any:
-        return keras.tree.pack_sequence_as(self._graph.result, list(tensors))
+        """Give the outputs their masks, which come after them, and their structure."""
+        graph, count = self._graph, len(self._graph.outputs)
+        masks = dict(zip(graph.masks, tensors[count:], strict=True))
+        for name, output in zip(graph.outputs, tensors, strict=False):
+            if name + MASK in masks:
+                set_keras_mask(output, masks[name + MASK])
+        return keras.tree.pack_sequence_as(graph.result, list(tensors[:count]))
 
     # --- checkpoints
 
@@ -422,7 +527,7 @@ class Pipeline(BasePipeline):
                 for name, tensor in zip(names[rank], arrived, strict=True):
                     arrays.setdefault(name, _array(tensor))
         _assign(self._all_variables(), arrays, "model")
-        about = {"format": _FORMAT, "step": self._step, "seed": self._seed}
+        about = {"format": _FORMAT, "step": self.steps, "seed": self._seed}
         about["plan"] = self.plan.to_json()
         if self._sums is not None and self._compressor is not none:
             about["compression"] = self._compressor.name
@@ -436,11 +541,11 @@ class Pipeline(BasePipeline):
             return {}
         own: dict[str, Any] = {}
         for _, first, stop in self._own_stages():
-            for name, variable in self._graph.variables(first, stop).items():
-                own[f"model/{name}"] = tf.convert_to_tensor(variable.value)
-        if self.optimizer is not None:
+            for name, variable in self._graph.variables(self._graph.units[first:stop]).items():
+                own[f"model/{name}"] = keras.ops.stop_gradient(variable.value)
+        if self.optimizer is not None and self._params:
             for name, variable in _slots(self.optimizer).items():
-                own[f"optimizer/{name}"] = tf.convert_to_tensor(variable.value)
+                own[f"optimizer/{name}"] = keras.ops.stop_gradient(variable.value)
         for name, tensors in kept.items():
             own.update({f"compression/{name}@{path}": each for path, each in tensors.items()})
         return own
@@ -455,61 +560,14 @@ class Pipeline(BasePipeline):
             kind, _, rest = name.partition("/")
             if kind == "compression":
                 parameter, _, path = rest.rpartition("@")
-                kept.setdefault(parameter, {})[path] = tf.constant(array)
+                kept.setdefault(parameter, {})[path] = keras.ops.convert_to_tensor(array)
         told = {"compressor": about["compression"], "steps": about["compression_steps"]}
         self._load_compression({**told, "parameters": kept})
 
 
-def _pair(data: Any) -> tuple[Any, Any]:
-    return tuple(data) if isinstance(data, (tuple, list)) and len(data) == 2 else (data, None)
-
-
-class _Losses:
-    """The sum of the losses of a model's outputs, as ``compile`` understands them.
-
-    Raises:
-        PlanError: one of them is not a mean over samples.
-    """
-
-    def __init__(self, told: Any, outputs: int) -> None:
-        flat = keras.tree.flatten(told) if isinstance(told, (list, tuple, dict)) else None
-        if flat is not None and len(flat) != outputs:
-            raise PlanError(f"{len(flat)} losses are given for {outputs} outputs")
-        self._each = [_loss(one) for one in flat or [told] * outputs]
-
-    def __call__(self, targets: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        if len(targets) != len(outputs):
-            raise ValueError(f"y has {len(targets)} parts, the model {len(outputs)} outputs")
-        total: Any = None
-        for loss, target, output in zip(self._each, targets, outputs, strict=True):
-            part = loss(target, output)
-            total = part if total is None else total + part
-        return total
-
-
-class _Mean(keras.losses.Loss):
-    """The mean of what a function gives by sample."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__(name=getattr(function, "__name__", "loss"))
-        self._function = function
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        return self._function(y_true, y_pred)
-
-
-def _loss(told: Any) -> Any:
-    loss = keras.losses.get(told)
-    if not callable(loss):
-        raise PlanError(f"loss={told!r}: give a name, a keras.losses.Loss or a function")
-    if not isinstance(loss, keras.losses.Loss):
-        return _Mean(loss)
-    if loss.reduction not in ("sum_over_batch_size", "mean", "mean_with_sample_weight"):
-        raise PlanError(
-            f"loss {loss.name!r} has reduction={loss.reduction!r}, which micro-batches would "
-            "change: use 'sum_over_batch_size'"
-        )
-    return loss
+def _parts(data: Any) -> tuple[Any, ...]:
+    """Take apart ``(x, y)`` or ``(x, y, weights)``; a dataset is one part."""
+    return tuple(data) if isinstance(data, (tuple, list)) and len(data) in (2, 3) else (data,)
 
 
 def _refuse(by: str | None, others: dict[str, Any]) -> None:
@@ -531,26 +589,20 @@ def _refuse(by: str | None, others: dict[str, Any]) -> None:
         raise PlanError(f"{name}={value!r} is for PyTorch models only: {told[name]}")
 
 
-def _check_backend() -> None:
-    if keras.backend.backend() != "tensorflow":
-        raise TypeError(
-            f"Keras runs on the {keras.backend.backend()!r} backend; pipelines of Keras models "
-            "need KERAS_BACKEND=tensorflow (or write the model in PyTorch)"
-        )
-
-
-def _device(told: str) -> str:
-    """Return a device that exists.
+def _backend() -> tuple[Any, Any]:
+    """Return the modules for Keras' backend.
 
     Raises:
-        PlanError: it does not.
+        TypeError: there are none.
     """
-    names = {d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()}
-    plain = str(told).upper().removeprefix("/").removeprefix("DEVICE:")
-    name = plain if ":" in plain else f"{plain}:0"
-    if name not in names:
-        raise PlanError(f"place has {told!r}, but TensorFlow has {', '.join(sorted(names))}")
-    return f"/device:{name}"
+    name = keras.backend.backend()
+    if name not in _BACKENDS:
+        raise TypeError(
+            f"Keras runs on the {name!r} backend; pipelines of Keras models need KERAS_BACKEND="
+            "tensorflow or torch"
+        )
+    stages, profile = map(importlib.import_module, _BACKENDS[name])
+    return stages, profile
 
 
 def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
@@ -559,7 +611,9 @@ def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
     for size in sizes:
         rows = slice(start, start + size)
         pieces.append(
-            keras.tree.map_structure(lambda x, rows=rows: x[rows] if x.shape.rank else x, batch)
+            keras.tree.map_structure(
+                lambda x, rows=rows: x[rows] if x is not None and len(x.shape) else x, batch
+            )
         )
         start += size
     return pieces

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from hvdx.integrations.keras3_stages import Graph, Unit, as_input
+from hvdx.integrations.keras3_graph import Graph, Unit, size
+from hvdx.integrations.keras3_stages import compiled
 from hvdx.pipeline import ir
 
 
@@ -44,13 +44,13 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
     units = [
         replace(
             unit,
-            makes={name: _size(values[name]) for name in unit.makes},
+            makes={name: size(values[name]) for name in unit.makes},
             forward=forward,
             inputs=backward,
         )
         for unit, (forward, backward) in zip(line.units, least, strict=True)
     ]
-    return ir.Graph(tuple(units), {name: _size(values[name]) for name in line.inputs}, line.outputs)
+    return ir.Graph(tuple(units), {name: size(values[name]) for name in line.inputs}, line.outputs)
 
 
 def _round(
@@ -58,8 +58,7 @@ def _round(
 ) -> tuple[dict[str, Any], list[tuple[float, float]]]:
     """Compute the model once; return all values, and by unit seconds of forward and backward."""
     values: dict[str, Any] = {}
-    for name, given in graph.bind(sample).items():
-        tensor = as_input(graph, name, tf.convert_to_tensor(given))
+    for name, tensor in graph.tensors(sample).items():
         values[name] = tensor[: -(-len(tensor) // micro_batches)] if tensor.shape.rank else tensor
     return values, [_unit(unit, graph, values) for unit in graph.units]
 
@@ -71,7 +70,7 @@ def _unit(unit: Unit, graph: Graph, values: dict[str, Any]) -> tuple[float, floa
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(wanted)
         start = time.perf_counter()
-        made = dict(zip(unit.makes, unit.compiled(True)(given), strict=True))
+        made = compiled(unit, True)(given)[0]
         _wait(made.values())
         forward = time.perf_counter() - start
     values.update(made)
@@ -89,7 +88,3 @@ def _wait(tensors: Iterable[Any]) -> None:
         if each is not None and "GPU" in each.device:
             tf.test.experimental.sync_devices()
             return
-
-
-def _size(value: Any) -> int:
-    return int(np.prod(value.shape)) * int(value.dtype.size)

@@ -1,39 +1,74 @@
-"""Keras' side of a pipeline, on TensorFlow: a model's layers as units, forward and backward.
+"""TensorFlow's side of a pipeline of Keras layers: compute units, forward and backward.
 
-Each call of a layer, or of an operation, is a unit. It is compiled alone, and has a gradient tape
-of its own, so that no optimisation reaches over a cut. However a model is cut, placed and
-scheduled, the same is computed to the last bit: gradients of a value are added from its last
-reader to its first, those of a weight by micro-batch, then by unit; random layers draw from a hash
-of seed, step, micro-batch and unit.
-
-A mask that Keras hangs on a tensor is a value of its own here: it travels with the tensor.
+Each unit is compiled alone, and has a gradient tape of its own, so that no optimisation reaches
+over a cut. However a model is cut, placed and scheduled, the same is computed to the last bit:
+gradients of a value are added from its last reader to its first, those of a weight by micro-batch,
+then by unit; random layers draw from a hash of seed, step, micro-batch and unit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend import get_keras_mask, set_keras_mask
+from tensorflow.python.eager import context
 
 from hvdx.errors import PlanError
-from hvdx.pipeline import ir
+from hvdx.integrations.keras3_graph import Batch, Graph, Sums, Unit, drawing, lock
+from hvdx.integrations.keras3_losses import Objective
+from hvdx.integrations.keras_batch_norm import gathering
 from hvdx.pipeline.zmq_channel import Packed
 
+FRAMEWORK = "tensorflow"
 _LOSS = "the loss"
-_MASK = "/mask"
-_lock = threading.RLock()  # of the seed generators, which layers may share
 
 
-class TensorFlowCodec:
+def device(told: str) -> str:
+    """Return a device that exists.
+
+    Raises:
+        PlanError: it does not.
+    """
+    names = {d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()}
+    plain = str(told).upper().removeprefix("/").removeprefix("DEVICE:")
+    name = plain if ":" in plain else f"{plain}:0"
+    if name not in names:
+        raise PlanError(f"place has {told!r}, but TensorFlow has {', '.join(sorted(names))}")
+    return f"/device:{name}"
+
+
+def numbers(told: Sequence[float]) -> Any:
+    """Return them as a tensor of float64 in host memory."""
+    return tf.constant(told, tf.float64)
+
+
+def norms(gradients: Sequence[Any]) -> list[float]:
+    """Return the 2-norm of each."""
+    wide = [tf.cast(each, tf.float32) if each.dtype.size < 4 else each for each in gradients]
+    return [float(tf.norm(each)) for each in wide]
+
+
+def apply(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """Step the optimizer."""
+    optimizer.apply(gradients, variables)
+
+
+def finite(gradients: Sequence[Any]) -> bool:
+    """Tell whether all numbers in them are finite."""
+    return all(bool(tf.reduce_all(tf.math.is_finite(each))) for each in gradients)
+
+
+def arrived(gradient: Any, _: Any) -> Any:
+    """Return another rank's gradient; TensorFlow copies to devices by itself."""
+    return gradient
+
+
+class Codec:
     """Tensors as bytes, with dtype and shape; see :class:`zmq_channel.Codec`."""
 
     def pack(self, tensor: Any) -> Packed:
@@ -53,279 +88,6 @@ class TensorFlowCodec:
 
 
 @dataclass
-class Unit:
-    """A call of a layer or operation.
-
-    Attributes:
-        name: the layer's; a second call's has ``#2``.
-        layer: or operation.
-        arguments: of the call, from the model's tensors by ``id``.
-        reads: values of earlier units, or inputs of the model.
-        makes: values that it makes; masks come after tensors.
-        params: name in the model -> variable to train.
-        tensors: value -> ``id`` of the tensor in the model's graph, of those that are no masks.
-        generators: of random numbers.
-    """
-
-    name: str
-    layer: Any
-    arguments: Callable[[dict[int, Any]], tuple[Any, Any]]
-    reads: list[str]
-    makes: list[str]
-    tensors: dict[str, int]
-    params: dict[str, Any] = field(default_factory=dict)
-    generators: list[Any] = field(default_factory=list)
-    _compiled: dict[bool, Any] = field(default_factory=dict)
-
-    def call(self, given: Mapping[str, Any], training: bool) -> list[Any]:
-        """Return tensors of ``makes``, then one mask or None for each of those."""
-        for name in self.reads:
-            if _is_mask(name):
-                set_keras_mask(given[name.removesuffix(_MASK)], given[name])
-        held = {self.tensors[name]: value for name, value in given.items() if not _is_mask(name)}
-        args, kwargs = self.arguments(held)
-        if isinstance(self.layer, keras.Layer) and _takes_training(self.layer):
-            kwargs["training"] = training
-        made = keras.tree.flatten(self.layer(*args, **kwargs))
-        return [*made, *(get_keras_mask(each) for each in made)]
-
-    def compiled(self, training: bool) -> Any:
-        """Return :meth:`call` as a function of TensorFlow that gives the values of ``makes``."""
-        if training not in self._compiled:
-
-            def call(given: dict[str, Any]) -> list[Any]:
-                # Distinct tensors, since masks are hung on them.
-                fresh = {name: tf.identity(value) for name, value in given.items()}
-                made = self.call(fresh, training)
-                tensors = [name for name in self.makes if not _is_mask(name)]
-                both = dict(zip([*tensors, *(t + _MASK for t in tensors)], made, strict=True))
-                return [both[name] for name in self.makes]
-
-            with _lock:
-                function = tf.function(call, reduce_retracing=True, autograph=False)
-                self._compiled.setdefault(training, function)
-        return self._compiled[training]
-
-
-def _is_mask(name: str) -> bool:
-    return name.endswith(_MASK)
-
-
-def _takes_training(layer: Any) -> bool:
-    return "training" in inspect.signature(layer.call).parameters
-
-
-@dataclass
-class Graph:
-    """The units of a model and the values that pass between them.
-
-    Attributes:
-        model: it.
-        units: in order.
-        inputs: values that the caller gives, in the model's order.
-        outputs: values that the model returns, in its order.
-        result: structure of what it returns, with anything as leaves.
-        names: ``id`` of a variable -> its path in the model, made unique.
-        smooth: values that have a gradient.
-        line: the units as the planner sees them.
-    """
-
-    model: Any
-    units: list[Unit]
-    inputs: list[str]
-    outputs: list[str]
-    result: Any
-    names: dict[int, str] = field(default_factory=dict)
-    smooth: set[str] = field(default_factory=set)
-    line: Any = None
-
-    def bind(self, given: Any) -> dict[str, Any]:
-        """Name the inputs of a batch: a list's are in the model's order, a dictionary's by name."""
-        if isinstance(given, Mapping):
-            if set(given) != set(self.inputs):
-                raise TypeError(f"the model takes {self.inputs}, given are {list(given)}")
-            return {name: given[name] for name in self.inputs}
-        values = list(given) if isinstance(given, (tuple, list)) else [given]
-        if len(values) != len(self.inputs):
-            raise TypeError(f"the model takes {len(self.inputs)} inputs, given are {len(values)}")
-        return dict(zip(self.inputs, values, strict=True))
-
-    def variables(self, first: int, stop: int) -> dict[str, Any]:
-        """Return by name all variables that the units use, trained or not."""
-        layers = [unit.layer for unit in self.units[first:stop]]
-        held = [v for layer in layers for v in getattr(layer, "variables", ())]
-        return {self.names[id(v)]: v for v in held}
-
-    def untrained(self, first: int, stop: int) -> list[Any]:
-        """Return the variables that the units may change without gradients; no random states."""
-        trained = {name for unit in self.units[first:stop] for name in unit.params}
-        return [v for name, v in self.variables(first, stop).items()
-                if name not in trained and not v.path.endswith("seed_generator_state")]  # fmt: skip
-
-
-def traced(model: Any, sample: Any) -> Graph:
-    """Find the units of a built or unbuilt model; compute ``sample`` once.
-
-    Raises:
-        PlanError: it is neither Sequential nor functional, or does what a pipeline cannot.
-    """
-    if not isinstance(model, keras.Model):
-        raise PlanError(f"{type(model).__name__} is a layer; give a keras.Model")
-    if isinstance(model, keras.Sequential):
-        given = sample[0] if isinstance(sample, (tuple, list)) and len(sample) == 1 else sample
-        if not model.built:
-            model(tf.convert_to_tensor(given))
-        graph = _of_layers(model)
-    elif hasattr(model, "_nodes_by_depth"):
-        graph = _of_nodes(model)
-    else:
-        raise PlanError(
-            f"{type(model).__name__} {model.name!r} is a subclassed model, whose calls Keras does "
-            "not record: build it as keras.Sequential or keras.Model(inputs, outputs), of which it "
-            "may be one layer"
-        )
-    _measure(graph, graph.bind(sample))
-    return graph
-
-
-def _of_layers(model: Any) -> Graph:
-    """Take the layers of a Sequential one after the other."""
-    last = first = model.inputs[0].name if model.inputs else "input"
-    units: list[Unit] = []
-    for index, layer in enumerate(model.layers):
-
-        def arguments(held: dict[int, Any], index: int = index) -> tuple[Any, Any]:
-            return (held[index],), {}
-
-        tensors = {last: index, layer.name: index + 1}
-        units.append(Unit(layer.name, layer, arguments, [last], [layer.name], tensors))
-        last = layer.name
-    return Graph(model, units, [first], [last], 0)
-
-
-def _of_nodes(model: Any) -> Graph:
-    """Take the recorded calls of a functional model, from its inputs on."""
-    values = {id(tensor): tensor.name for tensor in model.inputs}
-    nodes = [node for _, level in sorted(model._nodes_by_depth.items(), reverse=True)
-             for node in level]  # fmt: skip
-    units: list[Unit] = []
-    calls: dict[str, int] = {}
-    for node in nodes:
-        if not node.operation or node.is_input:
-            continue
-        name = node.operation.name
-        calls[name] = calls.get(name, 0) + 1
-        name += f"#{calls[name]}" if calls[name] > 1 else ""
-        several = len(node.output_tensors) > 1
-        for i, tensor in enumerate(node.output_tensors):
-            values[id(tensor)] = f"{name}/{i}" if several else name
-        reads = list(dict.fromkeys(values[id(tensor)] for tensor in node.input_tensors))
-        makes = [values[id(tensor)] for tensor in node.output_tensors]
-        tensors = {values[id(t)]: id(t) for t in [*node.input_tensors, *node.output_tensors]}
-        units.append(Unit(name, node.operation, node.arguments.fill_in, reads, makes, tensors))
-    inputs = [values[id(tensor)] for tensor in model.inputs]
-    outputs = [values[id(tensor)] for tensor in model.outputs]
-    return Graph(model, units, inputs, outputs, model._outputs_struct)
-
-
-def _measure(graph: Graph, given: Mapping[str, Any]) -> None:
-    """Run the units once: find masks, sizes, variables and what has gradients."""
-    _name_variables(graph)
-    values = {name: tf.convert_to_tensor(value) for name, value in given.items()}
-    values = {name: as_input(graph, name, value) for name, value in values.items()}
-    for unit in graph.units:
-        unit.reads += [name + _MASK for name in unit.reads if name + _MASK in values]
-        made = unit.call({name: values[name] for name in unit.reads}, False)
-        tensors = list(unit.makes)
-        for name, value, mask in zip(tensors, made, made[len(tensors) :], strict=False):
-            values[name] = tf.identity(value)
-            if mask is not None:
-                unit.makes.append(name + _MASK)
-                values[name + _MASK] = mask
-        held = getattr(unit.layer, "trainable_variables", [])
-        unit.params = {graph.names[id(v)]: v for v in held}
-        unit.generators = _generators(unit.layer)
-        if unit.params or not graph.smooth.isdisjoint(unit.reads):
-            graph.smooth.update(name for name in unit.makes if values[name].dtype.is_floating)
-        if getattr(unit.layer, "losses", ()):
-            raise PlanError(
-                f"layer {unit.name!r} adds a loss of its own (a regularizer, say), which pipelines "
-                "leave out: take it away, or use the optimizer's weight_decay"
-            )
-    for name in graph.outputs:
-        if name + _MASK in values:
-            raise PlanError(
-                f"output {name!r} has a mask, which a loss by micro-batches cannot follow: end the "
-                "model with a layer that uses it up"
-            )
-    graph.line = _line(graph, values)
-
-
-def as_input(graph: Graph, name: str, value: Any) -> Any:
-    """Cast an input as Keras does."""
-    for tensor in graph.model.inputs or ():
-        if tensor.name == name and value.dtype != tensor.dtype:
-            return tf.cast(value, tensor.dtype)
-    return value
-
-
-def _name_variables(graph: Graph) -> None:
-    taken: set[str] = set()
-    for variable in graph.model.variables:
-        name, copy = variable.path, 0
-        while name in taken:
-            copy += 1
-            name = f"{variable.path}#{copy}"
-        taken.add(name)
-        graph.names[id(variable)] = name
-
-
-def _generators(layer: Any) -> list[Any]:
-    if not isinstance(layer, keras.Layer):
-        return []
-    found = [each for sub in layer._flatten_layers() for each in sub._seed_generators]
-    return list({id(each): each for each in found}.values())
-
-
-def _line(graph: Graph, values: Mapping[str, Any]) -> ir.Graph:
-    def size(name: str) -> int:
-        return int(np.prod(values[name].shape)) * values[name].dtype.size
-
-    units = tuple(
-        ir.Unit(
-            unit.name,
-            tuple(unit.reads),
-            {name: size(name) for name in unit.makes},
-            {n: int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for n, v in unit.params.items()},
-            uses_rng=bool(unit.generators),
-        )
-        for unit in graph.units
-    )
-    return ir.Graph(units, {name: size(name) for name in graph.inputs}, tuple(graph.outputs))
-
-
-@dataclass
-class Batch:
-    """What stages get for a step.
-
-    Attributes:
-        step: its number.
-        inputs: by micro-batch, the inputs of the model by name.
-        targets: by micro-batch, what the loss compares with.
-        weights: by micro-batch, its share of the batch.
-        train: whether there will be a backward.
-        outputs: whether a training step returns the outputs, too.
-    """
-
-    step: int
-    inputs: Sequence[dict[str, Any]]
-    targets: Sequence[Any]
-    weights: Sequence[float]
-    train: bool
-    outputs: bool = False
-
-
-@dataclass
 class _Pass:
     """What a unit's forward leaves for its backward; ``index`` is -1 for the loss."""
 
@@ -342,9 +104,10 @@ class KerasStage:
         graph: of the model.
         first: unit.
         stop: unit behind the last.
-        loss: function of targets and outputs, both lists of tensors.
+        loss: of the outputs.
         device: name of TensorFlow's to compute on; None: its choice.
         seed: of random units; equal on all ranks.
+        split: whether schedules have I and W; TensorFlow finds both at once.
 
     Attributes:
         unit: name of the unit at work.
@@ -357,24 +120,19 @@ class KerasStage:
         first: int,
         stop: int,
         *,
-        loss: Callable[[Any, Any], Any] | None,
+        loss: Objective,
         device: str | None,
         seed: int,
+        split: bool,
     ) -> None:
         self._graph, self._device, self.seed = graph, device, seed
         self._first, self._stop, self._last = first, stop, stop == len(graph.units)
         self._entering, self._leaving = (
             list(graph.line.live(cut)) if cut else list(graph.inputs) for cut in (first, stop)
         )
-        self._changing = graph.untrained(first, stop)
-        self._loss = None
-        if loss is not None:  # named, or the closure would change with the attribute
-            compare = loss
-            self._loss = tf.function(
-                lambda targets, outputs, weight: _scalar(compare(targets, outputs)) * weight,
-                reduce_retracing=True,
-                autograph=False,
-            )
+        self._changing = list(graph.changing(graph.units[first:stop]).values())
+        self._loss = tf.function(loss.__call__, reduce_retracing=True, autograph=False)
+        self._in_thread = not tf.config.list_logical_devices("GPU")
         self.unit: str | None = None
 
     def begin(self, batch: Batch, again: frozenset[int] = frozenset()) -> None:
@@ -391,6 +149,14 @@ class KerasStage:
         self._pending: dict[int, list[tuple[tuple[int, str], Any]]] = {}
         self._results: dict[int, list[Any]] = {}
         self.gradients: dict[tuple[int, str], Any] = {}
+        self._sums = Sums(self._graph.units)
+        returns = self._last or not self._graph.smooth.isdisjoint(self._leaving)
+        self._trains = batch.train and returns
+
+    def commit(self) -> None:
+        """Move the running statistics of batch normalization that were put off in this step."""
+        with self._placed():
+            self._sums.commit()
 
     def found(self) -> dict[int, list[Any]]:
         """Return by micro-batch the weighted loss, if training, and outputs that are asked for."""
@@ -400,16 +166,14 @@ class KerasStage:
         """See :meth:`Stage.forward`."""
         with self._placed():
             if inputs is None:
-                given = self._batch.inputs[micro_batch]
-                values = {n: as_input(self._graph, n, x) for n, x in given.items()}
+                values = dict(self._batch.inputs[micro_batch])
             else:
                 values = dict(zip(self._entering, inputs, strict=True))
-            if self._batch.train and micro_batch in self._again:
+            if self._trains and micro_batch in self._again:
                 self._skim(values, micro_batch)
-            else:
+            else:  # without a gradient to come, all that is below frozen units keeps nothing
                 passes = self._walk(values, micro_batch)
-                if self._batch.train:
-                    self._kept[micro_batch] = passes
+                self._kept[micro_batch] = passes if self._trains else []
         return [] if self._last else [values[name] for name in self._leaving]
 
     def backward(self, micro_batch: int, gradients: Sequence[Any] | None) -> list[Any]:
@@ -441,13 +205,25 @@ class KerasStage:
 
     # --- the parts
 
-    def _placed(self) -> Any:
-        return tf.device(self._device) if self._device else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[None]:
+        """Compute on this stage's device.
 
-    def _walk(self, values: dict[str, Any], micro_batch: int) -> list[_Pass]:
-        """Compute all units and the loss; what they make goes to ``values``."""
+        On CPUs in this very thread: most units are a few kernels one after the other, and handing
+        each unit to TensorFlow's threads takes longer than many units do. What is parallel within
+        a kernel stays so.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._device:
+                stack.enter_context(tf.device(self._device))
+            if self._in_thread:
+                stack.enter_context(context.function_executor_type("SINGLE_THREADED_EXECUTOR"))
+            yield
+
+    def _walk(self, values: dict[str, Any], micro_batch: int, again: bool = False) -> list[_Pass]:
+        """Compute all units and the loss, for the first time or ``again``; fill ``values``."""
         units = range(self._first, self._stop)
-        passes = [self._compute(index, values, micro_batch) for index in units]
+        passes = [self._compute(index, values, micro_batch, again) for index in units]
         self.unit = None
         return passes + (self._finish(values, micro_batch) if self._last else [])
 
@@ -469,7 +245,7 @@ class KerasStage:
         now = self._state() if before else []
         self._set_state(before)
         try:
-            self._kept[micro_batch] = self._walk(values, micro_batch)
+            self._kept[micro_batch] = self._walk(values, micro_batch, again=not self._last)
         finally:
             self._set_state(now)
 
@@ -482,7 +258,7 @@ class KerasStage:
             for each, value in zip(self._changing, values, strict=True):
                 each.assign(value)
 
-    def _compute(self, index: int, values: dict[str, Any], micro_batch: int) -> _Pass:
+    def _compute(self, index: int, values: dict[str, Any], micro_batch: int, again: bool) -> _Pass:
         """Compute a unit; what it makes goes to ``values``."""
         unit = self._graph.units[index]
         self.unit = unit.name
@@ -492,24 +268,28 @@ class KerasStage:
         with self._random(unit, index, micro_batch), _tape(train) as tape:
             if train:
                 tape.watch([*entered.values(), *(v.value for v in unit.params.values())])
-            made = dict(zip(unit.makes, unit.compiled(train)(given), strict=True))
+            made, sums = compiled(unit, train)(given)
+        if not again:
+            self._sums.add(index, sums)
         values.update(made)
         return _Pass(index, tape, entered, made)
 
     def _finish(self, values: Mapping[str, Any], micro_batch: int) -> list[_Pass]:
-        """Compute the loss, or keep the outputs."""
-        outputs = [values[name] for name in self._graph.outputs]
-        if not self._batch.train:
-            self._results[micro_batch] = outputs
+        """Compute the loss, and keep the outputs."""
+        batch, graph = self._batch, self._graph
+        outputs = [values[name] for name in (*graph.outputs, *graph.masks)] if batch.outputs else []
+        self._results[micro_batch] = outputs
+        if not batch.targets:
             return []
-        assert self._loss is not None
-        entered = {name: values[name] for name in self._graph.outputs if name in self._graph.smooth}
-        targets = keras.tree.flatten(self._batch.targets[micro_batch])
-        with _tape(True) as tape:
-            tape.watch(list(entered.values()))
-            weighted = self._loss(targets, outputs, self._batch.weights[micro_batch])
-        self._results[micro_batch] = [weighted, *(outputs if self._batch.outputs else ())]
-        return [_Pass(-1, tape, entered, {_LOSS: weighted})]
+        ends = {name: values[name] for name in graph.ends}
+        entered = {name: value for name, value in ends.items() if name in graph.smooth}
+        with _tape(batch.train) as tape:
+            if batch.train:
+                tape.watch(list(entered.values()))
+            told = self._loss(*batch.targets[micro_batch], batch.weights[micro_batch], ends)
+            scaled = told if batch.scale is None else told * batch.scale
+        self._results[micro_batch] = [told, *outputs]
+        return [_Pass(-1, tape, entered, {_LOSS: scaled})] if batch.train else []
 
     def _differentiate(self, done: _Pass, found: dict[str, Any], weights: list[Any]) -> None:
         """Find the gradients of what a unit reads, and of its weights, from those in ``found``.
@@ -538,35 +318,34 @@ class KerasStage:
             if gradient is not None:
                 weights.append(((done.index, name), tf.convert_to_tensor(gradient)))
 
-    @contextlib.contextmanager
-    def _random(self, unit: Unit, index: int, micro_batch: int) -> Iterator[None]:
+    def _random(self, unit: Unit, index: int, micro_batch: int) -> Any:
         """Give a random unit its own seeds; the layer's stay as they would have been."""
-        if not unit.generators or not self._batch.train:
-            yield
-            return
-        told = f"{self.seed} {self._batch.step} {micro_batch} {index}".encode()
-        seeds = np.frombuffer(hashlib.blake2b(told, digest_size=8).digest(), "<u4") >> 1
-        with _lock:
-            before = [each.state.numpy() for each in unit.generators]
-            try:
-                for number, each in enumerate(unit.generators):
-                    each.state.assign([int(seeds[0]), int(seeds[1]) ^ number << 20])
-                yield
-            finally:
-                for each, state in zip(unit.generators, before, strict=True):
-                    each.state.assign(state)
+        told = f"{self.seed} {self._batch.step} {micro_batch} {index}"
+        return drawing(unit, told, bool(unit.generators) and self._batch.train)
+
+
+def compiled(unit: Unit, training: bool) -> Any:
+    """Return :meth:`Unit.call` in this mode as a function of TensorFlow.
+
+    It gives the values made and, in training, sums by layer of :attr:`Unit.norms` and call.
+    """
+    if training not in unit.cache:
+        call = functools.partial(_called, unit, training)
+        with lock:
+            function = tf.function(call, reduce_retracing=True, autograph=False)
+            unit.cache.setdefault(training, function)
+    return unit.cache[training]
+
+
+def _called(
+    unit: Unit, training: bool, given: dict[str, Any]
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    with gathering(unit.norms if training else []) as sums:
+        made = unit.call(given, training)
+    return made, sums
 
 
 def _tape(train: bool) -> Any:
     if not train:
         return contextlib.nullcontext()
     return tf.GradientTape(watch_accessed_variables=False)
-
-
-def _scalar(loss: Any) -> Any:
-    if loss.shape.rank:
-        raise ValueError(
-            f"loss(y_true, y_pred) returns shape {tuple(loss.shape)}, no scalar: take the mean "
-            "over the micro-batch"
-        )
-    return loss

@@ -17,6 +17,7 @@ from hvdx.compression.portable import (
     Origin,
     carried,
     check_saved,
+    moved,
     pooled,
     restored,
     shares,
@@ -108,20 +109,15 @@ class States:
         """Make the first state of a parameter that has none yet, or take the one loaded."""
         if spec.name not in self._kept:
             kept = Kept(spec, compressor, device, None)
-            loaded = self._loaded.pop(spec.name, ())
+            loaded, origin = self._loaded.pop(spec.name, ()), self.left
             if not self._loaded:
                 self.left = None
             try:
                 state = self._fresh(kept, loaded)
             except CompressionError as error:
-                if self._asked.prepare is None:
+                if self._asked.prepare is None or origin is None:
                     raise
-                warnings.warn(  # it has measured anew
-                    f"{self._asked.name} has chosen another method than when its state was saved, "
-                    f"and what was owed is lost: {error}",
-                    stacklevel=2,
-                )
-                state = self._fresh(kept, ())
+                state = self._moved(kept, loaded, origin, error)  # it has measured anew
             self._kept[spec.name] = kept._replace(state=self.hold(kept, state))
 
     def __getitem__(self, name: str) -> Any:
@@ -212,6 +208,21 @@ class States:
                 return restored(first, _by_path(self._tensors(loaded)))
             except CompressionError as error:
                 raise CompressionError(f"parameter {kept.spec.name!r}: {error}") from None
+
+    def _moved(
+        self, kept: Kept, loaded: Sequence[Leaf], origin: Origin, error: CompressionError
+    ) -> Any:
+        """Return a first state with what is owed in the one loaded, which is of another form."""
+        with self.beside(kept):
+            first = kept.compressor.init(self.ops, kept.spec)
+            state, lost = moved(self.ops, first, self._tensors(loaded), origin)
+        if lost:
+            warnings.warn(
+                f"{self._asked.name} has chosen another method than when its state was saved, and "
+                f"{' and '.join(lost)} is lost: {error}",
+                stacklevel=3,
+            )
+        return state
 
     # -- how a backend keeps them
 

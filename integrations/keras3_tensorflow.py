@@ -81,6 +81,28 @@ class VariableStates(States):
         return scope
 
 
+class Turns:
+    """Whose turn it is in the buckets of a layout, for graphs to read.
+
+    Attributes:
+        places: of each bucket's start among its starts, int32.
+        left: steps until the next review, int64 scalar.
+        waited: what :attr:`left` was after the last one.
+    """
+
+    def __init__(self, layout: Layout, places: Any, left: Any) -> None:
+        self.layout, self.places, self.left = layout, places, left
+        self.waited = 0
+
+
+def _places(layout: Layout) -> list[int]:
+    """Return the place of every bucket's start among its starts, where methods take turns."""
+    return [
+        0 if bucket.clock is None else bucket.starts.index(bucket.start(0))
+        for bucket in layout.buckets
+    ]
+
+
 class TensorFlowAverager(Averager):
     """Adds the reductions to the graph being traced; eager calls run a graph of their own.
 
@@ -96,12 +118,14 @@ class TensorFlowAverager(Averager):
         with tf.init_scope(), tf.device("CPU:0"):
             self._seconds = ResourceVariable(0.0, trainable=False, dtype=tf.float64)
         self._graphs: dict[int, Any] = {}
+        self._turns: dict[int, Turns] = {}  # by identity of the layout
         _leave_xla_out()
 
     def forget(self) -> None:
         """See :meth:`Averager.forget`."""
         super().forget()
         self._graphs.clear()
+        self._turns.clear()
 
     @property
     def seconds(self) -> float:  # type: ignore[override]
@@ -197,9 +221,12 @@ class TensorFlowAverager(Averager):
             start = tf.timestamp()
         means: list[Any] = [None] * len(grads)
         states: dict[str, Any] = {}
-        for bucket in layout.buckets:
-            found, kept = self._averaged(bucket, [grads[place] for place in bucket.members])
+        moved = []  # whether a bucket's turn touches states
+        for number, bucket in enumerate(layout.buckets):
+            own = [grads[place] for place in bucket.members]
+            found, kept, moves = self._averaged(bucket, own, self._way(layout, number))
             states.update(kept)
+            moved.append(moves)
             for place, mean in zip(bucket.members, found, strict=True):
                 means[place] = mean
         for place, how in layout.sparse.items():
@@ -208,15 +235,87 @@ class TensorFlowAverager(Averager):
         with tf.control_dependencies([start, *(m for m in arrived if m is not None)]):
             end = tf.timestamp()
         self._seconds.assign_add(end - start)
+        finite = tf.constant(True)
         if layout.remembers:
-            self.states.settle(self.all_finite(layout, means, grads), states)
+            finite = self._settled(layout, means, grads, states, moved)
+        if layout.clocks:
+            with tf.control_dependencies([finite, end]):
+                self._count(layout, finite)
         return means
 
-    def _averaged(self, bucket: Bucket, grads: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Return a bucket's means, and what its compressors then keep, by parameter.
+    def _settled(
+        self,
+        layout: Layout,
+        means: list[Any],
+        grads: list[Any],
+        states: dict[str, Any],
+        moved: list[Any],
+    ) -> Any:
+        """Keep new states if the means are finite, and tell whether they are; see :meth:`settle`.
+
+        Where methods take turns, looking at all means is left out of steps that touch no state.
+        """
+
+        def settle() -> Any:
+            finite = self.all_finite(layout, means, grads)
+            self.states.settle(finite, states)
+            return finite
+
+        def rest() -> Any:
+            self.states.step.assign_add(1, read_value=False)
+            return tf.constant(True)
+
+        return tf.cond(tf.reduce_any(moved), settle, rest) if layout.turns else settle()
+
+    def _way(self, layout: Layout, number: int) -> Any:
+        """Return the place of the bucket's way of travelling among its starts, if it has many."""
+        bucket = layout.buckets[number]
+        if len(bucket.starts) == 1:
+            return None
+        if bucket.clock is None:
+            return tf.reduce_sum(tf.cast(self.states.step >= bucket.starts, tf.int32)) - 1
+        return self._turns_of(layout).places[number]
+
+    def _turns_of(self, layout: Layout) -> Turns:
+        if id(layout) not in self._turns:
+            with tf.init_scope(), tf.device("CPU:0"):
+                wait = self.wait(layout) if layout.clocks else 0
+                self._turns[id(layout)] = Turns(
+                    layout,
+                    ResourceVariable(_places(layout), trainable=False, dtype=tf.int32),
+                    ResourceVariable(wait, trainable=False, dtype=tf.int64),
+                )
+        return self._turns[id(layout)]
+
+    def _count(self, layout: Layout, finite: Any) -> None:
+        """Count a step; when it is time, leave the graph for a review of whose turn it is."""
+        turns = self._turns_of(layout)
+
+        def review(finite: Any) -> int:
+            wait = self.review(layout, bool(finite), steps=turns.waited)
+            turns.waited = wait
+            for each in self._turns.values():  # other layouts may have the same clocks
+                each.places.assign(_places(each.layout))
+            return wait
+
+        turns.waited = self.wait(layout)
+        left = turns.left - 1
+        due = functools.partial(tf.py_function, review, [finite], tf.int64)
+        rest = tf.cond(left > 0, lambda: left, due)
+        turns.left.assign(tf.ensure_shape(rest, ()), read_value=False)
+
+    def _averaged(
+        self, bucket: Bucket, grads: list[Any], place: Any
+    ) -> tuple[list[Any], dict[str, Any], Any]:
+        """Return a bucket's means, what its compressors then keep, and whether that is new.
 
         The step is known when the graph runs: it then takes one of several branches, the same on
         all ranks, whose operations have names of their own.
+
+        Args:
+            bucket: any.
+            grads: of its members.
+            place: that of the branch to take, among the bucket's starts.
         """
 
         def work(start: int) -> tuple[list[Any], dict[str, Any]]:
@@ -227,19 +326,20 @@ class TensorFlowAverager(Averager):
             return drive(self.work(bucket, grads, start), answer)
 
         if len(bucket.starts) == 1:
-            return work(0)
+            means, states = work(bucket.starts[0])
+            return means, states, bool(states)
         names = [spec.name for spec in bucket.specs]
 
         def branch(start: int) -> list[Any]:
             means, states = work(start)
             kept = [states.get(name, self.states[name]) for name in names]
-            return [means, [[leaf.tensor for leaf in leaves(state)] for state in kept]]
+            tensors = [[leaf.tensor for leaf in leaves(state)] for state in kept]
+            return [means, tensors, tf.constant(bool(states))]
 
-        past = tf.reduce_sum(tf.cast(self.states.step >= bucket.starts, tf.int32))
         branches = [functools.partial(branch, start) for start in bucket.starts]
-        means, kept = tf.switch_case(past - 1, branches)
-        states = zip(names, kept, strict=True)
-        return means, {name: self.states.rebuilt(name, tensors) for name, tensors in states}
+        means, kept, moves = tf.switch_case(place, branches)
+        states = {n: self.states.rebuilt(n, own) for n, own in zip(names, kept, strict=True)}
+        return means, states, moves
 
     def _gathered(self, rows: tf.IndexedSlices, how: Rows) -> tf.IndexedSlices:
         """Return all ranks' rows, which the update adds up: so a sum of gradients, or the mean."""
@@ -266,7 +366,8 @@ class TensorFlowAverager(Averager):
 def _dense(grad: Any, variable: Any) -> tf.Tensor:
     if grad is None:
         return tf.zeros(variable.shape, variable.dtype)
-    return tf.cast(tf.convert_to_tensor(grad), variable.dtype)
+    grad = tf.ensure_shape(tf.convert_to_tensor(grad), variable.shape)  # rows made dense tell none
+    return tf.cast(grad, variable.dtype)
 
 
 def _rows(grad: Any, variable: Any) -> tf.IndexedSlices:

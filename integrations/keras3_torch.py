@@ -68,8 +68,13 @@ class TorchAverager(Averager):
             for place, mean in zip(bucket.members, found, strict=True):
                 means[place] = mean
         self.seconds += time.perf_counter() - began
+        finite = True
         if layout.remembers:
-            self.states.settle(self.all_finite(layout, means, grads), states)
+            if states or not layout.turns:
+                finite = bool(self.all_finite(layout, means, grads))
+            self.states.settle(finite, states)
+        if layout.clocks:
+            self.review(layout, finite)
         return means
 
     def pack(self, bucket: Bucket, grads: list[Any]) -> tuple[Any, bool]:

@@ -9,6 +9,7 @@ from keras import ops
 from keras.src.backend.common import symbolic_scope
 
 from hvdx import collectives
+from hvdx.integrations.keras_batch_norm import moments, sums
 from hvdx.reduce_op import ReduceOp
 
 
@@ -52,25 +53,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         mean, variance = (ops.reshape(each, (-1,)) for each in super()._moments(inputs, mask))
         if symbolic_scope.in_symbolic_scope():  # shapes are looked for, there is nothing to send
             return mean, variance
-        # In float64, lest E[x^2] - E[x]^2 cancel; these are but 3 numbers per channel.
-        count = self._count(inputs, mask) + ops.zeros_like(ops.cast(mean, "float64"))
-        present = count > 0
-        mean = ops.where(present, ops.cast(mean, "float64"), 0.0)
-        variance = ops.where(present, ops.cast(variance, "float64"), 0.0)
-        own = ops.stack([count, count * mean, count * (variance + ops.square(mean))])
-        total = collectives.allreduce(own, op=ReduceOp.Sum, process_set=self.process_set)
-        count = ops.maximum(total[0], 1.0)
-        mean = total[1] / count
-        variance = ops.maximum(total[2] / count - ops.square(mean), 0.0)
+        own = sums(self, inputs, mask, mean, variance)
+        mean, variance = moments(
+            collectives.allreduce(own, op=ReduceOp.Sum, process_set=self.process_set)
+        )
         return ops.cast(mean, inputs.dtype), ops.cast(variance, inputs.dtype)
-
-    def _count(self, inputs: Any, mask: Any) -> Any:
-        """Return how many elements of each channel count here: a number, or one per channel."""
-        shape = ops.shape(inputs)
-        if mask is not None:
-            weights = ops.cast(ops.expand_dims(mask, -1), "float64")
-            return ops.sum(ops.broadcast_to(weights, shape), self._reduction_axes)
-        count = ops.convert_to_tensor(1.0, "float64")
-        for axis in self._reduction_axes:
-            count = count * ops.cast(shape[axis], "float64")
-        return count

@@ -128,6 +128,9 @@ class TorchAdapter(Collectives):
         mine = torch.tensor([number], dtype=torch.int32)
         return [int(each) for each in self.allgather(mine, name=name, process_set=None)]
 
+    def reduce_rows(self, tensor: Any, compressor: Any, **options: Any) -> None:
+        """Leave sparse tensors to :func:`hvdx.torch.sparse_allreduce_async`."""
+
     def to_numpy(self, tensor: torch.Tensor) -> Any:
         """Copy to NumPy, which has no bfloat16."""
         tensor = tensor.detach().cpu()

@@ -4,6 +4,9 @@
 each use of a parameter, and takes the calls without parameters that follow: cutting between those
 would gain nothing. The children of an ``nn.Sequential`` are units whatever is inside.
 
+It is recorded twice, since a constant such as dropout's probability may depend on whether the model
+is in training mode: :func:`perform` takes those of the mode that it finds.
+
 What the record cannot tell, one run on a sample can: which calls draw random numbers, and which
 write into tensors of earlier units. The latter join those units, since an autograd graph cannot be
 cut between a tensor and a change of it.
@@ -12,14 +15,19 @@ cut between a tensor and a change of it.
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
 import inspect
+import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from hvdx.errors import PlanError
@@ -100,6 +108,25 @@ class Graph:
                     tensor = operator.attrgetter(str(each.target))(self.model)
                     tensor.data = tensor.data.to(device)
 
+    def buffer(self, name: str) -> torch.Tensor:
+        """Return one of :meth:`written`."""
+        return self.model.get_buffer(name)
+
+    def set_buffer(self, name: str, value: torch.Tensor) -> None:
+        """Put another tensor in its place."""
+        path, _, own = name.rpartition(".")
+        setattr(self.model.get_submodule(path), own, value)
+
+    def results(self) -> list[str]:
+        """Name the values that the last stage needs behind its units."""
+        return result_names(self)
+
+    def perform(
+        self, unit: Unit, values: dict[str, Any], aliases: Mapping[str, Any], train: bool
+    ) -> None:
+        """Compute a unit; see :func:`perform`. Modules know their mode themselves."""
+        perform(self, unit, values, aliases)
+
     def owner(self, name: str) -> int:
         """Return the first unit that uses an entry of the model's ``state_dict()``; 0 if none."""
         held = self.model.state_dict(keep_vars=True)[name]
@@ -155,7 +182,7 @@ class _Tracer(fx.Tracer):
     """Records calls; keeps whole what PyTorch's own tracer does, and what the user names."""
 
     def __init__(self, leaves: Sequence[Any]) -> None:
-        super().__init__()
+        super().__init__(param_shapes_constant=True)
         self._leaves = leaves
         self.at: list[str] = []  # the modules it is in
 
@@ -172,6 +199,68 @@ class _Tracer(fx.Tracer):
         result = super().call_module(module, forward, args, kwargs)
         self.at.pop()  # not on errors: then it tells where
         return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["of"] = self.at[-1] if self.at else ""
+        return node
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Record that buffers are read: what is made of them, a part of a mask, may change."""
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            for name, buffer in self.root.named_buffers():
+                if buffer is attr_val and name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                if buffer is attr_val:
+                    return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Record what a module asserts; what else it decides by values cannot be recorded."""
+        frame = inspect.currentframe()
+        asker = frame and frame.f_back and frame.f_back.f_back  # beyond Proxy.__bool__
+        if asker is None or not _in_assertion(asker):
+            return super().to_bool(obj)
+        where = f"{asker.f_code.co_filename}:{asker.f_lineno}"
+        self.create_proxy("call_function", torch._assert, (obj, f"asserted in {where}"), {})
+        return True
+
+    @contextlib.contextmanager
+    def makers(self) -> Iterator[None]:
+        """Record ``torch.arange(n)`` and the like, too: of an unknown ``n``, but of no tensor."""
+        before = {name: getattr(torch, name) for name in _MAKERS}
+        for name, make in before.items():
+            setattr(torch, name, self._recorded(make))
+        try:
+            yield
+        finally:
+            for name, make in before.items():
+                setattr(torch, name, make)
+
+    def _recorded(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = pytree.tree_leaves((args, kwargs))
+            if any(isinstance(each, fx.Proxy) and each.tracer is self for each in given):
+                return self.create_proxy("call_function", make, args, kwargs)
+            return make(*args, **kwargs)
+
+        return call
+
+
+_MAKERS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
+           "randperm", "tensor", "tril_indices", "triu_indices", "zeros")  # fmt: skip
+
+
+def _in_assertion(frame: types.FrameType) -> bool:
+    """Tell whether the instruction that ``frame`` is at decides if an assertion fails."""
+    code = list(dis.get_instructions(frame.f_code))
+    places = {each.offset: index for index, each in enumerate(code)}
+    here = places.get(frame.f_lasti)
+    if here is None or not code[here].opname.startswith("POP_JUMP"):
+        return False
+    onward = [here + 1, places.get(code[here].argval, here)]
+    return any(code[place].opname == "LOAD_ASSERTION_ERROR" for place in onward)
 
 
 def traced(model: nn.Module, sample: Any, leaves: Sequence[Any] = ()) -> Graph:
@@ -215,43 +304,82 @@ def _recorded(model: nn.Module, sample: Any, leaves: Sequence[Any]) -> fx.Graph:
     parameters = inspect.signature(model.forward).parameters
     absent = {name: each.default for name, each in parameters.items()
               if name not in given and each.default is not each.empty}  # fmt: skip
-    tracer = _Tracer(leaves)
-    try:
-        graph = tracer.trace(model, concrete_args=absent or None)
-    except Exception as error:
-        path = tracer.at[-1] if tracer.at else ""
-        kind = type(model.get_submodule(path)).__name__
-        where, inner = (f"module {path!r} ({kind})", kind) if path else (f"{kind}.forward", "")
-        remedy = f"leaves=[{inner}] keeps it in one piece" if inner else (
-            "move what cannot be traced into a submodule, here Inner: leaves=[Inner] keeps it in "
-            "one piece; or make the model an nn.Sequential of its parts"
-        )  # fmt: skip
-        raise PlanError(
-            f"{where} cannot be traced to find where to cut: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}. In hvd.Pipeline {remedy}"
-        ) from error
+    graph, other = (_record(model, leaves, absent, training) for training in (True, False))
+    _pair(model, graph, other)
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.target not in given:
             _erase(graph, node)  # it was recorded with its default, and checks only that
-        elif node.op == "call_function":
-            _obey_training(node)
     return graph
+
+
+def _record(
+    model: nn.Module, leaves: Sequence[Any], absent: dict[str, Any], training: bool
+) -> fx.Graph:
+    tracer = _Tracer(leaves)
+    try:
+        with mode(model, training), tracer.makers():
+            return tracer.trace(model, concrete_args=absent or None)
+    except Exception as error:
+        path = tracer.at[-1] if tracer.at else ""
+        raise PlanError(
+            f"{_whereabouts(model, path)} cannot be traced to find where to cut: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+            f"In hvd.Pipeline {_remedy(model, path)}"
+        ) from error
+
+
+def _whereabouts(model: nn.Module, path: str) -> str:
+    kind = type(model.get_submodule(path)).__name__
+    return f"module {path!r} ({kind})" if path else f"{kind}.forward"
+
+
+def _remedy(model: nn.Module, path: str) -> str:
+    if path:
+        return f"leaves=[{type(model.get_submodule(path)).__name__}] keeps it in one piece"
+    return (
+        "move what cannot be traced into a submodule, here Inner: leaves=[Inner] keeps it in "
+        "one piece; or make the model an nn.Sequential of its parts"
+    )
+
+
+def _pair(model: nn.Module, graph: fx.Graph, other: fx.Graph) -> None:
+    """Note what constants the calls of ``graph``, recorded in training mode, have in ``other``.
+
+    Raises:
+        PlanError: the two make different calls.
+    """
+    twins: dict[fx.Node, fx.Node] = {}
+    for node, its in itertools.zip_longest(graph.nodes, other.nodes):
+        told = node and its and _told_as(model, node, its, twins)
+        if told is None:
+            path = (node or its).meta["of"]
+            raise PlanError(
+                f"{_whereabouts(model, path)} makes other calls in training mode than in "
+                f"inference mode, first {node and node.name!r} for {its and its.name!r}: a "
+                f"pipeline needs one line of calls. In hvd.Pipeline {_remedy(model, path)}"
+            )
+        twins[its] = node
+        if told != (node.args, node.kwargs):
+            node.meta["inference"] = told
+
+
+def _told_as(
+    model: nn.Module, node: fx.Node, its: fx.Node, twins: Mapping[fx.Node, fx.Node]
+) -> Any:
+    """Return the arguments of ``its``, of nodes as in ``node``; None if more differs than those."""
+    if node.op == its.op == "get_attr" and node.target != its.target:
+        one, two = (operator.attrgetter(str(each.target))(model) for each in (node, its))
+        return (node.args, node.kwargs) if torch.equal(one, two) else None  # made by forward
+    told = fx.node.map_arg((its.args, its.kwargs), twins.__getitem__)
+    own = (node.args, node.kwargs)
+    alike = told == own if node.op == "output" else _nodes(told) == _nodes(own)
+    return told if alike and (node.op, node.target) == (its.op, its.target) else None
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         _erase(graph, user)
     graph.erase_node(node)
-
-
-def _obey_training(node: Any) -> None:
-    """Name the argument ``training`` of functional dropout: what was recorded may change."""
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):
-        return
-    if "training" in bound.arguments:
-        node.args, node.kwargs = (), dict(bound.arguments)
 
 
 def _grouped(model: nn.Module, recorded: fx.Graph) -> Graph:
@@ -438,6 +566,18 @@ def is_smooth(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def batch_norms(graph: Graph, units: Sequence[Unit]) -> dict[str, _BatchNorm]:
+    """Name the BatchNorm modules in ``units``."""
+    called = {str(node.target) for unit in units for node in unit.nodes if node.op == "call_module"}
+    modules = graph.model.named_modules(remove_duplicate=False)
+    return {
+        name: module
+        for name, module in modules
+        if isinstance(module, _BatchNorm)
+        and any(name == each or name.startswith(f"{each}.") for each in called)
+    }
+
+
 def result_names(graph: Graph) -> list[str]:
     """Name the values that the model returns."""
     return [node.name for node in _nodes(graph.result)]
@@ -496,8 +636,7 @@ def perform(graph: Graph, unit: Unit, values: dict[str, Any], aliases: Mapping[s
         return operator.attrgetter(str(node.target))(model) if alias is None else alias
 
     for node in unit.nodes:
-        args = fx.node.map_arg(node.args, load)
-        kwargs = fx.node.map_arg(node.kwargs, load)
+        args, kwargs = fx.node.map_arg(_told(model, node), load)
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             inner = {local: aliases[name] for local, name in node.meta.get("tied", {}).items()
@@ -511,6 +650,11 @@ def perform(graph: Graph, unit: Unit, values: dict[str, Any], aliases: Mapping[s
         elif node.op == "call_method":
             values[node.name] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            if "training" in kwargs:
-                kwargs = {**kwargs, "training": model.training}
             values[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _told(model: nn.Module, node: fx.Node) -> Any:
+    """Return the arguments that the call has in the mode that its module is in."""
+    if "inference" in node.meta and not model.get_submodule(node.meta["of"]).training:
+        return node.meta["inference"]
+    return node.args, node.kwargs

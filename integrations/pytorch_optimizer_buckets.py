@@ -18,6 +18,7 @@ from hvdx.compression import Compressor
 from hvdx.compression.rows import gather_rows, row_codec
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
+from hvdx.integrations.pytorch_optimizer_states import Taken
 from hvdx.ops import ops_for
 from hvdx.reduce_op import ReduceOp
 
@@ -34,33 +35,35 @@ class Bucket:
         index: of the bucket, for names.
         names: of the parameters.
         parameters: in the order of the flat tensor.
+        ranks: that take part.
+
+    Attributes:
+        methods: what reduces each gradient, where each is reduced alone.
+        compressor: what reduces the flat tensor; None if each gradient is reduced alone.
+        turn: for names: which of the ways of reducing it this is.
         scale: what gradients are multiplied by on their way in. The 1/N of a mean costs
             nothing in the same pass, and a pass of its own afterwards.
-        ranks: that take part.
-        full: what the number behind a gradient becomes where every rank has a dense one.
-        compressor: what reduces the flat tensor; None if each gradient is reduced alone.
     """
+
+    methods: Sequence[Compressor]
+    compressor: Compressor | None
+    turn: str
+    scale: float
 
     def __init__(
         self,
         index: int,
         names: Sequence[str],
         parameters: Sequence[torch.Tensor],
-        *,
-        scale: float,
         ranks: int,
-        full: int,
-        compressor: Compressor | None,
     ) -> None:
         self.index = index
         self.names = names
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
-        self.scale = scale
         self._shapes = [(p.numel(), p.shape, _strides(p)) for p in parameters]
         self._dtype, self._device = parameters[0].dtype, parameters[0].device
         self._lay_out()
         self._ranks = ranks
-        self._full = full
         self.waiting = len(parameters)
         self.placed: set[int] = set()  # moved in already
         self.summed: set[int] = set()  # with op=Sum: gradients that are sums over the ranks
@@ -68,7 +71,17 @@ class Bucket:
         self._absent: list[int] = []
         self._sparse: list[int] = []
         self.flight: Flight | None = None
-        self.compressor = compressor
+
+    def adjust(self, taken: Taken, *, scale: float, full: int) -> None:
+        """Travel otherwise from now on, between two rounds.
+
+        Args:
+            taken: what reduces the gradients.
+            scale: see :attr:`scale`.
+            full: what the number behind a gradient becomes where every rank has a dense one.
+        """
+        self.methods, self.compressor, self.turn = taken.methods, taken.shared, taken.turn
+        self.scale, self._full = scale, full
 
     def _lay_out(self) -> None:
         sizes = [size for size, _, _ in self._shapes]
@@ -215,6 +228,8 @@ class SparseBucket:
         ranks: that take part.
         compressor: says how values travel.
     """
+
+    turn = ""  # see :attr:`Bucket.turn`: rows always travel alike
 
     def __init__(
         self,

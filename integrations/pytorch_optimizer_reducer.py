@@ -255,21 +255,24 @@ class Reducer(Wrapper):
         return [[places[each] for each in group if each in places] for group in groups]
 
     def _dense_bucket(self, index: int, slots: list[Slot]) -> Bucket:
-        compressor = self.kept.shared(slot.name for slot in slots)
-        plain = compressor is none
-        mean = self.options.op == ReduceOp.Average
         bucket = Bucket(
-            index,
-            [slot.name for slot in slots],
-            [slot.parameter for slot in slots],
-            scale=1.0 / self.ranks if plain and mean else 1.0,
-            ranks=self.ranks,
-            full=1 if mean and not plain else self.ranks,
-            compressor=compressor,
+            index, [slot.name for slot in slots], [slot.parameter for slot in slots], self.ranks
         )
+        self._adjust(bucket)
         for place, slot in enumerate(slots):
             slot.bucket, slot.index = bucket, place
         return bucket
+
+    def _adjust(self, bucket: Bucket) -> None:
+        """Have a bucket travel as its parameters' compressors do from now on."""
+        taken = self.kept.taken(bucket.names)
+        plain = taken.shared is none
+        mean = self.options.op == ReduceOp.Average
+        bucket.adjust(
+            taken,
+            scale=1.0 / self.ranks if plain and mean else 1.0,
+            full=1 if mean and not plain else self.ranks,
+        )
 
     def _sparse_bucket(self, index: int, slot: Slot) -> SparseBucket:
         scale = 1.0 / self.ranks if self.options.op == ReduceOp.Average else 1.0
@@ -405,7 +408,8 @@ class Reducer(Wrapper):
 
     def _send(self, bucket: AnyBucket) -> None:
         bucket.fill()
-        name = f"{self.name}.{bucket.index}" + (f".again{bucket.rounds}" if bucket.rounds else "")
+        name = f"{self.name}.{bucket.index}" + (f".turn{bucket.turn}" if bucket.turn else "")
+        name += f".again{bucket.rounds}" if bucket.rounds else ""
         bucket.rounds += 1
         work = bucket.reduction() if isinstance(bucket, SparseBucket) else self._reduction(bucket)
         bucket.flight = Flight(self.adapter, work, name, self.options.process_set)
@@ -429,9 +433,9 @@ class Reducer(Wrapper):
         """Compress parameter by parameter, in rounds shared by the whole bucket."""
         scale = self._loss_scale()
         works = []
-        for name, view in zip(bucket.names, bucket.views, strict=True):
+        for name, view, method in zip(bucket.names, bucket.views, bucket.methods, strict=True):
             grad = view if scale == 1.0 else _wide(view) * (1.0 / scale)
-            works.append(self.kept.reduce(name, grad))
+            works.append(self.kept.reduce(name, grad, method))
         results = yield from together([*works, none.reduce(ops, bucket.presence, None)], ops)
         bucket.presence.copy_(results.pop().mean)
         for index, reduced in enumerate(results):
@@ -527,6 +531,10 @@ class Reducer(Wrapper):
         self.kept.steps += 1
         for bucket in self.buckets:
             bucket.rounds = 0
+        if self.active and self.kept.review():
+            for bucket in self.buckets:
+                if isinstance(bucket, Bucket):
+                    self._adjust(bucket)
 
     def _loaded(self, optimizer: Any) -> None:
         """Forget passes of an accumulation that a checkpoint, once loaded, has overtaken."""

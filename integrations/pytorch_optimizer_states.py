@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hvdx.comm import Work
-from hvdx.compression import CompressionError, Compressor, Reduced, Spec
+from hvdx.compression import CompressionError, Compressor, Spec
 from hvdx.compression.portable import (
     PORTABLE,
     Origin,
@@ -21,12 +21,27 @@ from hvdx.compression.portable import (
     warn_of_lost,
 )
 from hvdx.compression.state import Leaf, leaves
+from hvdx.compression.turns import Clock
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import ops_for
 
 _OPS = ops_for(torch.Tensor)
+
+
+class Taken(NamedTuple):
+    """What reduces parameters that travel side by side."""
+
+    methods: list[Compressor]
+    turn: str  # tells it from what does so at other times; empty where that never changes
+
+    @property
+    def shared(self) -> Compressor | None:
+        """What may treat all these gradients as one flat tensor, if anything."""
+        first, *others = self.methods
+        alike = first.elementwise and all(each is first for each in others)
+        return first if alike else None
 
 
 class Kept:
@@ -47,6 +62,9 @@ class Kept:
         self.states: dict[str, Any] = {}
         self._coming: dict[str, Any] = {}  # what they become if the means are finite
         self._chosen: dict[str, Compressor] = {}
+        self._specs: dict[str, Spec] = {}
+        self._clocks: dict[Clock, int] = {}  # steps until the next review of each
+        self._delivered = True  # whether the means of the last states that came were finite
         self._waiting: dict[str, list[Leaf]] = {}  # for their parameters' ranks to meet
         self._origin: Origin | None = None  # of the states and what waits; None at the start
         self._loaded = False
@@ -68,6 +86,7 @@ class Kept:
         """Keep what there is for the next ranks."""
         self._waiting = self._held()
         self.states, self._chosen, self._coming = {}, {}, {}
+        self._specs, self._clocks = {}, {}
         self.compressor = self._asked
 
     def meet(self, specs: Sequence[Spec]) -> None:
@@ -81,6 +100,10 @@ class Kept:
         if first and self._asked.prepare is not None:
             self.compressor = self._asked.prepare(self._adapter, list(specs), self._process_set)
         self._chosen.update({spec.name: self.compressor.of(spec) for spec in specs})
+        self._specs.update({spec.name: spec for spec in specs})
+        for chosen in self._chosen.values():
+            if chosen.clock is not None:
+                self._clocks.setdefault(chosen.clock, chosen.clock.wait)
         fresh = [spec for spec in specs if spec.name not in self.states]
         made = {spec.name: self._chosen[spec.name].init(_OPS, spec) for spec in fresh}
         if first and (self._asked.phases or not self._asked.elementwise):
@@ -136,22 +159,47 @@ class Kept:
 
     # -- in training
 
-    def shared(self, names: Iterable[str]) -> Compressor | None:
-        """Return what may treat all these gradients as one flat tensor, if anything."""
-        chosen = {id(self._chosen[name]): self._chosen[name] for name in names}
-        only = next(iter(chosen.values()))
-        return only if len(chosen) == 1 and only.elementwise else None
+    def taken(self, names: Sequence[str]) -> Taken:
+        """Return what reduces these parameters, side by side, until :meth:`review` says so."""
+        chosen = [self._chosen[name] for name in names]
+        turns: dict[Clock, int] = {}
+        for clock in dict.fromkeys(each.clock for each in chosen if each.clock is not None):
+            own = [self._specs[n] for n, c in zip(names, chosen, strict=True) if c.clock is clock]
+            turns[clock] = clock.turn(own)
+        methods = [each.at(turns[each.clock]) if each.clock else each for each in chosen]
+        return Taken(methods, ".".join(map(str, turns.values())))
 
-    def reduce(self, name: str, grad: torch.Tensor) -> Work[Reduced]:
-        """Start to reduce a parameter's gradient from the state it has."""
-        return self._chosen[name].at(self.steps).reduce(_OPS, grad, self.states[name])
+    def review(self) -> bool:
+        """Count a step, and have clocks think turns over when it is time; a collective call.
+
+        Returns:
+            Whether turns may have changed.
+        """
+        due = []
+        for clock in self._clocks:
+            self._clocks[clock] -= 1
+            if not self._clocks[clock]:
+                self._clocks[clock] = clock.review(self._delivered)
+                due.append(clock)
+        return bool(due)
+
+    def reduce(self, name: str, grad: torch.Tensor, method: Compressor | None = None) -> Work[Any]:
+        """Start to reduce a parameter's gradient from the state it has.
+
+        By ``method``, of :meth:`taken`, where parameters travel side by side.
+        """
+        method = method or self.taken([name]).methods[0]
+        return method.at(self.steps).reduce(_OPS, grad, self.states[name])
 
     def await_settling(self, name: str, state: Any) -> None:
         """Note what the state becomes unless the step is skipped."""
-        self._coming[name] = state
+        if state is not self.states[name]:
+            self._coming[name] = state
 
     def settle(self, delivered: bool) -> None:
         """Take the new states; or not, if what they count as delivered will not be applied."""
+        if self._coming:
+            self._delivered = delivered
         if self._coming and delivered:
             self.states.update(self._coming)
             self._origin = (self._place, self.ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +16,19 @@ from hvdx import world
 from hvdx.agreement import next_name
 from hvdx.compression import none
 from hvdx.errors import PlanError
-from hvdx.integrations.pytorch_graph import Graph, mode, result_names, result_of, traced, unflat
+from hvdx.integrations.pytorch_graph import (
+    Graph,
+    batch_norms,
+    mode,
+    result_names,
+    result_of,
+    traced,
+    unflat,
+)
+from hvdx.integrations.pytorch_precision import Casts, set_aside, uncached
 from hvdx.integrations.pytorch_profile import profiled
 from hvdx.integrations.pytorch_stages import Batch, TorchCodec, TorchStage
+from hvdx.integrations.pytorch_sync_batch_norm import SyncBatchNorm
 from hvdx.pipeline import ir
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
 from hvdx.pipeline.channel import Key
@@ -66,14 +77,21 @@ class Pipeline(BasePipeline):
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
         compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
+        batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
+            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
+        scaler: a ``torch.amp.GradScaler``, for float16: every rank gives an equal one. The
+            pipeline does what is done with it: scale, unscale, skip and update.
         leaves: classes, or paths, of modules to be kept whole.
         seed: of dropout and the like; default ``torch.initial_seed()`` of rank 0.
 
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizers: those of this process, by stage: for learning-rate schedulers.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
+        skipped: whether the last step changed no parameter, since a gradient under ``scaler``
+            was not finite.
 
     Raises:
         PlanError: the model cannot be traced, cut or placed as asked.
@@ -104,6 +122,8 @@ class Pipeline(BasePipeline):
         clip_norm: float | None = None,
         checkpoint: str = "never",
         compression: Any = None,
+        batchnorm: str = "deferred",
+        scaler: Any = None,
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
@@ -115,11 +135,13 @@ class Pipeline(BasePipeline):
             clip_norm=clip_norm,
             checkpoint=checkpoint,
             compression=compression,
+            batchnorm=batchnorm,
         )
         self._loss = loss
-        with self._alike():
-            _check_arguments(model, loss, optimizer)
-            check_options(micro_batches, place, clip_norm, checkpoint)
+        with self._alike(), uncached():
+            _check_arguments(model, loss, optimizer, scaler)
+            self._scaler = _Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
+            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm)
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
             self.plan = self._planned(sample, stages, schedule, micro_batches, by, memory)
@@ -141,6 +163,8 @@ class Pipeline(BasePipeline):
     def step(self, x: Any, y: Any) -> torch.Tensor:
         """Train on a batch; return its loss, the mean weighted by the micro-batches' sizes.
 
+        Under ``torch.autocast`` all stages, and the loss, compute as it says.
+
         Args:
             x: as ``sample`` was; tensors are cut along their first dimension.
             y: what the loss compares with: a tensor, or containers of some, cut likewise.
@@ -148,18 +172,20 @@ class Pipeline(BasePipeline):
         Raises:
             PipelineError: something failed, here or on another rank; raised on every rank.
         """
-        with self._telling("step"):
+        with self._telling("step"), set_aside() as casts:
             if self._loss is None:
                 raise PlanError("step() needs the loss= that the pipeline was made without")
-            (total,) = self._run(x, y, train=True)
-            self._update()
+            scale = self._scaler.scale() if self._scaler else None
+            (total,) = self._run(x, y, True, casts, scale)
+            self._update(scale)
             self._step += 1
+            self.steps += 1
         return total
 
     def __call__(self, x: Any) -> Any:
         """Compute the model's output for a batch, in inference mode, on every rank."""
-        with self._telling("call"), mode(self._graph.model, False):
-            tensors = iter(self._run(x, None, train=False))
+        with self._telling("call"), mode(self._graph.model, False), set_aside() as casts:
+            tensors = iter(self._run(x, None, False, casts))
             names = dict.fromkeys(result_names(self._graph))
             values = {name: unflat(*self._graph.kinds[name], tensors) for name in names}
             self._step += 1
@@ -205,8 +231,10 @@ class Pipeline(BasePipeline):
             self._graph.model.load_state_dict(told["model"])
             for number, optimizer in self.optimizers.items():
                 _restore(optimizer, self._params[number], told.get("optimizer", {}))
+            if self._scaler and "scaler" in told:
+                self._scaler.load(told["scaler"])
             self._load_compression(told.get("compression"))
-            self._step, self._seed = told.get("step", 0), told.get("seed", self._seed)
+            self.steps, self._seed = told.get("step", 0), told.get("seed", self._seed)
             for stage in self._stages.values():
                 stage.seed = self._seed
 
@@ -222,6 +250,7 @@ class Pipeline(BasePipeline):
         devices = [*map(_device, self._devices or [])]
         stages: dict[int, TorchStage] = {}
         at: dict[int, torch.device] = {}  # parameter: where it is needed
+        self._check_buffers()
         for number, first, stop in self._own_stages():
             device = devices[self.plan.place[number]] if devices else home
             for unit in graph.units[first:stop]:
@@ -235,9 +264,34 @@ class Pipeline(BasePipeline):
                 if device != home:
                     graph.move(unit, device)
             stages[number] = TorchStage(
-                graph, first, stop, loss=self._loss, device=device, seed=self._seed, split=split
+                graph,
+                first,
+                stop,
+                loss=self._loss,
+                device=device,
+                seed=self._seed,
+                split=split,
+                deferred=self._batchnorm == "deferred",
             )
         return stages
+
+    def _check_buffers(self) -> None:
+        """Refuse what forward changes in two stages, or together with ranks of other stages."""
+        graph = self._graph
+        owner: dict[str, int] = {}
+        for number, (first, stop) in enumerate(self.plan.edges(self._line)):
+            for name in graph.written(graph.units[first:stop]):
+                if owner.setdefault(name, number) != number:
+                    raise PlanError(
+                        f"buffer {name!r}, which forward changes, is used in stages {owner[name]} "
+                        f"and {number}: cut so that one stage has both uses"
+                    )
+        for name, module in batch_norms(graph, graph.units).items():
+            if self._across and isinstance(module, (nn.SyncBatchNorm, SyncBatchNorm)):
+                raise PlanError(
+                    f"layer {name!r} is a SyncBatchNorm, which waits for all ranks, but those of "
+                    "other stages do not have it: use nn.BatchNorm"
+                )
 
     def _shares(self) -> dict[int, dict[str, nn.Parameter]]:
         """Return by stage of this process the parameters it updates; a tied one's first does."""
@@ -256,38 +310,49 @@ class Pipeline(BasePipeline):
         model = self._graph.model
         entries = {unit.name: str({name: tuple(p.shape) for name, p in unit.params.items()})
                    for unit in self._graph.units}  # fmt: skip
+        entries["the GradScaler"] = f"= {self._scaler.state() if self._scaler else None}"
         self._check_agreed(entries)
         if model.state_dict():
             broadcast_parameters(model)
 
     # --- a step
 
-    def _run(self, x: Any, y: Any, train: bool) -> list[torch.Tensor]:
+    def _run(
+        self, x: Any, y: Any, train: bool, casts: Casts, scale: float | None = None
+    ) -> list[torch.Tensor]:
         """Run the schedule; return the loss, or the tensors of the output, on every rank."""
         inputs = self._graph.bind(x)
         tensors = [t for t in pytree.tree_leaves((inputs, y)) if isinstance(t, torch.Tensor)]
         rows = rows_of([tensor.shape for tensor in tensors])
         sizes = self._sizes(rows, train)
         batch = Batch(
-            self._step,
+            self.steps if train else self._step,
             _pieces(inputs, sizes),
             _pieces(y, sizes),
             [size / rows for size in sizes],
             train,
-            _autocast(),
+            casts,
+            1.0 if scale is None else scale,
         )
-        return self._perform(batch, rows, train)
+        frozen = sum(not p.requires_grad for p in self._graph.model.parameters()) if train else 0
+        under = [f"autocast of {kind} to {dtype}" for kind, dtype in casts.items()]
+        under += [f"{frozen} parameters frozen"] if frozen else []
+        return self._perform(batch, rows, train, "".join(f", {each}" for each in under))
 
-    def _update(self) -> None:
-        """Step the optimizers with the sums of the gradients."""
-        totals = self._totals()
+    def _update(self, scale: float | None) -> None:
+        """Step the optimizers with the sums of the gradients, and commit running statistics."""
+        totals = self._totals(scale)
+        for stage in self._stages.values():
+            stage.commit()
         for number, params in self._params.items():
             for name, p in params.items():
                 p.grad = totals.get(name)
-            if number in self.optimizers:
+            if number in self.optimizers and not self.skipped:
                 self.optimizers[number].step()
             for p in params.values():
                 p.grad = None
+        if self._scaler:
+            self._scaler.update(self.skipped)
 
     def _tensor(self, numbers: Sequence[float]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.float64)
@@ -296,8 +361,10 @@ class Pipeline(BasePipeline):
         norms = [torch.linalg.vector_norm(each).double().cpu() for each in gradients]
         return torch.stack(norms).tolist() if norms else []
 
-    def _joined(self, pieces: Sequence[Sequence[torch.Tensor]], train: bool) -> list[torch.Tensor]:
-        if train:
+    def _joined(
+        self, pieces: Sequence[Sequence[torch.Tensor]], compared: bool
+    ) -> list[torch.Tensor]:
+        if compared:
             return [functools.reduce(torch.add, (loss for (loss,) in pieces))]
         return [
             torch.cat(each) if each[0].dim() else torch.stack(each)
@@ -306,6 +373,15 @@ class Pipeline(BasePipeline):
 
     def _beside(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return tensor.to(like.device)
+
+    def _finite(self, gradients: Sequence[torch.Tensor]) -> bool:
+        if any(each.dtype == torch.float16 for each in gradients):
+            raise ValueError(
+                "a GradScaler is for parameters in float32 under torch.autocast, but some here are "
+                "in float16: their gradients would be lost where they are divided by the scale"
+            )
+        return all(torch.stack([each.isfinite().all().cpu() for each in gradients]).tolist()
+                   if gradients else ())  # fmt: skip
 
     def _arrived(self, gradient: torch.Tensor, unit: int, name: str) -> torch.Tensor:
         return gradient.to(self._graph.units[unit].params[name].device)
@@ -339,10 +415,12 @@ class Pipeline(BasePipeline):
             "hvdx_pipeline": _FORMAT,
             "model": {},
             "optimizer": {},
-            "step": self._step,
+            "step": self.steps,
             "seed": self._seed,
             "plan": self.plan.to_json(),
         }
+        if self._scaler:
+            told["scaler"] = self._scaler.state()
         parts = [own]
         if self._channel is not None:
             tensors: list[torch.Tensor] = []
@@ -382,7 +460,7 @@ class _Slot:
         self.index = index
 
 
-def _check_arguments(model: Any, loss: Any, optimizer: Any) -> None:
+def _check_arguments(model: Any, loss: Any, optimizer: Any, scaler: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     if isinstance(optimizer, torch.optim.Optimizer) or not (
@@ -394,6 +472,8 @@ def _check_arguments(model: Any, loss: Any, optimizer: Any) -> None:
         )
     if loss is not None and not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}; give a function of output and target")
+    if scaler is not None and not hasattr(scaler, "unscale_"):
+        raise TypeError(f"scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler")
 
 
 def _device(told: Any) -> torch.device:
@@ -426,11 +506,35 @@ def _cut(rows: slice, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[rows] if tensor.dim() else tensor
 
 
-def _autocast() -> tuple[str, torch.dtype] | None:
-    for kind in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(kind):
-            return kind, torch.get_autocast_dtype(kind)
-    return None
+class _Scaler:
+    """A ``GradScaler`` that is told, rather than sees, whether gradients overflow.
+
+    For those of other ranks it cannot see. It steps an optimizer of one number, whose gradient is
+    infinite if it shall believe so; it decides all else itself, on every rank alike.
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        self._scaler = scaler
+        self._probe = nn.Parameter(torch.zeros(()))
+        self._optimizer = torch.optim.SGD([self._probe], lr=0.0)
+
+    def scale(self) -> float:
+        """Return what gradients are to be multiplied by."""
+        return float(self._scaler.scale(torch.ones(())))
+
+    def update(self, overflowed: bool) -> None:
+        """Lower the scale, or raise it once it has held for long."""
+        self._probe.grad = torch.tensor(math.inf if overflowed else 0.0)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: numbers."""
+        return dict(self._scaler.state_dict())
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._scaler.load_state_dict(state)
 
 
 def _restore(

@@ -23,16 +23,16 @@ from hvdx.integrations.pytorch_graph import (
     differentiable,
     is_smooth,
     mode,
-    perform,
-    result_names,
     traced,
 )
+from hvdx.integrations.pytorch_precision import uncached
 from hvdx.pipeline import ir
 
 
 def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] = ()) -> ir.Graph:
     """Trace and profile a model: what the planner needs; see :func:`traced`, :func:`profiled`."""
-    return profiled(traced(model, sample, leaves), sample, micro_batches)
+    with uncached():
+        return profiled(traced(model, sample, leaves), sample, micro_batches)
 
 
 def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir.Graph:
@@ -131,7 +131,7 @@ class _Meter:
                 return tensor.detach()
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                perform(self._graph, unit, local, {})
+                self._graph.perform(unit, local, {}, True)
             sizes.append(size)
             self.values.update({name: _detached(local[name]) for name in unit.makes})
         return sizes
@@ -139,7 +139,7 @@ class _Meter:
     def round(self) -> list[_Taken]:
         """Measure the model whole, then each unit."""
         graph = self._graph
-        results = list(dict.fromkeys(result_names(graph)))
+        results = list(dict.fromkeys(graph.results()))
         whole = self._take(graph.units, list(graph.inputs), results)
         return [whole, *(self._take([unit], unit.reads, unit.makes) for unit in graph.units)]
 
@@ -167,7 +167,7 @@ class _Meter:
             each.requires_grad_()
         start = self._now()
         for unit in units:
-            perform(self._graph, unit, local, {})
+            self._graph.perform(unit, local, {}, True)
         seconds = self._now() - start
         made = [each for name in makes for each in _tensors(local[name]) if each.requires_grad]
         return seconds, entered, made

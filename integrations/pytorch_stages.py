@@ -7,6 +7,7 @@ What makes training the same to the last bit however a model is cut, placed and 
 * A value that several later units use gets their gradients from the last to the first, as autograd
   itself goes, wherever a cut lies between them.
 * A unit draws its random numbers from a state of its own: a hash of seed, step, micro-batch, unit.
+* Values are cast by autocast wherever they are used, and not kept: a cut would show in sums.
 * Tensors keep their strides on the way, since matrix products may round differently with others.
 """
 
@@ -17,24 +18,25 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from hvdx.errors import PlanError
+from hvdx.integrations.pytorch_batch_norm import Deferred
 from hvdx.integrations.pytorch_graph import (
     Graph,
     Unit,
+    batch_norms,
     differentiable,
     flat,
     is_smooth,
-    perform,
-    result_names,
     result_of,
     unflat,
 )
+from hvdx.integrations.pytorch_precision import Casts, casting
 from hvdx.pipeline.zmq_channel import MAX_PART, Packed
 
 _LOSS = ("the loss", 0)  # where others have (value, number of its leaf)
@@ -94,7 +96,8 @@ class Batch:
         targets: by micro-batch, what the loss compares with.
         weights: by micro-batch, its share of the batch.
         train: whether there will be a backward.
-        cast: type and dtype of the caller's ``torch.autocast``, for threads that know it not.
+        casts: of the caller's ``torch.autocast``, for threads that know it not.
+        scale: that gradients are multiplied by on their way, a ``GradScaler``'s.
     """
 
     step: int
@@ -102,7 +105,8 @@ class Batch:
     targets: Sequence[Any]
     weights: Sequence[float]
     train: bool
-    cast: tuple[str, torch.dtype] | None = None
+    casts: Casts = field(default_factory=dict)
+    scale: float = 1.0
 
 
 @dataclass
@@ -129,13 +133,14 @@ class TorchStage:
     """Units ``first`` to ``stop - 1`` of a graph; see :class:`hvdx.pipeline.run.Stage`.
 
     Args:
-        graph: of the model.
+        graph: of the model: a :class:`Graph`, or what does as one (Keras' on torch).
         first: unit.
         stop: unit behind the last.
         loss: function of outputs and targets.
         device: to compute on.
         seed: of random units; equal on all ranks.
         split: whether schedules have I and W, so that units need graphs of their own.
+        deferred: whether running statistics of BatchNorm wait for :meth:`commit`.
 
     Attributes:
         unit: name of the unit at work.
@@ -154,6 +159,7 @@ class TorchStage:
         device: torch.device,
         seed: int,
         split: bool,
+        deferred: bool,
     ) -> None:
         self._graph, self._loss, self._device, self.seed = graph, loss, device, seed
         self._first, self._last = first == 0, stop == len(graph.units)
@@ -166,17 +172,20 @@ class TorchStage:
         own = list(enumerate(graph.units))[first:stop]
         parts = [[each] for each in own] if split else [own]
         self._segments = [self._segment(units, units is parts[-1]) for units in parts]
-        self._written = graph.written(graph.units[first:stop])
+        norms = batch_norms(graph, graph.units[first:stop]) if deferred else {}
+        self._norms = Deferred(norms.values())
+        self._written = [name for name in graph.written(graph.units[first:stop])
+                         if name.rpartition(".")[0] not in norms]  # fmt: skip
         self.unit: str | None = None
 
     def _segment(self, units: list[tuple[int, Unit]], last: bool) -> _Segment:
         made = {name for _, unit in units for name in unit.makes}
         read = [name for _, unit in units for name in unit.reads]
         has_loss = last and self._last
-        read += result_names(self._graph) if has_loss else []
+        read += self._graph.results() if has_loss else []
         later = {name for unit in self._graph.units[units[-1][0] + 1 :] for name in unit.reads}
         if not has_loss:
-            later |= set(result_names(self._graph))
+            later |= set(self._graph.results())
         makes = [name for _, unit in units for name in unit.makes if name in later]
         reads = [name for name in dict.fromkeys(read) if name not in made]
         return _Segment(units, reads, makes, has_loss)
@@ -196,7 +205,10 @@ class TorchStage:
         self._own: set[tuple[int, str]] = set()  # whose memory nobody else has
         self.results: dict[int, list[torch.Tensor]] = {}
         self.unit = None
+        self._norms.begin()
         self._differentiable = differentiable(self._graph) if batch.train else set()
+        returns = self._last or not self._differentiable.isdisjoint(self._leaving)
+        self._trains = batch.train and returns
         self._aliases = {
             index: {name: unit.params[name].detach().requires_grad_(
                 batch.train and unit.params[name].requires_grad) for name in unit.tied}
@@ -206,12 +218,11 @@ class TorchStage:
     def forward(self, micro_batch: int, inputs: Sequence[Any] | None) -> list[Any]:
         """See :meth:`Stage.forward`."""
         values = self._entered(micro_batch, inputs)
-        if self._batch.train and micro_batch in self._again:
+        if self._trains and micro_batch in self._again:
             self._skim(values, micro_batch)
-        else:
-            passes = self._compute(values, micro_batch, self._batch.train)
-            if self._batch.train:
-                self._kept[micro_batch] = passes
+        else:  # without a gradient to come, all that is below frozen units keeps nothing
+            passes = self._compute(values, micro_batch, self._trains)
+            self._kept[micro_batch] = passes if self._trains else []
         self.unit = None
         return [leaf.detach() for name in self._leaving for leaf in flat(values[name])[2]]
 
@@ -240,6 +251,10 @@ class TorchStage:
         """Return by micro-batch the weighted loss, or the outputs."""
         return self.results
 
+    def commit(self) -> None:
+        """Move the running statistics of BatchNorm that were put off in this step."""
+        self._norms.commit()
+
     # --- forward
 
     def _entered(self, micro_batch: int, inputs: Sequence[Any] | None) -> dict[str, Any]:
@@ -250,9 +265,12 @@ class TorchStage:
         leaves = (leaf.to(self._device) for leaf in inputs)
         return {name: unflat(*self._graph.kinds[name], leaves) for name in self._entering}
 
-    def _compute(self, values: dict[str, Any], micro_batch: int, grad: bool) -> list[_Pass]:
-        """Compute all segments; what they make goes to ``values``."""
-        with torch.set_grad_enabled(grad), self._casting():
+    def _compute(
+        self, values: dict[str, Any], micro_batch: int, grad: bool, again: bool = False
+    ) -> list[_Pass]:
+        """Compute all segments, for the first time or ``again``; fill ``values``."""
+        cast = casting(self._batch.casts, self._device.type)
+        with torch.set_grad_enabled(grad), cast, self._norms.gathering(not again):
             return [self._advance(segment, values, micro_batch) for segment in self._segments]
 
     def _skim(self, values: dict[str, Any], micro_batch: int) -> None:
@@ -261,7 +279,8 @@ class TorchStage:
         The last stage, whose results nobody waits for, leaves all to its backward.
         """
         given = dict(values)
-        self._inputs[micro_batch] = given, {} if self._last else self._buffers()
+        copies = {} if self._last else {n: b.clone() for n, b in self._buffers().items()}
+        self._inputs[micro_batch] = given, copies
         if self._last:
             return
         before = [x._version for x in _tensors_of(given)]
@@ -277,22 +296,22 @@ class TorchStage:
         if micro_batch not in self._inputs:
             return
         given, before = self._inputs.pop(micro_batch)
-        now = self._buffers() if before else {}
+        now = self._buffers()
         self._set_buffers(before)
         try:
-            self._kept[micro_batch] = self._compute(given, micro_batch, grad=True)
+            again = not self._last
+            self._kept[micro_batch] = self._compute(given, micro_batch, grad=True, again=again)
         finally:
             self._set_buffers(now)
         self.unit = None
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        model = self._graph.model
-        return {name: model.get_buffer(name).clone() for name in self._written}
+        return {name: self._graph.buffer(name) for name in self._written}
 
     def _set_buffers(self, values: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                self._graph.model.get_buffer(name).copy_(value)
+        """Put tensors in their place: autograd may still need what the others hold."""
+        for name, value in values.items():
+            self._graph.set_buffer(name, value)
 
     def _advance(self, segment: _Segment, values: dict[str, Any], micro_batch: int) -> _Pass:
         """Compute a segment; what it makes goes to ``values``."""
@@ -305,7 +324,7 @@ class TorchStage:
             self.unit = unit.name
             aliases = self._aliases[index]
             with self._random(unit, index, micro_batch):
-                perform(self._graph, unit, local, aliases)
+                self._graph.perform(unit, local, aliases, self._batch.train)
             for name, p in unit.params.items():
                 if p.requires_grad:
                     weights[index, name] = aliases.get(name, p)
@@ -333,7 +352,7 @@ class TorchStage:
     def _finish(self, local: dict[str, Any], micro_batch: int, made: dict[Any, Any]) -> None:
         """Compute the loss, or keep the outputs."""
         if not self._batch.train:
-            names = dict.fromkeys(result_names(self._graph))
+            names = dict.fromkeys(self._graph.results())
             self.results[micro_batch] = [x for name in names for x in flat(local[name])[2]]
             return
         outputs = result_of(self._graph, local)
@@ -348,22 +367,18 @@ class TorchStage:
                 f"loss(output, target) returns {told}, no scalar tensor: take the mean over the "
                 "micro-batch"
             )
-        if not loss.requires_grad:
+        weighted = loss.reshape(()) * self._batch.weights[micro_batch]
+        self.results[micro_batch] = [self._counted(weighted, made)]
+
+    def _counted(self, weighted: torch.Tensor, made: dict[Any, Any]) -> torch.Tensor:
+        """Take a micro-batch's share of the loss, where its backward begins; return its value."""
+        if self._batch.train and not weighted.requires_grad:
             raise ValueError(
                 "the loss depends on no parameter that requires a gradient: are all frozen, or is "
                 "something detached?"
             )
-        weighted = loss.reshape(()) * self._batch.weights[micro_batch]
         made[_LOSS] = weighted
-        self.results[micro_batch] = [weighted.detach()]
-
-    @contextlib.contextmanager
-    def _casting(self) -> Iterator[None]:
-        if self._batch.cast is None:
-            yield
-        else:
-            with torch.autocast(self._batch.cast[0], self._batch.cast[1]):
-                yield
+        return weighted.detach()
 
     @contextlib.contextmanager
     def _random(self, unit: Unit, index: int, micro_batch: int) -> Iterator[None]:
@@ -390,7 +405,7 @@ class TorchStage:
     def _returned(self, gradients: Sequence[Any] | None) -> dict[Any, Any]:
         """Name the gradients that came back."""
         if gradients is None:
-            return {_LOSS: torch.ones((), device=self._device)}
+            return {_LOSS: torch.full((), self._batch.scale, device=self._device)}
         return {
             key: gradient.to(self._device)
             for key, gradient in zip(self._keys(self._leaving), gradients, strict=True)

@@ -18,10 +18,14 @@ from tensorflow.python.ops import control_flow_util, resource_variable_ops
 from hvdx import world
 from hvdx.collectives import perform
 from hvdx.comm import Work, drive
+from hvdx.compression import Spec
+from hvdx.compression.codecs import Codec
+from hvdx.compression.rows import gather_rows, row_codec
 from hvdx.errors import MismatchError
 from hvdx.integrations.tensorflow_watch import in_graph
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.objects import pickled, unpickled
+from hvdx.ops import ops_for
 from hvdx.reduce_op import ReduceOp
 from hvdx.watchdog import waiting, watched
 
@@ -141,8 +145,30 @@ class TensorFlowAdapter:
             result = mpi_ops._allreduce(sent, **named, **options)
         return tf.cast(_scaled(result, after), tensor.dtype)
 
+    def reduce_rows(
+        self,
+        tensor: Any,
+        compressor: Any,
+        *,
+        op: int,
+        name: str | None,
+        factor: float,
+        process_set: Any,
+    ) -> Any:
+        """Gather the rows of ``tf.IndexedSlices`` as ``compressor`` writes them."""
+        if not isinstance(tensor, tf.IndexedSlices):
+            return None
+        codec = _codec_of(tensor, compressor, name or "", self.ranks(process_set))
+        return self._allreduce_slices(tensor, ReduceOp(op), name, factor, process_set, codec)
+
     def _allreduce_slices(
-        self, slices: Any, op: ReduceOp, name: str | None, factor: float, process_set: Any
+        self,
+        slices: Any,
+        op: ReduceOp,
+        name: str | None,
+        factor: float,
+        process_set: Any,
+        codec: Codec | None = None,
     ) -> Any:
         """Concatenate all ranks' slices: rows that several ranks have are there several times."""
         if op not in (ReduceOp.Average, ReduceOp.Sum):
@@ -150,10 +176,15 @@ class TensorFlowAdapter:
                 f"tf.IndexedSlices cannot be reduced with op=hvd.{op.name}: use hvd.Average or "
                 "hvd.Sum, or make them dense (sparse_as_dense=True, or tf.convert_to_tensor)"
             )
-        values, indices = (
-            self.allgather(part, name=name and f"{name}.{kind}", process_set=process_set)
-            for part, kind in ((slices.values, "values"), (slices.indices, "indices"))
-        )
+        if codec is not None:
+            rows = gather_rows(ops_for(tf.Tensor), codec, slices.indices, slices.values)
+            answer = functools.partial(perform, self, name=name, process_set=process_set)
+            indices, values, _ = drive(rows, answer)
+        else:
+            values, indices = (
+                self.allgather(part, name=name and f"{name}.{kind}", process_set=process_set)
+                for part, kind in ((slices.values, "values"), (slices.indices, "indices"))
+            )
         if op is ReduceOp.Average:
             values = values / tf.cast(self.size_in_graph(process_set), values.dtype)
         return tf.IndexedSlices(_scaled(values, factor), indices, slices.dense_shape)
@@ -738,6 +769,16 @@ def _splits(splits: Any) -> Any:
         message = f"alltoall(splits={splits}) has {fault}; give the rows for each rank as integers"
         raise tf.errors.InvalidArgumentError(None, None, message)
     return tf.cast(splits, tf.int32)
+
+
+def _codec_of(slices: Any, compressor: Any, name: str, ranks: int) -> Codec | None:
+    """Return what writes rows of ``slices``; None if they travel as they are."""
+    shape, whole = slices.values.shape[1:], slices.dense_shape
+    rows = None if whole is None else tf.get_static_value(whole)
+    if not shape.is_fully_defined() or (rows is None and slices.indices.dtype != tf.int32):
+        return None  # of which it is not known whether 32 bits can number them
+    spec = Spec(name, (0 if rows is None else int(rows[0]), *shape), slices.dtype.name, ranks)
+    return row_codec(compressor.of(spec), spec.shape, spec.dtype)
 
 
 def _reducible(tensor: Any, among: frozenset[Any] = _REDUCIBLE) -> Any:

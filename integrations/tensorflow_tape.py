@@ -281,7 +281,7 @@ def _alone(options: TapeOptions, grad: Any) -> Any:
     return collectives.allreduce(
         grad,
         op=options.op,
-        compression=none if isinstance(grad, tf.IndexedSlices) else options.compressor,
+        compression=options.compressor,
         prescale_factor=1.0 / options.predivide,
         postscale_factor=options.predivide,
         process_set=options.process_set,

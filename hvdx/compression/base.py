@@ -15,6 +15,7 @@ from hvdx.ops import Ops, ops_for
 from hvdx.reduce_op import ReduceOp
 
 FORMAT = 1  # of what travels (docs/wire-format.md); ranks compare it
+BEFORE = -1  # with a clock: the turn of what comes before all others
 _HALF_LIMIT = 60000.0  # float16 ends at 65504, and sums of halves round up on their way there
 
 
@@ -77,6 +78,10 @@ class Compressor(NamedTuple):
     """``prepare(adapter, specs, process_set)`` returns what to use instead. All ranks call it at
     the same moment, with equal ``specs``, before the first reduction: it may measure."""
 
+    clock: Any = None
+    """Says which of ``phases`` gradients are in, in the place of the optimizer's step: see
+    :class:`hvdx.compression.turns.Clock`."""
+
     rows: Callable[[int], Codec] | None = None
     """What writes the rows, of so many numbers each, of sparse gradients; None: they travel raw."""
 
@@ -88,7 +93,7 @@ class Compressor(NamedTuple):
         return self.policy(spec) if self.policy is not None else self
 
     def at(self, step: int) -> Compressor:
-        """Return what reduces gradients in optimizer step ``step``, counted from 0."""
+        """Return what reduces gradients in optimizer step, or turn, ``step``, counted from 0."""
         chosen = self
         for start, phase in self.phases:
             if step >= start:

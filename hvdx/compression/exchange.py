@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from hvdx.buckets import width
+from hvdx.buckets import summed_width
 from hvdx.comm import Allgather, Alltoall, Rank, Ranks, Work
 from hvdx.compression import draws
 from hvdx.compression.base import Compressor, Reduced, Spec, none
@@ -92,8 +92,7 @@ def pays(codec: Codec, size: int, dtype: str, ranks: int) -> bool:
     """
     rows = 1 if ranks == 2 else ranks
     written = rows * codec.row_bytes(_columns(size, rows, codec.block))
-    raw = width("float32" if dtype == "bfloat16" else dtype)  # as which Horovod sums it
-    return written < size * raw
+    return written < size * summed_width(dtype)
 
 
 Write: TypeAlias = Callable[[Any, int, int], Any]

@@ -8,7 +8,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hvdx.comm import Work
-from hvdx.compression.base import CompressionError, Compressor, Reduced, Spec, none, remembered
+from hvdx.compression.base import (
+    BEFORE,
+    CompressionError,
+    Compressor,
+    Reduced,
+    Spec,
+    none,
+    remembered,
+)
 from hvdx.compression.state import Owed
 from hvdx.ops import Ops
 
@@ -92,10 +100,13 @@ def after(steps: int, inner: Compressor, first: Compressor = none) -> Compressor
             f"after({steps}, {inner}, first={first}): what comes first must keep no state"
         )
     name = f"after({steps}, {inner.name})"
-    early = inner._replace(reduce=hold, phases=())
+    early = inner._replace(reduce=hold, phases=(), clock=None)
+    wrap = functools.partial(after, steps, first=first)
+    if inner.clock is not None:
+        phases = ((BEFORE, early), *inner.phases)
+        return inner._replace(name=name, phases=phases, clock=inner.clock.later(steps))
     late = [(steps + start, phase) for start, phase in inner.phases]
     phases = ((0, early), (steps, inner._replace(phases=())), *late)
-    wrap = functools.partial(after, steps, first=first)
     return _chosen_too(inner, inner._replace(name=name, phases=phases), wrap)
 
 

@@ -175,11 +175,15 @@ class Compression:
         methods: Sequence[str | Compressor] | None = None,
         seconds: float = 1.0,
         verbose: bool = True,
+        every: int = 500,
     ) -> Compressor:
         """What is quickest on this network, for each parameter; none where nothing pays.
 
         Measures the network and the methods when the optimizer's ranks first meet, and prints
-        on rank 0 what it found. All ranks use what they have agreed on until training ends.
+        on rank 0 what it found. In training it tries some steps without, and goes on raw where
+        they are no slower; and it measures the network again every so many steps, which takes
+        at most a hundredth of the time. All ranks use what they have agreed on, and what error
+        feedback owes is delivered before a method goes.
 
         Args:
             budget: how much error is allowed. ``"safe"``: fp16, bf16, int8; ``"balanced"``:
@@ -188,8 +192,10 @@ class Compression:
                 of methods that are equally quick the first is taken.
             seconds: what measuring the network may take, roughly.
             verbose: print.
+            every: steps after which to measure again; 0: never.
         """
         from hvdx.compression.auto import BUDGETS, automatic
+        from hvdx.compression.review import Pace
 
         if methods is None:
             if budget not in BUDGETS:
@@ -199,7 +205,8 @@ class Compression:
             methods = BUDGETS[budget]
         if not seconds > 0:
             raise CompressionError(f"Compression.auto(seconds={seconds!r}): must be above 0")
-        return automatic(candidates(methods), seconds, verbose)
+        _check_whole("auto", "every", every)
+        return automatic(candidates(methods), Pace(every, seconds, verbose))
 
     @staticmethod
     def local_sgd(steps: int = 8) -> Local:

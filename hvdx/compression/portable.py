@@ -133,6 +133,29 @@ def carried(ops: Ops, like: Any, given: Mapping[str, Any], lead: bool) -> Work[A
     return restored(like, tensors)
 
 
+def moved(ops: Ops, like: Any, held: Sequence[Leaf], origin: Origin) -> tuple[Any, list[str]]:
+    """Turn one rank's state into one of another form, by what fits; no collective.
+
+    Args:
+        ops: the verbs of the tensors.
+        like: a first state of the other form, from ``init``.
+        held: the leaves of the old state.
+        origin: whose that is. What the owner of a piece owes becomes part of its own residual.
+
+    Returns:
+        The state, and the paths of what is owed and has no place in it.
+    """
+    given = shares(ops, held, *origin)
+    kinds = {leaf.path: leaf.kind for leaf in held}
+    taken = {}
+    for path, first, kind in leaves(like):
+        own = given.get(path)
+        if own is not None and kind == kinds[path] and tuple(own.shape) == tuple(first.shape):
+            taken[path] = own if kind == "same" else ops.scale(own, origin[1])
+    lost = [path for path, kind in kinds.items() if kind == "owed" and path not in taken]
+    return rebuilt(like, iter([taken.get(path, first) for path, first, _ in leaves(like)])), lost
+
+
 def shares(ops: Ops, held: Sequence[Leaf], rank: int, ranks: int) -> dict[str, Any]:
     """Return by path what rank ``rank`` of ``ranks`` has in the sums that :func:`portable` makes.
 

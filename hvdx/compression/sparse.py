@@ -1,10 +1,15 @@
-"""Send a few elements of a gradient: the largest, or some that all ranks know."""
+"""Send a few elements of a gradient: the largest, or some that all ranks know.
+
+Where so many are few no more, since what all ranks have chosen is gathered, and would be no fewer
+bytes than an allreduce of all, the gradient and what is owed travel raw.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple
 
+from hvdx.buckets import summed_width
 from hvdx.comm import Allgather, Allreduce, Ranks, Work
 from hvdx.compression import draws
 from hvdx.compression.base import Compressor, Reduced, Spec
@@ -32,8 +37,11 @@ def top_k(density: float) -> Compressor:
         owed = ops.cast(grad, "float32") + state.residual
         if math.prod(shape) == 0:
             return Reduced(grad, None, state)
-        if (yield Ranks()) == 1:
+        ranks = yield Ranks()
+        if ranks == 1:
             return Reduced(ops.cast(owed, dtype), None, init(ops, Spec("", shape, dtype)))
+        if not gathering_pays(math.prod(shape), density, dtype, ranks):
+            return (yield from _all(ops, owed, dtype, state))
         flat = ops.reshape(owed, (-1,))
         where = ops.largest(flat, chosen(math.prod(shape), density))
         mean, sent = yield from _gather(ops, flat, where)
@@ -77,6 +85,13 @@ def deep_gradient_compression(density: float, momentum: float, warmup_steps: int
             owed = state.owed + pushed
             if math.prod(shape) == 0:
                 return Reduced(grad, grad, state)
+            if not gathering_pays(math.prod(shape), density, dtype, (yield Ranks())):
+                # All is sent: to plain momentum there is nothing to correct, and no late element
+                # whose momentum is old.
+                given = Feedback(state.owed, None)
+                mean, own, kept = yield from _all(ops, owed, dtype, given)
+                push = ops.finite_or(pushed, state.momentum)
+                return Reduced(mean, own, Velocity(push, kept.residual))
             flat = ops.reshape(owed, (-1,))
             where = ops.largest(flat, chosen(math.prod(shape), density))
             mean, sent = yield from _gather(ops, flat, where)
@@ -96,6 +111,23 @@ def deep_gradient_compression(density: float, momentum: float, warmup_steps: int
     phases = [(n * warmup_steps // 4, at(max(d, density))) for n, d in enumerate(quarters)]
     last = at(density)
     return last._replace(phases=(*phases, (warmup_steps, last)))
+
+
+def gathering_pays(size: int, density: float, dtype: str, ranks: int) -> bool:
+    """Tell whether the chosen elements of all ranks are fewer bytes than an allreduce of all.
+
+    A rank sends ranks - 1 times the former, and 2 (ranks - 1) / ranks times the latter.
+    """
+    index = 4 * _chunks(size) if _chunks(size) > 1 else 0
+    return ranks * (4 * chosen(size, density) + index) < 2 * size * summed_width(dtype)
+
+
+def _all(ops: Ops, owed: Any, dtype: str, state: Feedback) -> Work[Reduced]:
+    """Send all that is owed, but for what the gradient's dtype has no room for."""
+    payload = ops.cast(owed, dtype)
+    mean = yield Allreduce(payload)
+    left = owed - ops.cast(payload, "float32")
+    return Reduced(mean, None, state._replace(residual=ops.finite_or(left, state.residual)))
 
 
 def _gather(ops: Ops, flat: Any, where: Any) -> Work[tuple[Any, Any]]:
@@ -135,8 +167,11 @@ def random_k(density: float, seed: int = 0) -> Compressor:
             return Reduced(grad, None, state)
         draw = state.inner.draw
         owed = ops.cast(grad, "float32") + state.residual
-        flat = ops.reshape(owed, (-1,))
         count = chosen(size, density)
+        if 4 * count >= size * summed_width(dtype):
+            following = state._replace(inner=Turn(draws.following(draw)))
+            return (yield from _all(ops, owed, dtype, following))
+        flat = ops.reshape(owed, (-1,))
         where = ops.cast((ops.arange(count) * (size // count) + draw) % size, "int32")
         values = ops.take(flat, where)
         means = yield Allreduce(values)

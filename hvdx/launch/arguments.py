@@ -104,7 +104,8 @@ def _parse_as_horovodrun(arguments: Sequence[str]) -> argparse.Namespace:
         if not exit.code:
             raise
         message = complaint.getvalue().rpartition(" error: ")[2].strip()
-        raise LaunchError(f"{message}. `hvdx run --help` lists the flags.") from None
+        hint = "" if "--" in arguments else " Put `--` before your command if the flag is its own."
+        raise LaunchError(f"{message}. `hvdx run --help` lists the flags.{hint}") from None
     except (ValueError, OSError) as error:  # a value out of range, no such --config-file
         raise LaunchError(str(error)) from None
     except Exception as error:

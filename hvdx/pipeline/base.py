@@ -35,6 +35,8 @@ from hvdx.pipeline.simulator import Times
 from hvdx.pipeline.timeline import write as write_timeline
 from hvdx.pipeline.zmq_channel import Codec, ZmqChannel, own_address
 
+#: Running statistics of batch normalization move once per batch, or with each micro-batch.
+BATCHNORMS = ("deferred", "micro")
 _LAST_STEPS = 8  # that a timeline can show
 _PROFILING_SECONDS = 600.0  # for which the other ranks wait for rank 0
 
@@ -50,14 +52,19 @@ class BasePipeline:
         clip_norm: that gradients are scaled down to; None: not at all.
         checkpoint: which micro-batches are computed again for backward.
         compression: of the gradients that replicas of a stage add up.
+        batchnorm: when running statistics of batch normalization move.
 
     Attributes:
         plan: cuts, places and schedule.
+        steps: batches that the model has been trained on, before a :meth:`load`, too.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
+        skipped: whether the last step changed no parameter, since a scaled gradient was not
+            finite.
     """
 
     plan: Plan
     gradient_norm: float | None = None
+    skipped: bool = False
     _graph: Any  # of the framework; its ``line`` is what the planner sees
     _stages: Mapping[int, Any]
 
@@ -70,17 +77,20 @@ class BasePipeline:
         *,
         clip_norm: float | None,
         checkpoint: str,
+        batchnorm: str,
         compression: Any = None,
     ) -> None:
         self._framework, self._codec = framework, codec
         self._clip_norm, self._checkpoint = clip_norm, checkpoint
+        self._batchnorm = batchnorm
         self._asked, self._compressor = compression, as_compressor(none)
         self._mesh: Sequence[Any] = place if place is not None and is_mesh(place) else ()
         self._devices = None if self._mesh else place
         job = self._devices is None and world.is_initialized(framework)
         self._across = job and world.size() > 1
         self._rank = world.rank() if self._across else 0
-        self._step, self._failed = 0, ""
+        self.steps = 0
+        self._step, self._failed = 0, ""  # calls for inference count as steps here
         self._working = 1  # replicas of this rank's row that have micro-batches in this step
         self._channel: ZmqChannel | None = None
         self._threads: LocalRanks | None = None
@@ -140,13 +150,17 @@ class BasePipeline:
         """Return the 2-norm of each."""
         raise NotImplementedError
 
-    def _joined(self, pieces: Sequence[Sequence[Any]], train: bool) -> list[Any]:
+    def _joined(self, pieces: Sequence[Sequence[Any]], compared: bool) -> list[Any]:
         """Put together what the last stage found, by micro-batch: add losses, append outputs."""
         raise NotImplementedError
 
     def _beside(self, tensor: Any, like: Any) -> Any:
         """Put another rank's tensor on the device where ``like`` is."""
         return tensor
+
+    def _finite(self, gradients: Sequence[Any]) -> bool:
+        """Tell whether all numbers in them are finite."""
+        raise NotImplementedError
 
     def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
         """Put another rank's gradient of a weight on the device where this rank's is."""
@@ -251,6 +265,7 @@ class BasePipeline:
         entries["clip_norm"] = f"= {self._clip_norm}"
         entries["checkpoint"] = f"= {self._checkpoint}"
         entries["compression"] = f"= {self._compressor}"
+        entries["batchnorm"] = f"= {self._batchnorm}"
         check_same(self._core, "pipeline", entries, next_name("pipeline"))
 
     def _connect(self) -> None:
@@ -368,8 +383,14 @@ class BasePipeline:
             )
         return self._orders[most, train]
 
-    def _perform(self, batch: Any, rows: int, train: bool) -> list[Any]:
-        """Run the schedule on ``batch``; return what the last stage found, on every rank."""
+    def _perform(
+        self, batch: Any, rows: int, train: bool, under: str = "", compared: bool | None = None
+    ) -> list[Any]:
+        """Run the schedule on ``batch``; return what the last stage found, on every rank.
+
+        ``under`` says what else must be the same on all ranks, ``compared`` whether there is a
+        loss; None: in training.
+        """
         order = self._order(rows, train)
         again = recomputed(order, self._checkpoint)
         for number, stage in self._stages.items():
@@ -379,14 +400,17 @@ class BasePipeline:
             spans = self._threads.run(order, self._step)
         else:
             verb, count = "step" if train else "call", order.micro_batches
-            self._channel.note = f"{verb} {self._step} with {rows} rows in {count} micro-batches"
+            self._channel.note = (
+                f"{verb} {self._step} with {rows} rows in {count} micro-batches{under}"
+            )
             self._working = min(count, len(self._row.ranks))
             early = self._sum_stage if train and self._sums is not None else None
             spans = [run(order, self._rank, self._stages, self._channel, self._step, early)]
         if train:
             self._measured.append((self._step, order, spans))
         found = self._spread(order)
-        return self._joined([found[k] for k in sorted(found)], train)
+        compared = train if compared is None else compared
+        return self._joined([found[k] for k in sorted(found)], compared)
 
     def _spread(self, order: Schedule) -> dict[int, Sequence[Any]]:
         """Return what the last stage found, by micro-batch, on every rank."""
@@ -412,8 +436,12 @@ class BasePipeline:
         assert self._sums is not None
         self._sums.start(stage, self._stages[stage].gradients, self._step, self._working)
 
-    def _totals(self) -> dict[str, Any]:
-        """Add up the uses of each parameter of this process, in the order of units, and clip."""
+    def _totals(self, scale: float | None = None) -> dict[str, Any]:
+        """Add up the uses of each parameter of this process, in the order of units, and clip.
+
+        Gradients that were multiplied by ``scale`` are divided by it; :attr:`skipped` tells then
+        whether one of them, on any rank, is not finite.
+        """
         found = {key: g for stage in self._stages.values() for key, g in stage.gradients.items()}
         if self._sums is not None:
             for stage in sorted(self._stages.keys() - self._sums.started):
@@ -424,6 +452,10 @@ class BasePipeline:
         totals: dict[str, Any] = {}
         for (_, name), gradient in sorted(found.items(), key=lambda entry: entry[0][0]):
             totals[name] = totals[name] + gradient if name in totals else gradient
+        if scale is not None:
+            totals = {name: gradient * (1.0 / scale) for name, gradient in totals.items()}
+            own = float(self._finite(list(totals.values())))
+            self.skipped = not all(finite for ((finite,),) in self._everyone("O", [[own]]))
         if self._clip_norm is not None:
             self._clip(totals, self._clip_norm)
         return totals
@@ -433,20 +465,25 @@ class BasePipeline:
         names = [name for unit in self._line.units for name in unit.parameters]
         order = {name: number for number, name in enumerate(dict.fromkeys(names))}
         own = [float(order[name]) for name in totals], list(self._norms(list(totals.values())))
-        every = dict(zip(*own, strict=True))
-        if self._channel is not None:
-            key, told = Key("N", self._step, 0, 0), [self._tensor(each) for each in own]
-            others = [row for row in self.plan.rows if self._rank not in row]
-            if self._rank in self._leads:
-                for rank in (rank for row in others for rank in row):
-                    self._channel.send(rank, key, told)
-            for lead, *_ in others:
-                theirs = [each.numpy().tolist() for each in self._channel.receive(lead, key)]
-                every.update(zip(*theirs, strict=True))
+        every: dict[float, float] = {}
+        for told in self._everyone("N", own):
+            every.update(zip(*told, strict=True))
         self.gradient_norm = math.sqrt(sum(every[i] * every[i] for i in sorted(every)))
         scale = limit / (self.gradient_norm + 1e-6)
         if not scale >= 1.0:
             totals.update({name: gradient * scale for name, gradient in totals.items()})
+
+    def _everyone(self, kind: str, own: Sequence[Sequence[float]]) -> list[list[list[float]]]:
+        """Return such lists of numbers of all ranks, this one's first."""
+        found = [[list(each) for each in own]]
+        if self._channel is not None:
+            key, told = Key(kind, self._step, 0, 0), [self._tensor(each) for each in own]
+            others = sorted({rank for row in self.plan.rows for rank in row} - {self._rank})
+            for rank in others:
+                self._channel.send(rank, key, told)
+            for rank in others:
+                found.append([each.numpy().tolist() for each in self._channel.receive(rank, key)])
+        return found
 
     def _exchange(self, channel: ZmqChannel, found: dict[tuple[int, str], Any]) -> None:
         """Give and get the gradients of parameters that several rows have.
@@ -519,7 +556,11 @@ class BasePipeline:
 
 
 def check_options(
-    micro_batches: Any, place: Any, clip_norm: Any = None, checkpoint: Any = "never"
+    micro_batches: Any,
+    place: Any,
+    clip_norm: Any = None,
+    checkpoint: Any = "never",
+    batchnorm: Any = "deferred",
 ) -> None:
     """Refuse options that mean nothing for any framework.
 
@@ -534,6 +575,13 @@ def check_options(
         raise PlanError(f"clip_norm={clip_norm!r}: give a number above 0, or None")
     if checkpoint not in CHECKPOINTS:
         raise PlanError(f"checkpoint={checkpoint!r}: use one of {', '.join(CHECKPOINTS)}")
+    if batchnorm == "sync":
+        raise PlanError(
+            "batchnorm='sync' takes statistics of all replicas of a stage together, but here each "
+            "stage has one: use 'deferred', whose running statistics are those of whole batches"
+        )
+    if batchnorm not in BATCHNORMS:
+        raise PlanError(f"batchnorm={batchnorm!r}: use one of {', '.join(BATCHNORMS)}")
 
 
 def rows_of(shapes: Sequence[Sequence[int]]) -> int:

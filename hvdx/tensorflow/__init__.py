@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from hvdx import collectives, frameworks, world
 from hvdx.collectives import barrier
-from hvdx.compression import as_compressor, none
+from hvdx.compression import as_compressor
 from hvdx.errors import MismatchError, StallError
 from hvdx.frameworks import kind_of
 from hvdx.reduce_op import ReduceOp
@@ -117,7 +117,7 @@ def allreduce(
 ) -> Any:
     """Reduce over the ranks, see :func:`hvdx.allreduce`.
 
-    ``tf.IndexedSlices`` stay sparse and uncompressed: all ranks' rows are gathered.
+    ``tf.IndexedSlices`` stay sparse: all ranks' rows are gathered, their numbers exactly.
     """
     tensor = _tensor(tensor)
     with name_scopes(kept=not ignore_name_scope):
@@ -125,7 +125,7 @@ def allreduce(
             tensor,
             average,
             name,
-            none if isinstance(tensor, tf.IndexedSlices) else compression,
+            compression,
             op,
             prescale_factor,
             postscale_factor,

@@ -7,7 +7,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -71,6 +71,29 @@ def horovod(group: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     yield hvdx
     if not request.session.testsfailed:
         hvdx.barrier()
+
+
+@pytest.fixture
+def links(monkeypatch: pytest.MonkeyPatch, horovod: ModuleType) -> Callable[..., None]:
+    """Have networks of these megabits be measured, one after the other; the last one stays.
+
+    And have ``Compression.auto`` look again however short the steps are.
+    """
+    from hvdx import link
+    from hvdx.compression import review
+
+    def use(*megabits: float) -> None:
+        to_come = list(megabits)
+
+        def measured(*args: object) -> link.Link:
+            now = to_come.pop(0) if len(to_come) > 1 else to_come[0]
+            line = link.Line(1e-4, 8e-6 / now)
+            return link.Link(horovod.size(), dict.fromkeys(link.KINDS, line))
+
+        monkeypatch.setattr(link, "measure", measured)
+        monkeypatch.setattr(review, "_SHARE", 1e9)
+
+    return use
 
 
 @pytest.fixture

@@ -8,25 +8,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("horovod")
 
-from hvdx.comm import answer_in_memory  # noqa: E402
+from hvdx.comm import in_step, through  # noqa: E402
 from hvdx.integrations.pytorch_optimizer_adasum import adasum  # noqa: E402
 
 
-def in_step(works):
-    """Advance all ranks' generators together until they end."""
-    replies, results = [None] * len(works), []
-    while not results:
-        requests = []
-        for work, reply in zip(works, replies, strict=True):
-            try:
-                requests.append(work.send(reply))
-            except StopIteration as done:
-                results.append(done.value)
-        assert not (results and requests), "ranks end at different times"
-        if requests:
-            asked = [request._replace(tensor=request.tensor.numpy()) for request in requests]
-            replies = [torch.from_numpy(np.array(answer)) for answer in answer_in_memory(asked)]
-    return results
+def tensor(array):
+    return torch.from_numpy(np.array(array))
 
 
 def reference(vectors):
@@ -43,7 +30,7 @@ def reference(vectors):
 def combined(flats, sizes, wire=None):
     ranks = len(flats)
     works = [adasum(flat.clone(), sizes, rank, ranks, wire) for rank, flat in enumerate(flats)]
-    return in_step(works)
+    return in_step([through(work, make=tensor) for work in works])
 
 
 @pytest.mark.parametrize("ranks", range(1, 8))

@@ -15,6 +15,8 @@ from hvdx.comm import (
     answer_in_memory,
     drive,
     in_step,
+    operations,
+    through,
     together,
 )
 from hvdx.ops import NumpyOps
@@ -184,3 +186,19 @@ def test_in_step_notices_ranks_that_end_early():
 def test_in_step_notices_groups_of_different_length():
     with pytest.raises(ValueError, match=r"shorter|longer"):
         in_step([ask(Together((Ranks(),))), ask(Together((Ranks(), Ranks())))])
+
+
+def test_through_shows_requests_and_makes_tensors_of_answers():
+    seen = []
+
+    def ask():
+        ranks = yield Ranks()
+        one, two = yield Together((Allreduce(np.ones(2)), Allgather(np.zeros(1))))
+        return ranks, one, two
+
+    results = in_step([through(ask(), seen.append, np.ndarray.tolist) for _ in range(2)])
+    assert results == [(2, [1.0, 1.0], [0.0, 0.0])] * 2
+    kinds = [type(each) for request in seen for each in operations(request)]
+    assert kinds == [Allreduce, Allgather] * 2  # to ask how many there are is no operation
+    unchanged = through(countdown(2))
+    assert drive(unchanged, lambda request: request.tensor + 1) == [1.0, 2.0]

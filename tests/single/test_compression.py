@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from hvdx.comm import Allreduce, Work, in_step
+from hvdx.comm import Allreduce, in_step, through
 from hvdx.compression import (
     Compression,
     CompressionError,
@@ -43,24 +43,14 @@ def ops(request: pytest.FixtureRequest) -> Framework:
     return Framework(TensorFlowOps(), module.constant)
 
 
-def native(ops: Framework, work: Work[Reduced]) -> Work[Reduced]:
-    """Turn answers, which come as arrays, into the framework's tensors."""
-    reply = None
-    while True:
-        try:
-            request = work.send(reply)
-        except StopIteration as done:
-            return done.value
-        reply = yield request
-        reply = ops.tensor(reply) if isinstance(reply, np.ndarray) else reply
-
-
 def reduce(ops: Framework, compressor: Compressor, grads: list[Any]) -> list[Reduced]:
     """Reduce one gradient per rank; every rank's result, as arrays."""
     grads = [np.asarray(grad) for grad in grads]
     spec = Spec("weight", grads[0].shape, str(grads[0].dtype))
     state = compressor.init(ops.ops, spec)
-    works = [native(ops, compressor.reduce(ops.ops, ops.tensor(g), state)) for g in grads]
+    works = [
+        through(compressor.reduce(ops.ops, ops.tensor(g), state), make=ops.tensor) for g in grads
+    ]
     results = in_step(works)
     return [r._replace(mean=np.asarray(r.mean), own=np.asarray(r.own)) for r in results]
 
@@ -94,19 +84,12 @@ def test_fp16_is_the_mean_but_for_rounding(ops, dtype, ranks):
 def test_fp16_sends_halves(ops):
     sent = []
 
-    def watched(work):
-        reply = None
-        while True:
-            try:
-                request = work.send(reply)
-            except StopIteration as done:
-                return done.value
-            if isinstance(request, Allreduce):
-                sent.append((np.asarray(request.tensor).dtype, request.op))
-            reply = yield request
+    def see(request):
+        if isinstance(request, Allreduce):
+            sent.append((np.asarray(request.tensor).dtype, request.op))
 
     works = [Compression.fp16.reduce(ops.ops, ops.tensor(g), None) for g in gradients(2)]
-    in_step([native(ops, watched(work)) for work in works])
+    in_step([through(work, see, ops.tensor) for work in works])
     assert sent == [(np.dtype("float16"), ReduceOp.Sum)] * 2
 
 

@@ -6,17 +6,20 @@ import contextlib
 import functools
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hvdx import link
-from hvdx.comm import in_step
+from hvdx.comm import in_step, operations, sent_share, through
 from hvdx.compression import Compression, CompressionError, Compressor, Spec, none
-from hvdx.compression.auto import BUDGETS, Form, Model, choose, describe, survey
+from hvdx.compression.auto import BUDGETS, Found, describe, survey
 from hvdx.compression.methods import candidates
-from hvdx.link import Footprint, Line, Link, Message, fit, sent_share, watch
+from hvdx.compression.plans import Form, Model, choose
+from hvdx.compression.review import Pace, Review
+from hvdx.link import Footprint, Line, Link, Message, fit, watch
 from hvdx.ops import NumpyOps
 
 OPS = NumpyOps()
@@ -191,20 +194,13 @@ def test_what_is_watched_is_what_is_sent(name, ranks):
     made = watch(Alone(ranks), compressor, about)
     sent: list[tuple[str, int]] = []
 
-    def noted(work: Any) -> Any:
-        reply = None
-        while True:
-            try:
-                request = work.send(reply)
-            except StopIteration as done:
-                return done.value
-            if hasattr(request, "tensor"):
-                sent.append((type(request).__name__.lower(), request.tensor.nbytes))
-            reply = yield request
+    def note(request: Any) -> None:
+        for each in operations(request):
+            sent.append((type(each).__name__.lower(), each.tensor.nbytes))
 
     grad = np.random.default_rng(1).standard_normal((96, 128)).astype(np.float32)
     works = [compressor.reduce(OPS, grad, compressor.init(OPS, about)) for _ in range(ranks)]
-    in_step([noted(works[0]), *works[1:]])
+    in_step([through(works[0], note), *works[1:]])
     assert [(each.kind.partition(" ")[0], each.payload) for each in made.messages] == sent
     assert made.seconds > 0
 
@@ -226,16 +222,20 @@ def test_the_plan_in_words():
     specs = [spec(LARGE, "weight"), spec(VECTOR, "bias")]
     methods = candidates(BUDGETS["balanced"])
     made = Model(network(10), specs, footprints(specs, methods, 3e-9), methods, 2**24)
-    plans = made.plans()
-    told = describe(network(10), made, plans, choose(plans), specs, {"none": 2.0}, 1.5)
+    told = describe(found(network(10), made, specs, {True: 2.0, False: 0.1}))
     assert "measured for 1.5 s: allreduce takes 1 ms and 1.25 MB/s on 2 ranks" in told
     assert "exchanging 2.1 MB of gradients" in told
-    assert "(2000.0 ms when tried)" in told
-    assert "powersgd serves 1 of 2 parameters; the rest travel raw" in told
+    assert "(2000.0 ms when tried)" in told and "100.0 ms when tried" in told
+    assert re.search(r"powersgd: predicted [\d.]+ ms; serves 1 of 2 parameters", told)
     assert all(line.startswith("hvdx: ") for line in told.splitlines())
-    quick = Model(network(1e6), specs, footprints(specs, methods, 3e-9), methods, 2**24)
-    told = describe(network(1e6), quick, quick.plans(), quick.plans()[0], specs, {}, 1.5)
+    quick = made.on(network(1e6))
+    told = describe(found(network(1e6), quick, specs, {}))
     assert "no method saves 20% of that" in told
+
+
+def found(link: Link, model: Model, specs: list[Spec], tried: dict[bool, float]) -> Found:
+    clock = Review(Alone(), None, "auto", model, model.alternatives(), Pace(0, 1.0, False))
+    return Found(link, model, clock, specs, tried, 1.5)
 
 
 def test_one_rank_sends_nothing():
@@ -254,6 +254,7 @@ def test_one_rank_sends_nothing():
         ({"methods": ["fp16", "dgc"]}, "cannot choose Compression.dgc"),
         ({"methods": ["auto"]}, "unknown compression='auto'"),
         ({"seconds": 0}, "seconds=0"),
+        ({"every": -1}, "every=-1"),
     ],
 )
 def test_bad_input(options, message):
@@ -265,6 +266,11 @@ def test_methods_by_name_or_as_they_are():
     own = Compression.powersgd(rank=2)
     assert list(candidates(["fp16", own, "none"])) == ["fp16", own.name]
     assert candidates(["int8"])["int8"].name == Compression.int8().name
+
+
+def test_ranks_that_would_look_at_other_times_have_other_names():
+    names = {Compression.auto(every=every).name for every in (0, 500, 501)}
+    assert names >= {Compression.auto().name} and len(names) == 3
 
 
 def test_it_cannot_be_used_before_ranks_have_met():

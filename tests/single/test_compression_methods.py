@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdx.comm import Allgather, Allreduce, Alltoall, Rank, Ranks, Work, drive, in_step
+from hvdx import link
+from hvdx.comm import Allgather, Rank, Ranks, drive, in_step, through
 from hvdx.compression import (
     Compression,
     CompressionError,
@@ -59,7 +60,7 @@ class Job:
 
     def step(self, grads: list[Any]) -> Any:
         works = [
-            self._watched(self.compressor.reduce(OPS, grad, state))
+            through(self.compressor.reduce(OPS, grad, state), see=self._count)
             for grad, state in zip(grads, self.states, strict=True)
         ]
         results = in_step(works)
@@ -69,24 +70,10 @@ class Job:
             assert result.mean.dtype == grads[0].dtype and result.mean.shape == grads[0].shape
         return results[0].mean
 
-    def _watched(self, work: Work[Any]) -> Work[Any]:
-        reply = None
-        while True:
-            try:
-                request = work.send(reply)
-            except StopIteration as done:
-                return done.value
-            self._count(request)
-            reply = yield request
-
     def _count(self, request: Any) -> None:
-        """Add up what a rank sends on average: by ring, that is, a gathered piece goes round."""
-        others = len(self.states) - 1
-        share = {Allreduce: 2 * others / (others + 1), Alltoall: others / (others + 1)}
-        share[Allgather] = others
-        if type(request) in share:
-            size = np.asarray(request.tensor).nbytes
-            self.sent += size * share[type(request)] / len(self.states)
+        """Add up what a rank sends on average."""
+        ranks = len(self.states)
+        self.sent += link.sent(OPS, request, ranks) / ranks
 
     def owed(self) -> Any:
         """Return what error feedback still has to deliver to the mean."""
@@ -176,7 +163,7 @@ def test_frameworks_agree_to_the_last_bit(name, ranks):
         states = [compressor.init(ops, spec) for _ in range(ranks)]
         for grads in gradients(ranks, 3):
             works = [
-                _native(tensor, compressor.reduce(ops, tensor(grad), state))
+                through(compressor.reduce(ops, tensor(grad), state), make=tensor)
                 for grad, state in zip(grads, states, strict=True)
             ]
             results = in_step(works)
@@ -202,7 +189,7 @@ def test_frameworks_agree_on_powersgd(name):
         states = [compressor.init(ops, spec) for _ in range(2)]
         for grads in gradients(2, 4):
             works = [
-                _native(tensor, compressor.reduce(ops, tensor(g), s))
+                through(compressor.reduce(ops, tensor(g), s), make=tensor)
                 for g, s in zip(grads, states, strict=True)
             ]
             results = in_step(works)
@@ -240,17 +227,6 @@ def test_in_a_graph(name):
         for one, other in zip(leaves(state), leaves(expected), strict=True):
             np.testing.assert_allclose(one.tensor, other.tensor, rtol=atol, atol=atol)
     assert traced.experimental_get_tracing_count() == 1
-
-
-def _native(tensor: Any, work: Work[Any]) -> Work[Any]:
-    reply = None
-    while True:
-        try:
-            request = work.send(reply)
-        except StopIteration as done:
-            return done.value
-        reply = yield request
-        reply = tensor(reply) if isinstance(reply, np.ndarray) else reply
 
 
 @every
@@ -441,6 +417,59 @@ def test_deep_gradient_compression_sends_what_momentum_would_apply():
     grad[3, 4] = 0.0
     assert float(job.step([grad, grad])[5, 6]) == 4.25 + 1.875
     assert [float(state.momentum[5, 6]) for state in job.states] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("ranks", "most"), [(2, 1.0), (4, 0.5), (8, 0.25)])
+def test_no_more_bytes_than_raw_however_many_ranks(ranks, most, dtype):
+    """What all have chosen is gathered: from some density on an allreduce of all is cheaper."""
+    shape, width = (64, 64), np.dtype(dtype).itemsize
+    raw = 2 * (ranks - 1) / ranks * 64 * 64 * width
+    most *= width / 4
+    for density in (0.9 * most, most):
+        job = Job(Compression.topk(density, min_elements=0), ranks, shape)
+        applied, true = 0.0, 0.0
+        for grads in gradients(ranks, 3, shape).astype(dtype):
+            job.sent = 0.0
+            applied = applied + job.step(list(grads)).astype("f8")
+            true = true + grads.astype("f8").mean(0)
+            assert job.sent <= raw and (job.sent == raw) == (density == most)
+        atol = 2e-2 if dtype == "float16" else 1e-4
+        np.testing.assert_allclose(applied + job.owed(), true, atol=atol)
+        assert job.owed().any() == (density < most)
+
+
+def test_what_was_owed_is_delivered_where_all_is_sent():
+    """As when ranks have come since."""
+    few, many = (Job(Compression.topk(0.3, min_elements=0), ranks) for ranks in (2, 8))
+    few.step(list(gradients(2, 1)[0]))
+    many.states = [few.states[rank % 2] for rank in range(8)]
+    owed, grads = many.owed(), gradients(8, 1, seed=1)[0]
+    assert owed.any()
+    np.testing.assert_allclose(many.step(list(grads)), grads.mean(0) + owed, atol=1e-6)
+    assert not many.owed().any()
+
+
+def test_random_choice_of_all_is_raw():
+    job = Job(Compression.randomk(1.0, min_elements=0), 3)
+    draws = [int(job.states[0].inner.draw)]
+    for grads in gradients(3, 2):
+        np.testing.assert_array_equal(job.step(list(grads)), sum(grads) / np.float32(3))
+        draws.append(int(job.states[0].inner.draw))
+    assert len(set(draws)) == 3
+
+
+def test_deep_gradient_compression_of_all_is_momentum():
+    """Also in a warm-up among many ranks: an element that is always sent has no old direction."""
+    job, velocity = Job(Compression.dgc(0.3, 0.5, min_elements=0), 8), 0.0
+    for grads in gradients(8, 3):
+        velocity = 0.5 * velocity + grads.mean(0)
+        np.testing.assert_allclose(job.step(list(grads)), velocity, atol=1e-5)
+    assert not any(state.owed.any() for state in job.states)
+    grads[3, 0, 0] = np.nan
+    before = job.states[3].momentum.copy()
+    assert np.isnan(job.step(list(grads))[0, 0])
+    assert job.states[3].momentum[0, 0] == before[0, 0] and np.isfinite(job.states[3].owed).all()
 
 
 def test_density_warms_up():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdx.comm import Allreduce, in_step
+from hvdx.comm import Allreduce, in_step, through
 from hvdx.compression import Compression
 from hvdx.compression.rows import gather_rows, row_codec
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
@@ -33,20 +33,14 @@ def gathered(ops: Any, tensor: Any, codec: Any, ranks: Any) -> list[Any]:
     """Gather, and count the bytes that each rank sends for its rows."""
     sent = []
 
-    def native(work: Any) -> Any:
-        reply = None
-        while True:
-            try:
-                request = work.send(reply)
-            except StopIteration as done:
-                return done.value
-            sent.append(np.asarray(request.requests[0].tensor).nbytes)
-            reply = [tensor(part) for part in (yield request)]
+    def count(request: Any) -> None:
+        sent.append(np.asarray(request.requests[0].tensor).nbytes)
 
     works = []
     for where, values in ranks:
         presence = Allreduce(tensor(np.array([1], np.int32)), "presence", ReduceOp.Sum)
-        works.append(native(gather_rows(ops, codec, tensor(where), tensor(values), presence)))
+        work = gather_rows(ops, codec, tensor(where), tensor(values), presence)
+        works.append(through(work, count, tensor))
     results = in_step(works)
     return [results, sent]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdx.comm import in_step, together
+from hvdx.comm import in_step, through, together
 from hvdx.compression import Compression, CompressionError, Compressor, Spec, after
-from hvdx.compression.portable import carried, portable, restored, shares
+from hvdx.compression.portable import carried, moved, portable, restored, shares
 from hvdx.compression.state import leaves
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 
@@ -219,19 +219,9 @@ def test_in_every_framework(make):
     for own in job.states:
         like = METHODS["onebit"].init(ops, spec)
         state = restored(like, {leaf.path: tensor(leaf.tensor) for leaf in leaves(own["weight"])})
-        works.append(_native(tensor, portable(ops, state)))
+        works.append(through(portable(ops, state), make=tensor))
     result = np.asarray(in_step(works)[0]["residual"])
     np.testing.assert_array_equal(result, job.saved()[0]["weight"]["residual"])
-
-
-def _native(tensor: Any, work: Any) -> Any:
-    reply = None
-    while True:
-        try:
-            reply = yield work.send(reply)
-            reply = tensor(reply) if isinstance(reply, np.ndarray) else reply
-        except StopIteration as done:
-            return done.value
 
 
 @pytest.mark.parametrize(
@@ -251,3 +241,19 @@ def test_a_state_of_another_form_is_refused(method, tensors, told):
         restored(like, {path: np.zeros(shape, "f4") for path, shape in tensors.items()})
     for part in told.split(" .* "):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_state_of_another_form_takes_what_is_owed(ranks):
+    """Without a word between ranks: owners of pieces owe them themselves then."""
+    job = Job(Compression.onebit(), ranks)
+    job.run(3)
+    spec, ops = Spec("weight", SHAPES["weight"], "float32", ranks), NumpyOps()
+    like = Compression.topk(0.01, min_elements=0).init(ops, spec)
+    told = [moved(ops, like, leaves(own["weight"]), (r, ranks)) for r, own in enumerate(job.states)]
+    assert [lost for _, lost in told] == [[]] * ranks
+    owed = np.mean([state.residual for state, _ in told], 0)
+    np.testing.assert_allclose(owed, job.owed()["weight"][0], atol=1e-6)
+    assert np.abs(owed).max() > 0.1
+    nowhere = Compression.powersgd(4).init(ops, spec)._replace(residual=np.zeros((2, 3), "f4"))
+    assert moved(ops, nowhere, leaves(job.states[0]["weight"]), (0, ranks))[1] == ["residual"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("horovod")
 
+from hvdx.cli import main
 from hvdx.errors import LaunchError
 from hvdx.launch.arguments import KEEP, parse
 
@@ -29,6 +31,17 @@ def test_the_command_keeps_its_own_flags(dashes):
     assert asked.command == command
     assert asked.horovod.num_proc == 2
     assert not asked.keep_rendezvous
+
+
+def test_a_flag_of_the_command_may_begin_as_horovods_do(monkeypatch):
+    """--log might be --log-level: told of before Horovod's parser sees where the command begins."""
+    command = ["python", "train.py", "--log", "x"]
+    asked = []
+    monkeypatch.setattr("hvdx.launch.run_command", lambda line: asked.append(parse(line)) or 0)
+    assert CliRunner().invoke(main, ["run", "-np", "2", "--", *command]).exit_code == 0
+    assert asked[0].command == command
+    with pytest.raises(LaunchError, match=r"--log could match .* Put `--` before your command"):
+        parse(["-np", "2", *command])
 
 
 @pytest.mark.parametrize(

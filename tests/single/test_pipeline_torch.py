@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -320,17 +321,211 @@ def test_frozen_layers():
     assert_near(one, train_plain(model, batches(3))[0])
 
 
+def test_layers_frozen_and_freed_while_training():
+    """As the plain model, whose optimizer leaves out what has no gradient."""
+    model, data = made(sequential), batches(6)
+
+    def switch(model, step):
+        for parameter in model[0].parameters() if step in (1, 3) else ():
+            parameter.requires_grad_(step == 3)
+        for parameter in model[2].parameters() if step in (2, 5) else ():
+            parameter.requires_grad_(step == 5)
+
+    def learnt(**options):
+        own = copy.deepcopy(model)
+        pipe = hvd.Pipeline(own, data[0][0], F.mse_loss, adam, micro_batches=4, **options)
+        for step, (x, y) in enumerate(data):
+            switch(own, step)
+            before = own[0].weight.clone()
+            pipe.step(x, y)
+            assert torch.equal(before, own[0].weight) == (step in (1, 2))
+        pipe.close()
+        return weights(own)
+
+    one = learnt()
+    for stages, schedule, checkpoint in (
+        (2, "zb1p", "always"),
+        (4, "1f1b", "never"),
+        (3, "gpipe", "always"),
+    ):
+        assert_same(one, learnt(stages=stages, schedule=schedule, checkpoint=checkpoint))
+    plain, optimizer = copy.deepcopy(model), None
+    optimizer = adam(plain.parameters())
+    for step, (x, y) in enumerate(data):
+        switch(plain, step)
+        optimizer.zero_grad()
+        F.mse_loss(plain(x), y).backward()
+        optimizer.step()
+    assert_near(one, weights(plain))
+
+
+def test_below_frozen_layers_nothing_is_kept_or_computed_again():
+    model, (x, y) = made(sequential), batches(1)[0]
+    model[0].requires_grad_(False)
+    pipe = hvd.Pipeline(
+        model, x, F.mse_loss, adam, stages=["2"], checkpoint="always", schedule="gpipe"
+    )
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    pipe.step(x, y)
+    pipe.close()
+    assert calls == [False] * 8
+
+
 def test_tied_weights_are_stepped_once_and_saved_under_both_names():
     out = train(made(Residual), batches(2), stages=4)[0]
     assert torch.equal(out["enter.weight"], out["leave.weight"])
 
 
-def test_batch_norm_sees_micro_batches_in_order():
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_those_of_whole_batches(momentum):
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6))
-    one = train(model, batches(3))[0]
-    assert one["1.num_batches_tracked"] == 12
-    assert_same(one, train(model, batches(3), stages=3, schedule="gpipe")[0])
+    norms = nn.BatchNorm1d(6, momentum=momentum), nn.BatchNorm1d(6)
+    model = nn.Sequential(norms[0], nn.Linear(6, 6), norms[1], nn.Linear(6, 6))
+    data = batches(rows=[12, 11, 9])
+    data = [(x + 100, y) for x, y in data]
+    one, plain = train(model, data)[0], train_plain(model, data)[0]
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(one[f"0.{name}"], plain[f"0.{name}"])
+    for stages, schedule, checkpoint in ((2, "zb1p", "always"), (4, "gpipe", "except_last")):
+        options = {"stages": stages, "schedule": schedule, "checkpoint": checkpoint}
+        assert_same(one, train(model, data, **options)[0])
+        micro = train(model, data, batchnorm="micro", **options)[0]
+        assert micro["0.num_batches_tracked"] == 12
+        assert_same(micro, train(model, data, batchnorm="micro")[0])
+    assert_near(train(model, data, micro_batches=1)[0], plain)
+    norms[0].eval().requires_grad_(False)  # pipelines leave it so
+    after = train(model, data)[0]
+    assert_same(weights(norms[0]), {n[2:]: w for n, w in after.items() if n.startswith("0.")})
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.last(self.norm(x) + self.norm(3 * x))
+
+
+def test_a_norm_that_is_called_twice_moves_twice():
+    model, data = made(Twice), batches(3)
+    one, plain = train(model, data, stages=2)[0], train_plain(model, data)[0]
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(one[f"norm.{name}"], plain[f"norm.{name}"])
+    with pytest.raises(PlanError, match=r"'norm.running_mean', which .* in stages 0 and 1: cut so"):
+        train(model, data, stages=["norm#2"])
+
+
+class Heads(nn.Module):
+    """A value in float32, from the norm, that three products read, and a weight used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.leave = nn.Linear(8, 6)
+
+    def forward(self, x):
+        h = self.norm(self.enter(x))
+        return self.leave(self.k(self.q(h) * self.k(h)) + self.v(h))
+
+
+class Fragile(nn.Module):
+    """Its own gradient is not a number where a batch has one above 100; no other's is."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + 0.0 * torch.sqrt(self.p + (x.abs().max() < 100).float())
+
+
+def fragile():
+    return nn.Sequential(Fragile(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+
+def fragile_batches():
+    data = batches(6)
+    data[2][0][0, 0] = 101.0
+    return data
+
+
+def scaler(**options):
+    return torch.amp.GradScaler("cpu", **{"init_scale": 1024.0, "growth_interval": 2, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_depends_on_no_cut_and_no_thread(dtype):
+    model, data = made(Heads), batches(3)
+    cast = functools.partial(torch.autocast, "cpu", dtype)
+
+    def learnt(**options):
+        options["scaler"] = scaler(init_scale=2.0**20) if dtype == torch.float16 else None
+        with cast():
+            return train(model, data, **options)[0]
+
+    one = learnt()
+    for stages, schedule, checkpoint in (
+        (2, "1f1b", "always"),
+        (4, "zb1p", "never"),
+        (7, "gpipe", "always"),
+    ):
+        assert_same(one, learnt(stages=stages, schedule=schedule, checkpoint=checkpoint))
+    plain, optimizer, scales = (
+        copy.deepcopy(model),
+        None,
+        scaler(init_scale=2.0**20, enabled=dtype == torch.float16),
+    )
+    optimizer = adam(plain.parameters())
+    for x, y in data:
+        optimizer.zero_grad()
+        with cast():
+            loss = F.mse_loss(plain(x), y)
+        scales.scale(loss).backward()
+        scales.step(optimizer)
+        scales.update()
+    assert_near(one, weights(plain), 5e-2, 5e-3)
+    assert not torch.equal(one["q.weight"], train(model, data)[0]["q.weight"])
+
+
+def test_steps_with_gradients_that_are_not_finite_are_skipped_by_all_stages(tmp_path):
+    data, plain = fragile_batches(), made(fragile)
+    optimizer, own, scales = adam(plain.parameters()), scaler(), []
+    for x, y in data:
+        optimizer.zero_grad()
+        own.scale(F.mse_loss(plain(x), y)).backward()
+        own.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        own.step(optimizer)
+        own.update()
+        scales.append(own.get_scale())
+    for stages in (1, 3):
+        model, own = made(fragile), scaler()
+        pipe = hvd.Pipeline(model, data[0][0], F.mse_loss, adam, stages=stages, scaler=own,
+                            clip_norm=0.1, micro_batches=4)  # fmt: skip
+        found = []
+        for x, y in data:
+            before = weights(model)
+            pipe.step(x, y)
+            found.append(own.get_scale())
+            assert pipe.skipped == all(torch.equal(before[n], w) for n, w in weights(model).items())
+        pipe.save(tmp_path / "state")
+        pipe.close()
+        assert found == scales == [1024.0, 2048.0, 1024.0, 1024.0, 2048.0, 2048.0]
+        assert_near(weights(model), weights(plain))
+    own = scaler()
+    pipe = hvd.Pipeline(made(fragile), data[0][0], F.mse_loss, adam, stages=2, scaler=own)
+    pipe.load(tmp_path / "state")
+    pipe.step(*data[0])
+    assert own.get_scale() == 4096.0  # the second step in a row
+    pipe.close()
+    half, (x, y) = made(sequential).half(), (each.half() for each in data[0])
+    pipe = hvd.Pipeline(half, x, F.mse_loss, adam, stages=2, scaler=scaler())
+    with pytest.raises(ValueError, match=r"under torch.autocast, but some here are in float16"):
+        pipe.step(x, y)
+    pipe.close()
 
 
 def test_checkpoints_move_between_any_numbers_of_stages(tmp_path):
@@ -430,10 +625,13 @@ def wrong(**options):
         ({"schedule": "fast"}, PlanError, "schedule='fast': use one of"),
         ({"micro_batches": 0}, PlanError, "micro_batches=0"),
         ({"checkpoint": "some"}, PlanError, "checkpoint='some': use one of never, exc"),
+        ({"batchnorm": "sync"}, PlanError, "'sync' takes statistics of all replicas .* 'deferred'"),
+        ({"batchnorm": "none"}, PlanError, "batchnorm='none': use one of deferred, micro"),
         ({"clip_norm": -1}, PlanError, "clip_norm=-1: give a number above 0"),
         ({"place": ["cpu", "cuda:99"]}, PlanError, "place has 'cuda:99', which cannot be used"),
         ({"place": "cpu"}, PlanError, "place='cpu': give a list"),
         ({"optimizer": adam([nn.Parameter(torch.ones(1))])}, TypeError, "Adam; give a function"),
+        ({"scaler": 1024.0}, TypeError, "scaler is a float; give a torch.amp.GradScaler"),
         ({"model": 3}, TypeError, "int is no model"),
         ({"sample": torch.ones(2, 5)}, PlanError, "unit '0' fails on the sample: RuntimeError"),
     ],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hvdx.comm import Rank, Ranks, Together, Work, answer_in_memory, together
+from hvdx.comm import Work, in_step, operations, through, together
 from hvdx.compression import FORMAT, Compression, Compressor, Spec, codecs
 from hvdx.ops import NumpyOps, TensorFlowOps, TorchOps
 
@@ -98,26 +99,14 @@ def framework(request: pytest.FixtureRequest) -> Any:
 
 def run(works: list[Work[Any]], tensor: Any) -> tuple[list[Any], list[Any]]:
     """Run a generator per rank; return their results, and all (rank, request, bytes)."""
-    replies: list[Any] = [None] * len(works)
-    results, seen = [], []
-    while True:
-        requests = []
-        for work, reply in zip(works, replies, strict=True):
-            try:
-                requests.append(work.send(reply))
-            except StopIteration as done:
-                results.append(done.value)
-        if not requests:
-            return results, seen
-        replies = answer_in_memory(requests)
-        if isinstance(requests[0], (Rank, Ranks)):
-            continue
-        for rank, request in enumerate(requests):
-            parts = request.requests if isinstance(request, Together) else [request]
-            seen += [(rank, part, np.asarray(part.tensor).tobytes()) for part in parts]
-        replies = [
-            [*map(tensor, reply)] if isinstance(reply, list) else tensor(reply) for reply in replies
-        ]
+    seen = []
+
+    def note(rank: int, request: Any) -> None:
+        for each in operations(request):
+            seen.append((rank, each, np.asarray(each.tensor).tobytes()))
+
+    noted = [through(work, partial(note, rank), tensor) for rank, work in enumerate(works)]
+    return in_step(noted), seen
 
 
 def named(rank: int, request: Any) -> str:

@@ -168,11 +168,11 @@ def test_what_measures_and_chooses(hvd):
     optimizer = hvd.DistributedOptimizer(optimizer, compression=measuring)
     model = given_gradients()
     saved = optimizer_with(hvd, "topk").compression_state()
-    odd = {f"{PATH}/odd": {"draw": np.array(1)}}  # of another method
+    odd = {f"{PATH}/odd": {"owed": np.ones(SHAPES["odd"], "f4")}}  # of another method
     optimizer.load_compression_state(
-        {**saved, "compressor": "measuring", "kinds": {"draw": "same"}, "parameters": odd}
+        {**saved, "compressor": "measuring", "kinds": {"owed": "owed"}, "parameters": odd}
     )
-    with pytest.warns(UserWarning, match="measuring has chosen another method"):
+    with pytest.warns(UserWarning, match="measuring has chosen another method.* owed is lost"):
         result = train(model, optimizer, everyone[hvd.rank()], "graph" if GRAPHS else "eager")
     assert asked == [[f"{PATH}/{name}" for name in SHAPES]]
     weights, _ = in_memory(policy, everyone)
@@ -181,6 +181,21 @@ def test_what_measures_and_chooses(hvd):
 
 
 @pytest.mark.ranks(2)
+def test_rows_made_dense_are_compressed(hvd):
+    """Their shape is unknown to the graph that TensorFlow makes of a step."""
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Embedding(40, 8), keras.layers.Flatten(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), *layers])
+    optimizer = keras.optimizers.SGD(0.1)
+    compression = METHODS["powersgd"]
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=compression, sparse_as_dense=True)
+    model.compile(optimizer, "mse")
+    draw, before = np.random.default_rng(hvd.rank()), model.layers[0].get_weights()[0]
+    model.fit(draw.integers(40, size=(8, 5)), draw.normal(size=(8, 1)), batch_size=4, verbose=0)
+    assert not np.array_equal(before, model.layers[0].get_weights()[0])
+    assert len(set(hvd.allgather_object(hvd.parameter_hash(model)))) == 1
+
+
 def test_accumulation_compresses_sums(hvd):
     everyone = [gradients(rank) for rank in range(hvd.size())]
     optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)

@@ -12,21 +12,19 @@ import pytest
 
 import hvdx as hvd
 from hvdx.errors import MismatchError, PipelineError, PlanError
-
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("pipelines of Keras models need TensorFlow", allow_module_level=True)
+from hvdx.keras import SyncBatchNormalization
 
 
-def load_models():
+def load_models(name="test_pipeline_keras"):
     """The models of the tests in one process."""
-    path = Path(__file__).parents[2] / "single" / "test_pipeline_keras.py"
-    spec = importlib.util.spec_from_file_location("pipeline_models", path)
+    path = Path(__file__).parents[2] / "single" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-models = load_models()
+models, counted = load_models(), load_models("test_pipeline_keras_losses")
 
 
 @pytest.fixture
@@ -72,10 +70,24 @@ def test_ranks_learn_what_one_process_learns(build, schedule, shared):
         if variable.path in expected:
             variable.assign(expected[variable.path])
     for x, _ in data:
-        np.testing.assert_allclose(pipe(x), plain(x), rtol=1e-5, atol=1e-5)
+        outputs = models.values(pipe(x)), models.values(plain(x))
+        np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
     if build is models.dropped:
         _go_on(pipe, data, shared / "state.npz")
     pipe.close()
+
+
+@pytest.mark.parametrize("build", [counted.penalised, counted.tagger])
+def test_losses_and_masks_cross_ranks(build):
+    x, y, weight = counted.batch(build)
+    loss = "mse" if build is counted.penalised else counted.entropy()
+    told = []
+    for place in (["cpu"], None):
+        pipe = models.pipeline(models.made(build), x, loss=loss, micro_batches=5, place=place)
+        told.append([float(pipe.step(x, y, weight)) for _ in range(2)])
+        told[-1] += list(models.values(pipe(x)).ravel())
+        pipe.close()
+    assert told[0] == told[1]
 
 
 def test_ranks_clip_alike_and_show_why_they_wait(shared):
@@ -105,6 +117,39 @@ def _go_on(pipe, data, path):
             again(x)
         assert [float(again.step(x, y)) for x, y in data] == following
         again.close()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_low_precision_over_ranks(policy, shared):
+    """The last rank has no variables, but scales the loss; what overflows anywhere is skipped."""
+    data, size = models.batches(4), hvd.size()
+
+    def build():
+        dense = [keras.layers.Dense(6, "tanh", name=f"dense{i}") for i in range(4)]
+        leave = keras.layers.Activation("linear", dtype="float32", name="leave")
+        return keras.Sequential([keras.Input((6,)), *dense, leave])
+
+    def learn(**options):
+        sgd = keras.optimizers.SGD(0.1, momentum=0.9)
+        scaled = keras.optimizers.LossScaleOptimizer(sgd, 2.0**20, dynamic_growth_steps=2)
+        own = scaled if policy == "mixed_float16" else sgd
+        model, skipped = models.made(models.in_precision(policy, build)), []
+        pipe = hvd.Pipeline(model, data[0][0], "mse", own, micro_batches=2, seed=7, **options)
+        for x, _ in data:
+            pipe.step(x, x)
+            skipped.append(pipe.skipped)
+        return pipe, own, (models.weights(model), skipped)
+
+    pipe, _, (expected, skipped) = learn(place=["cpu"])
+    pipe.close()
+    pipe, own, (_, same) = learn(stages=[6 - size] + [1] * (size - 1))
+    assert same == skipped
+    models.assert_same(learnt(pipe, shared / "state.npz"), expected)
+    if policy == "mixed_float16":
+        assert skipped[0] and not all(skipped)
+        assert len(set(hvd.allgather_object(float(own.dynamic_scale)))) == 1
+        pipe.load(shared / "state.npz")
+    pipe.close()
 
 
 class Failing(keras.layers.Layer):
@@ -138,6 +183,10 @@ def test_ranks_that_differ_are_told():
         models.pipeline(models.made(models.sequential), x, stages=stages)
     with pytest.raises(MismatchError, match="clip_norm"):
         models.pipeline(models.made(models.sequential), x, clip_norm=1.0 + hvd.rank())
+    with pytest.raises(PlanError, match="layer 'sync' is a SyncBatchNormalization, which waits"):
+        dense = [keras.layers.Dense(6) for _ in range(3)]  # on each of up to four ranks a unit
+        stack = [keras.Input((6,)), SyncBatchNormalization(name="sync"), *dense]
+        models.pipeline(keras.Sequential(stack), x)
     with pytest.raises(PlanError, match=r"global_clipnorm=1\.0 .* as clip_norm=1\.0"):
         hvd.Pipeline(
             models.made(models.sequential), x, "mse", keras.optimizers.SGD(global_clipnorm=1.0)

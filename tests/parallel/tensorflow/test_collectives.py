@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import hvdx
+from hvdx.integrations.tensorflow2 import TensorFlowAdapter
 
 FLOATS = [tf.float16, tf.bfloat16, tf.float32, tf.float64]
 INTEGERS = [tf.uint8, tf.int8, tf.int16, tf.int32, tf.int64]
@@ -108,12 +109,22 @@ def test_compression(hvd, run):
     np.testing.assert_allclose(result, tensor, rtol=1e-3)
 
 
-def test_indexed_slices(hvd, run):
+@pytest.mark.parametrize("method", ["none", "fp16", "topk"])
+def test_indexed_slices(hvd, run, monkeypatch, method):
+    """Rows are gathered; under a method they travel in 2 bytes a number, or 1, and a scale."""
     rank, size = hvd.rank(), hvd.size()
+    sent, gather = [], TensorFlowAdapter.allgather
+
+    def watched(self, tensor, **options):
+        sent.append((tensor.dtype, tensor.shape[1:].num_elements()))
+        return gather(self, tensor, **options)
+
+    monkeypatch.setattr(TensorFlowAdapter, "allgather", watched)
 
     def mean(values, indices):
         slices = tf.IndexedSlices(values, indices, tf.constant([size + 1, 2]))
-        reduced = hvd.allreduce(slices, name="sparse")
+        chosen = getattr(hvd.Compression, method)
+        reduced = hvd.allreduce(slices, name=f"sparse.{method}", compression=chosen)
         assert isinstance(reduced, tf.IndexedSlices)
         return tf.convert_to_tensor(reduced)
 
@@ -121,6 +132,8 @@ def test_indexed_slices(hvd, run):
     result = run(mean)(values, tf.constant([rank, size], tf.int64))
     expected = [*[(r + 1) / size for r in range(size)], (size + 1) / 2]
     np.testing.assert_allclose(result[:, 0], expected, rtol=1e-6)
+    told = {"fp16": [(tf.uint8, 4 + 2 * 2)], "topk": [(tf.uint8, 4 + 2 + 1)]}
+    assert sent == told.get(method, [(tf.float32, 2), (tf.int64, 1)])
 
 
 @pytest.mark.ranks(2)

@@ -135,15 +135,21 @@ def test_states_of_tapes_that_do_not_fit(hvd):
         tape.compression_state([tf.zeros((3, 3))])
 
 
+ROWS = {
+    "fp16": (C.fp16, 1e-3, 2),
+    "int4 by layer": (C.by_layer({"emb*": C.int4}), 0.01, 1),
+    "powersgd": (C.powersgd, 0.01, 1),
+}
+
+
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("run", ["eager", "graph"])
 @pytest.mark.parametrize(
-    ("method", "error", "width"),
-    [(C.fp16, 1e-3, 2), (C.by_layer({"emb*": C.int4}), 0.01, 1), (C.powersgd, 0.01, 1)],
-    ids=["fp16", "int4 by layer", "powersgd"],
+    ("name", "run"),
+    [*((name, run) for name in ROWS for run in ("eager", "graph")), ("fp16", "elastic")],
 )
-def test_rows_of_sparse_gradients(hvd, monkeypatch, method, error, width, run):
+def test_rows_of_sparse_gradients(hvd, monkeypatch, name, run):
     """Their values travel by a codec, as under PyTorch; ranks have different numbers of them."""
+    method, error, width = ROWS[name]
     rank, columns, sent = hvd.rank(), 300, []
     table = tf.Variable(tf.zeros((20, columns)), name="embedding")
     gather = TensorFlowAdapter.allgather
@@ -163,6 +169,8 @@ def test_rows_of_sparse_gradients(hvd, monkeypatch, method, error, width, run):
     call = tf.function(step) if run == "graph" else step
     with monkeypatch.context() as patch:
         patch.setattr(TensorFlowAdapter, "allgather", watched)
+        if run == "elastic":
+            patch.setenv("HOROVOD_ELASTIC", "1")
         mean = call(tf.constant(rows[rank]), tf.constant(factors[rank], tf.float32))
     assert isinstance(mean, tf.IndexedSlices)
     expected = np.zeros((20, columns))
@@ -185,3 +193,31 @@ def test_what_a_tape_cannot_keep(hvd):
     stateful = hvd.DistributedGradientTape(tape, compression=C.onebit(min_elements=0))
     with pytest.raises(hvdx.compression.CompressionError, match="source 1 is a tensor"):
         stateful.gradient(loss, [y, x])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("run", ["eager", "graph"])
+def test_no_update_is_lost_when_the_network_changes(hvd, links, run):
+    """Compression.auto on a link that is slow, then fast; a raw step in between delivers."""
+    links(0.1, 1e9)
+    shape, random = (96, 64), np.random.default_rng(0)
+    grads = random.normal(size=(14, hvd.size(), *shape)).astype("f4")
+    table = tf.Variable(tf.zeros(shape))
+    auto = C.auto(methods=["onebit"], verbose=False, every=4)
+
+    def step(grad):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(table * grad)
+        tape = hvd.DistributedGradientTape(tape, compression=auto)
+        return tape.gradient(loss, table)
+
+    call = tf.function(step) if run == "graph" else step
+    applied, owing = 0.0, []
+    for number, everyone in enumerate(grads):
+        applied = applied + call(tf.constant(everyone[hvd.rank()])).numpy().astype("f8")
+        tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=auto)
+        (state,) = tape.portable_compression_state([table])["parameters"].values()
+        true = grads[: number + 1].mean(1, dtype="f8").sum(0)
+        np.testing.assert_allclose(applied + state["residual"], true, atol=1e-4)
+        owing.append(bool(state["residual"].any()))
+    assert owing == [True] * 9 + [False] * 5

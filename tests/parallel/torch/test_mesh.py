@@ -149,7 +149,6 @@ def test_batches_of_fewer_rows_than_replicas_and_checkpoints_of_any_mesh(place, 
 
 
 COMPRESSIONS = {
-    "int8": hvd.Compression.int8(),
     "powersgd": hvd.Compression.powersgd(rank=1, min_elements=1),
     "topk": hvd.Compression.topk(0.5, min_elements=1),
     "by_layer": hvd.Compression.by_layer({"*.bias": hvd.Compression.none}, hvd.Compression.int4),

@@ -21,6 +21,7 @@ import hvdx as hvd
 from hvdx.errors import HvdxError, MismatchError, PipelineError, PlanError
 from hvdx.pipeline.channel import Failure, Key
 from hvdx.pipeline.zmq_channel import ZmqChannel
+from hvdx.torch import SyncBatchNorm
 
 
 def load_models():
@@ -375,3 +376,55 @@ def test_clipping_over_ranks(shared):
     pipe.close()
     with pytest.raises(MismatchError, match="clip_norm"):
         pipeline(models.made(models.Residual), data[0][0], clip_norm=1.0 + hvd.rank())
+
+
+def test_running_statistics_over_ranks(shared):
+    data = models.batches(3)
+    expected, _ = models.train(models.made(models.Everything), data, place=["cpu"])
+    pipe = pipeline(models.made(models.Everything), data[0][0], checkpoint="always")
+    for x, y in data:
+        pipe.step(x, y)
+    models.assert_same(learnt(pipe, shared / "state"), expected)
+    pipe.close()
+    with pytest.raises(PlanError, match="layer '1' is a SyncBatchNorm, which waits for all ranks"):
+        stack = [nn.Linear(6, 6), SyncBatchNorm(6), *(nn.Linear(6, 6) for _ in range(3))]
+        pipeline(nn.Sequential(*stack), data[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_over_ranks(dtype, shared):
+    """It travels as it is; and where one stage's gradients overflow, all skip the step."""
+    data, own, seen = models.fragile_batches(), models.scaler(), set()
+    with torch.autocast("cpu", dtype):
+        options = {"place": ["cpu"], "scaler": models.scaler()}
+        expected, _ = models.train(models.made(models.fragile), data, **options)
+        pipe = pipeline(models.made(models.fragile), data[0][0], scaler=own)
+        pack = pipe._codec.pack
+        pipe._codec.pack = lambda tensor: (seen.add(tensor.dtype), pack(tensor))[1]
+        skipped = []
+        for x, y in data:
+            pipe.step(x, y)
+            skipped.append(pipe.skipped)
+    assert skipped == [False, False, True, False, False, False]
+    assert dtype in set().union(*hvd.allgather_object(seen))
+    models.assert_same(learnt(pipe, shared / "state"), expected)
+    assert hvd.allgather_object(own.get_scale()) == [2048.0] * hvd.size()
+    pipe.close()
+
+
+@pytest.mark.ranks(2)
+def test_what_only_one_rank_does_is_told():
+    x, y = models.batches(1)[0]
+    pipe = pipeline(models.sequential(), x)
+    cast, told = torch.autocast("cpu", torch.bfloat16, enabled=hvd.rank() == 0), r"autocast of cpu"
+    with cast, pytest.raises(PipelineError, match=rf"MismatchError: .*, {told} to torch.bfloat16"):
+        pipe.step(x, y)
+    pipe.close()
+    model = models.sequential()
+    pipe = pipeline(model, x)
+    model[0].requires_grad_(hvd.rank() == 0)
+    with pytest.raises(PipelineError, match=r"MismatchError: .*, 2 parameters frozen"):
+        pipe.step(x, y)
+    pipe.close()
+    with pytest.raises(MismatchError, match=r"'the GradScaler' = .*'scale': 1.0"):
+        pipeline(model, x, scaler=models.scaler(init_scale=1.0 + hvd.rank()))
