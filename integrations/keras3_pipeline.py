@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import operator
 import os
 import random
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ import numpy as np
 from keras.src.backend import set_keras_mask
 
 from hvdx.agreement import next_name
+from hvdx.compression import none
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
 from hvdx.integrations.keras3_graph import Batch, Graph
@@ -63,8 +66,10 @@ class Pipeline(BasePipeline):
             each has; or a :class:`hvdx.pipeline.plan.Plan`. Default: one per rank or device, two
             for ``interleaved`` and ``zbv``.
         place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]`` or
-            TensorFlow's ``["CPU:0", "CPU:1"]``, PyTorch's ``["cuda:0", "cuda:1"]``. Default: the
-            ranks of the job, if there are several, else this one process.
+            TensorFlow's ``["CPU:0", "CPU:1"]``, PyTorch's ``["cuda:0", "cuda:1"]``. Or rows of
+            ranks that are replicas of each other: ``[[0, 2], [1, 3]]`` trains two stages, each on
+            two ranks that share its micro-batches. Default: the ranks of the job, if there are
+            several, one per stage or two; else this one process.
         schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
             ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times. TensorFlow
             finds both halves of a backward at once: ``zb1p`` and ``zbv`` gain less there.
@@ -75,6 +80,7 @@ class Pipeline(BasePipeline):
             in the place of the optimizer's ``global_clipnorm``.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+        compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
         batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
             running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
@@ -113,11 +119,12 @@ class Pipeline(BasePipeline):
         loss_weights: Any = None,
         micro_batches: int = 8,
         stages: int | Sequence[str] | Sequence[int] | Plan | None = None,
-        place: Sequence[str] | None = None,
+        place: Sequence[str] | Sequence[Sequence[int]] | None = None,
         schedule: str = "1f1b",
         by: str | None = None,
         clip_norm: float | None = None,
         checkpoint: str = "never",
+        compression: Any = None,
         batchnorm: str = "deferred",
         channel: str = "zmq",
         seed: int | None = None,
@@ -131,6 +138,7 @@ class Pipeline(BasePipeline):
             random.getrandbits(31) if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
+            compression=compression,
             batchnorm=batchnorm,
             channel=channel,
         )
@@ -142,8 +150,8 @@ class Pipeline(BasePipeline):
             self._loss = Objective(loss, loss_weights, self._graph)
         self._agree_on(micro_batches=micro_batches, stages=stages, schedule=schedule, by=by)
         with self._alike():
-            self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, None)
-            self._stages = self._make_stages(place)
+            self.plan = self._planned(sample, stages, schedule, micro_batches, by, None)
+            self._stages = self._make_stages()
             self._params = {
                 name: variable
                 for _, first, stop in self._own_stages()
@@ -151,6 +159,9 @@ class Pipeline(BasePipeline):
                 for name, variable in unit.params.items()
             }
             self.optimizer = self._checked(optimizer)
+            self._compressor = self._checked_compression(
+                {self.optimizer.name: self.optimizer.get_config()} if self.optimizer else {}
+            )
         if self._across:
             self._agree()
         self._connect()
@@ -278,6 +289,7 @@ class Pipeline(BasePipeline):
             _assign(self._all_variables(), told, "model")
             if self.optimizer is not None:
                 _assign(_slots(self.optimizer), told, "optimizer")
+            self._load_kept(about, told)
             self.steps, self._seed = about["step"], about["seed"]
             for stage in self._stages.values():
                 stage.seed = self._seed
@@ -329,7 +341,7 @@ class Pipeline(BasePipeline):
         line = self._profile_of.profiled(self._graph, sample, micro_batches)
         return line  # type: ignore[no-any-return]  # of a module that is loaded by name
 
-    def _make_stages(self, place: Sequence[str] | None) -> dict[int, Any]:
+    def _make_stages(self) -> dict[int, Any]:
         stages: dict[int, Any] = {}
         split = self.plan.order().splits
         edges = self.plan.edges(self._line)
@@ -347,7 +359,7 @@ class Pipeline(BasePipeline):
                     f"layer {unit.name!r} is a SyncBatchNormalization, which waits for all ranks, "
                     "but those of other stages do not have it: use keras.layers.BatchNormalization"
                 )
-        devices = [self._stages_of.device(each) for each in place or ()]
+        devices = [self._stages_of.device(each) for each in self._devices or ()]
         for number, first, stop in self._own_stages():
             stages[number] = self._stages_of.KerasStage(
                 self._graph,
@@ -463,7 +475,9 @@ class Pipeline(BasePipeline):
             outputs,
             scale,
         )
-        return self._perform(batch, rows, train, f", {frozen} variables frozen" if frozen else "")
+        return self._perform(
+            batch, rows, train, f", {frozen} variables frozen" if frozen else "", compared
+        )
 
     def _tensor(self, numbers: Sequence[float]) -> Any:
         return self._stages_of.numbers(numbers)
@@ -476,6 +490,18 @@ class Pipeline(BasePipeline):
 
     def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
         return self._stages_of.arrived(gradient, self._graph.units[unit].params[name])
+
+    def _joined(self, pieces: Sequence[Sequence[Any]], compared: bool) -> list[Any]:
+        outputs = [
+            keras.ops.concatenate(each) if len(each[0].shape) else keras.ops.stack(each)
+            for each in zip(*(piece[1:] if compared else piece for piece in pieces), strict=True)
+        ]
+        if not compared:
+            return outputs
+        return [functools.reduce(operator.add, (piece[0] for piece in pieces)), *outputs]
+
+    def _beside(self, tensor: Any, like: Any) -> Any:
+        return tensor.to(like.device) if self._stages_of.FRAMEWORK == "torch" else tensor
 
     def _as_result(self, tensors: Sequence[Any]) -> Any:
         """Give the outputs their masks, which come after them, and their structure."""
@@ -493,29 +519,57 @@ class Pipeline(BasePipeline):
 
     def _gathered(self) -> dict[str, np.ndarray]:
         """Bring rank 0's model up to date; return the arrays of a checkpoint there."""
-        own: dict[str, Any] = {}
-        for _, first, stop in self._own_stages():
-            for name, variable in self._graph.variables(self._graph.units[first:stop]).items():
-                own[f"model/{name}"] = variable
-        if self.optimizer is not None and self._params:
-            slots = _slots(self.optimizer)
-            own.update({f"optimizer/{name}": variable for name, variable in slots.items()})
-        arrays = {name: _array(variable) for name, variable in own.items()}
+        own = self._own_state()
+        arrays = {name: _array(tensor) for name, tensor in own.items()}
         if self._channel is not None:
             names = self._core.allgather_object(list(own), next_name("pipeline"), None)
             key = Key("S", self._step, 0, 0)
             self._channel.note = f"save at {self._step}"
             if self._rank:
-                self._channel.send(0, key, [keras.ops.stop_gradient(v.value) for v in own.values()])
+                if own:
+                    self._channel.send(0, key, list(own.values()))
                 return {}
-            for rank in sorted(set(self.plan.place) - {0}):
+            for rank in sorted({*self._leads} - {0}):
                 arrived = self._channel.receive(rank, key)
                 for name, tensor in zip(names[rank], arrived, strict=True):
                     arrays.setdefault(name, _array(tensor))
         _assign(self._all_variables(), arrays, "model")
         about = {"format": _FORMAT, "step": self.steps, "seed": self._seed}
         about["plan"] = self.plan.to_json()
+        if self._sums is not None and self._compressor is not none:
+            about["compression"] = self._compressor.name
+            about["compression_steps"] = self._sums.steps
         return {**arrays, _ABOUT: np.array(json.dumps(about))}
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return the part of a checkpoint that this process has; replicas leave it to the first."""
+        kept = self._compression_state()
+        if self._rank not in self._leads:
+            return {}
+        own: dict[str, Any] = {}
+        for _, first, stop in self._own_stages():
+            for name, variable in self._graph.variables(self._graph.units[first:stop]).items():
+                own[f"model/{name}"] = keras.ops.stop_gradient(variable.value)
+        if self.optimizer is not None and self._params:
+            for name, variable in _slots(self.optimizer).items():
+                own[f"optimizer/{name}"] = keras.ops.stop_gradient(variable.value)
+        for name, tensors in kept.items():
+            own.update({f"compression/{name}@{path}": each for path, each in tensors.items()})
+        return own
+
+    def _load_kept(self, about: dict[str, Any], arrays: dict[str, Any]) -> None:
+        """Give compressors their part of a checkpoint, if there is one."""
+        if "compression" not in about:
+            self._load_compression(None)
+            return
+        kept: dict[str, dict[str, Any]] = {}
+        for name, array in arrays.items():
+            kind, _, rest = name.partition("/")
+            if kind == "compression":
+                parameter, _, path = rest.rpartition("@")
+                kept.setdefault(parameter, {})[path] = keras.ops.convert_to_tensor(array)
+        told = {"compressor": about["compression"], "steps": about["compression_steps"]}
+        self._load_compression({**told, "parameters": kept})
 
 
 def _parts(data: Any) -> tuple[Any, ...]:

@@ -148,8 +148,7 @@ class KerasStage:
         self._inputs: dict[int, tuple[dict[str, Any], list[Any]]] = {}
         self._kept: dict[int, list[_Pass]] = {}
         self._pending: dict[int, list[tuple[tuple[int, str], Any]]] = {}
-        self._outputs: dict[int, list[Any]] = {}
-        self._total: Any = None
+        self._results: dict[int, list[Any]] = {}
         self.gradients: dict[tuple[int, str], Any] = {}
         self._sums = Sums(self._graph.units)
         returns = self._last or not self._graph.smooth.isdisjoint(self._leaving)
@@ -160,14 +159,9 @@ class KerasStage:
         with self._placed():
             self._sums.commit()
 
-    def found(self) -> list[Any]:
-        """Return the loss, if wanted, and outputs and masks of all micro-batches put together."""
-        outputs = [self._outputs[k] for k in sorted(self._outputs)]
-        joined = [
-            tf.concat(pieces, 0) if pieces[0].shape.rank else tf.stack(pieces)
-            for pieces in zip(*outputs, strict=True)
-        ]
-        return [self._total, *joined] if self._batch.targets else joined
+    def found(self) -> dict[int, list[Any]]:
+        """Return by micro-batch the weighted loss, if training, and outputs that are asked for."""
+        return self._results
 
     def forward(self, micro_batch: int, inputs: Sequence[Any] | None) -> list[Any]:
         """See :meth:`Stage.forward`."""
@@ -288,9 +282,8 @@ class KerasStage:
     def _finish(self, values: Mapping[str, Any], micro_batch: int) -> list[_Pass]:
         """Compute the loss, and keep the outputs."""
         batch, graph = self._batch, self._graph
-        if batch.outputs:
-            results = [*graph.outputs, *graph.masks]
-            self._outputs[micro_batch] = [values[name] for name in results]
+        outputs = [values[name] for name in (*graph.outputs, *graph.masks)] if batch.outputs else []
+        self._results[micro_batch] = outputs
         if not batch.targets:
             return []
         ends = {name: values[name] for name in graph.ends}
@@ -300,7 +293,7 @@ class KerasStage:
                 tape.watch(list(entered.values()))
             told = self._loss(*batch.targets[micro_batch], batch.weights[micro_batch], ends)
             scaled = told if batch.scale is None else told * batch.scale
-        self._total = told if self._total is None else self._total + told
+        self._results[micro_batch] = [told, *outputs]
         return [_Pass(-1, tape, entered, {_LOSS: scaled})] if batch.train else []
 
     def _differentiate(self, done: _Pass, found: dict[str, Any], weights: list[Any]) -> None:

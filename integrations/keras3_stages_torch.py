@@ -207,10 +207,6 @@ class KerasStage(TorchStage):
         with keras.device(str(self._device)):
             self._keras.sums.commit()
 
-    def found(self) -> list[torch.Tensor]:
-        """Return the loss, if wanted, and outputs and masks of all micro-batches put together."""
-        return [*([] if self.total is None else [self.total]), *self._joined()]
-
     def _compute(self, *args: Any, **options: Any) -> list[Any]:
         self._keras.counts = not options.get("again", False)
         with keras.device(str(self._device)):  # where Keras makes tensors
@@ -220,14 +216,14 @@ class KerasStage(TorchStage):
         """Compute the loss, and keep the outputs."""
         batch = self._batch
         graph = self._keras.whole
-        if self._keeps_outputs:
-            results = [*graph.outputs, *graph.masks]
-            self.outputs[micro_batch] = [local[name].detach() for name in results]
+        outputs = [*graph.outputs, *graph.masks] if self._keeps_outputs else []
+        self.results[micro_batch] = [local[name].detach() for name in outputs]
         if batch.targets:
             ends = {name: local[name] for name in graph.ends}
             targets, weights = batch.targets[micro_batch]
             share = batch.weights[micro_batch]
-            self._count(self._objective(targets, weights, share, ends), made)
+            loss = self._counted(self._objective(targets, weights, share, ends), made)
+            self.results[micro_batch].insert(0, loss)
 
     @contextlib.contextmanager
     def _random(self, unit: Any, index: int, micro_batch: int) -> Iterator[None]:

@@ -124,7 +124,7 @@ class DistributedChannel(ZmqChannel):
     in one, two ranks that send to each other at once would each wait for the other's receive.
 
     Args:
-        place: by stage, the rank that has it.
+        place: by stage, the rank that has it, or its replicas.
         rank: this one.
         exchange: as of :class:`ZmqChannel`.
         codec: of tensors on other devices, which travel by ZeroMQ.
@@ -139,7 +139,7 @@ class DistributedChannel(ZmqChannel):
 
     def __init__(
         self,
-        place: Sequence[int],
+        place: Sequence[int | Sequence[int]],
         rank: int,
         exchange: Callable[[Any], list[Any]],
         codec: Codec | None = None,
@@ -151,7 +151,7 @@ class DistributedChannel(ZmqChannel):
     ) -> None:
         super().__init__(place, rank, exchange, codec, address=address, seconds=seconds)
         self._device = device if device.type == BACKENDS[backend] else torch.device("cpu")
-        self._members = sorted(set(place))
+        self._members = sorted({each for row in self._rows for each in row})
         self._groups: dict[bool, Any] = {}  # whether upwards
         self._sent: list[tuple[int, Any, torch.Tensor]] = []  # to whom, the work and what
         problem = None

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from hvdx import world
 from hvdx.agreement import next_name
+from hvdx.compression import none
 from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_channel import (
     BACKENDS,
@@ -42,6 +43,7 @@ from hvdx.pipeline.post import PostChannel
 from hvdx.replicas import broadcast_parameters
 
 _FORMAT = 1
+_PARTS = "model", "optimizer"
 
 
 class Pipeline(BasePipeline):
@@ -71,14 +73,17 @@ class Pipeline(BasePipeline):
             rank 0, to measure the units: let it be a whole batch.
         memory: bytes that each rank or device has for parameters, gradients, Adam's moments and
             activations, or a list of them; what does not fit is not chosen. Default: enough.
-        place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]``.
-            Default: the ranks of the job, if there are several, else this one process.
+        place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]``. Or rows
+            of ranks that are replicas of each other: ``[[0, 2], [1, 3]]`` trains two stages, each
+            on two ranks that share its micro-batches. Default: the ranks of the job, if there are
+            several, one per stage or two; else this one process.
         schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
             ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times.
         clip_norm: scales all gradients down to this norm over all stages where theirs is larger,
             as ``torch.nn.utils.clip_grad_norm_`` does.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
             rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+        compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
         batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
             running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         scaler: a ``torch.amp.GradScaler``, for float16: every rank gives an equal one. The
@@ -120,12 +125,13 @@ class Pipeline(BasePipeline):
         *,
         micro_batches: int = 8,
         stages: int | Sequence[str] | Sequence[int] | Plan | None = None,
-        place: Sequence[str | torch.device] | None = None,
+        place: Sequence[str | torch.device] | Sequence[Sequence[int]] | None = None,
         schedule: str = "1f1b",
         by: str | None = None,
         memory: float | Sequence[float] | None = None,
         clip_norm: float | None = None,
         checkpoint: str = "never",
+        compression: Any = None,
         batchnorm: str = "deferred",
         scaler: Any = None,
         channel: str = "zmq",
@@ -139,6 +145,7 @@ class Pipeline(BasePipeline):
             torch.initial_seed() if seed is None else seed,
             clip_norm=clip_norm,
             checkpoint=checkpoint,
+            compression=compression,
             batchnorm=batchnorm,
             channel=channel,
         )
@@ -155,13 +162,16 @@ class Pipeline(BasePipeline):
             micro_batches=micro_batches, stages=stages, schedule=schedule, by=by, memory=memory
         )
         with self._alike():
-            self.plan = self._planned(sample, stages, place, schedule, micro_batches, by, memory)
-            self._stages = self._make_stages(place)
+            self.plan = self._planned(sample, stages, schedule, micro_batches, by, memory)
+            self._stages = self._make_stages()
             self._params = self._shares()
             self.optimizers = {
                 number: optimizer(list(params.values()))
                 for number, params in self._params.items() if params and optimizer
             }  # fmt: skip
+            self._compressor = self._checked_compression(
+                {type(each).__name__: each.defaults for each in self.optimizers.values()}
+            )
         if self._across:
             self._agree()
         self._connect()
@@ -241,6 +251,7 @@ class Pipeline(BasePipeline):
                 _restore(optimizer, self._params[number], told.get("optimizer", {}))
             if self._scaler and "scaler" in told:
                 self._scaler.load(told["scaler"])
+            self._load_compression(told.get("compression"))
             self.steps, self._seed = told.get("step", 0), told.get("seed", self._seed)
             for stage in self._stages.values():
                 stage.seed = self._seed
@@ -250,7 +261,7 @@ class Pipeline(BasePipeline):
     def _profile(self, sample: Any, micro_batches: int) -> ir.Graph:
         return profiled(self._graph, sample, micro_batches)
 
-    def _connected(self, place: Sequence[int]) -> PostChannel:
+    def _connected(self, place: Sequence[int | Sequence[int]]) -> PostChannel:
         if self._carrier not in BACKENDS:
             return super()._connected(place)
         if self._carrier == "nccl":
@@ -263,11 +274,11 @@ class Pipeline(BasePipeline):
         """Return the device that the model lies on."""
         return next((p.device for p in self._graph.model.parameters()), torch.device("cpu"))
 
-    def _make_stages(self, place: Sequence[Any] | None) -> dict[int, TorchStage]:
+    def _make_stages(self) -> dict[int, TorchStage]:
         graph = self._graph
         split = self.plan.order().splits
         home = self._home
-        devices = [_device(each) for each in place] if place is not None else []
+        devices = [*map(_device, self._devices or [])]
         stages: dict[int, TorchStage] = {}
         at: dict[int, torch.device] = {}  # parameter: where it is needed
         self._check_buffers()
@@ -383,6 +394,19 @@ class Pipeline(BasePipeline):
         norms = [torch.linalg.vector_norm(each).double().cpu() for each in gradients]
         return torch.stack(norms).tolist() if norms else []
 
+    def _joined(
+        self, pieces: Sequence[Sequence[torch.Tensor]], compared: bool
+    ) -> list[torch.Tensor]:
+        if compared:
+            return [functools.reduce(torch.add, (loss for (loss,) in pieces))]
+        return [
+            torch.cat(each) if each[0].dim() else torch.stack(each)
+            for each in zip(*pieces, strict=True)
+        ]
+
+    def _beside(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return tensor.to(like.device)
+
     def _finite(self, gradients: Sequence[torch.Tensor]) -> bool:
         if any(each.dtype == torch.float16 for each in gradients):
             raise ValueError(
@@ -398,12 +422,15 @@ class Pipeline(BasePipeline):
     # --- checkpoints
 
     def _own_state(self) -> dict[str, Any]:
-        """Return the part of a checkpoint that this process has."""
-        ranks = [self.plan.place[number] for number in self._stage_of()]
+        """Return the part of a checkpoint that this process has; replicas leave it to the first."""
+        compression = self._compression_state()
+        if self._rank not in self._leads:
+            return {"model": {}, "optimizer": {}, "compression": {}}
+        stages = self._stage_of()
         model = {
             name: value
             for name, value in self._graph.model.state_dict().items()
-            if not self._across or ranks[self._graph.owner(name)] == self._rank
+            if stages[self._graph.owner(name)] in self._stages
         }
         states: dict[str, Any] = {}
         for number, optimizer in self.optimizers.items():
@@ -413,7 +440,7 @@ class Pipeline(BasePipeline):
                 for p in group["params"]:
                     state = dict(optimizer.state.get(p, {}))
                     states[names[id(p)]] = {"state": state, "options": options}
-        return {"model": model, "optimizer": states}
+        return {"model": model, "optimizer": states, "compression": compression}
 
     def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
         """Collect all ranks' parts on rank 0."""
@@ -440,14 +467,18 @@ class Pipeline(BasePipeline):
             outlines = world.core("torch").allgather_object(outline, name, None)
             key = Key("S", self._step, 0, 0)
             self._channel.note = f"save at {self._step}"
-            if self._rank:
+            if self._rank and self._rank in self._leads:
                 self._channel.send(0, key, tensors)
-            for rank in sorted(set(self.plan.place) - {0}) if self._rank == 0 else ():
+            for rank in sorted({*self._leads} - {0}) if self._rank == 0 else ():
                 arrived = self._channel.receive(rank, key)
                 parts.append(_filled(outlines[rank], arrived))
+        states: dict[str, Any] = {}
         for part in parts:
-            for kind in ("model", "optimizer"):
-                told[kind].update({k: v for k, v in part[kind].items() if k not in told[kind]})
+            for kind, whole in (*((k, told[k]) for k in _PARTS), ("compression", states)):
+                whole.update({k: v for k, v in part[kind].items() if k not in whole})
+        if self._sums is not None and self._compressor is not none:
+            about = {"compressor": self._compressor.name, "steps": self._sums.steps}
+            told["compression"] = {**about, "parameters": states}
         return told
 
 

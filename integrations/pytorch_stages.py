@@ -99,9 +99,8 @@ class TorchStage:
 
     Attributes:
         unit: name of the unit at work.
-        total: the weighted loss of the micro-batches so far; on the last stage.
-        outputs: by micro-batch, the tensors that the model returns; on the last stage, without
-            training.
+        results: by micro-batch, on the last stage: the weighted loss or, without training, the
+            tensors that the model returns.
         gradients: (unit, weight) -> sum over micro-batches.
     """
 
@@ -159,8 +158,7 @@ class TorchStage:
         self._kept: dict[int, list[_Pass]] = {}
         self.gradients: dict[tuple[int, str], torch.Tensor] = {}
         self._own: set[tuple[int, str]] = set()  # whose memory nobody else has
-        self.total: torch.Tensor | None = None
-        self.outputs: dict[int, list[torch.Tensor]] = {}
+        self.results: dict[int, list[torch.Tensor]] = {}
         self.unit = None
         self._norms.begin()
         self._differentiable = differentiable(self._graph) if batch.train else set()
@@ -207,19 +205,9 @@ class TorchStage:
         for done in reversed(self._kept.pop(micro_batch)):
             self._differentiate(done, {}, list(done.weights.items()))
 
-    def found(self) -> list[torch.Tensor]:
-        """Return the loss, or the outputs of all micro-batches put together."""
-        if self._batch.train:
-            assert self.total is not None
-            return [self.total]
-        return self._joined()
-
-    def _joined(self) -> list[torch.Tensor]:
-        """Put the outputs of all micro-batches together."""
-        return [
-            torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
-            for pieces in zip(*(self.outputs[k] for k in sorted(self.outputs)), strict=True)
-        ]
+    def found(self) -> dict[int, list[torch.Tensor]]:
+        """Return by micro-batch the weighted loss, or the outputs."""
+        return self.results
 
     def commit(self) -> None:
         """Move the running statistics of BatchNorm that were put off in this step."""
@@ -323,7 +311,7 @@ class TorchStage:
         """Compute the loss, or keep the outputs."""
         if not self._batch.train:
             names = dict.fromkeys(self._graph.results())
-            self.outputs[micro_batch] = [x for name in names for x in flat(local[name])[2]]
+            self.results[micro_batch] = [x for name in names for x in flat(local[name])[2]]
             return
         outputs = result_of(self._graph, local)
         assert self._loss is not None
@@ -334,18 +322,18 @@ class TorchStage:
                 f"loss(output, target) returns {told}, no scalar tensor: take the mean over the "
                 "micro-batch"
             )
-        self._count(loss.reshape(()) * self._batch.weights[micro_batch], made)
+        weighted = loss.reshape(()) * self._batch.weights[micro_batch]
+        self.results[micro_batch] = [self._counted(weighted, made)]
 
-    def _count(self, weighted: torch.Tensor, made: dict[Any, Any]) -> None:
-        """Add a micro-batch's share of the loss; its backward begins there."""
+    def _counted(self, weighted: torch.Tensor, made: dict[Any, Any]) -> torch.Tensor:
+        """Take a micro-batch's share of the loss, where its backward begins; return its value."""
         if self._batch.train and not weighted.requires_grad:
             raise ValueError(
                 "the loss depends on no parameter that requires a gradient: are all frozen, or is "
                 "something detached?"
             )
         made[_LOSS] = weighted
-        value = weighted.detach()
-        self.total = value if self.total is None else self.total + value
+        return weighted.detach()
 
     @contextlib.contextmanager
     def _random(self, unit: Unit, index: int, micro_batch: int) -> Iterator[None]:

@@ -12,24 +12,30 @@ import functools
 import math
 import os
 import traceback
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from hvdx import watchdog, world
 from hvdx.agreement import check_same, next_name
+from hvdx.compression import CompressionError, Compressor, Spec, as_compressor, none
+from hvdx.compression.base import refuse_momentum
 from hvdx.errors import MismatchError, PipelineError, PlanError
 from hvdx.frameworks import Adapter
+from hvdx.ops import ops_for
 from hvdx.pipeline.channel import Failure, Key
 from hvdx.pipeline.horovod_channel import HorovodChannel
 from hvdx.pipeline.ir import Graph
-from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, make, schedule_of, stage_times
+from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, check_mesh, make, stage_times
 from hvdx.pipeline.post import Codec, PostChannel
 from hvdx.pipeline.probe import THREADS, measure_link
+from hvdx.pipeline.replicas import Row, Sums, Weight
 from hvdx.pipeline.run import LocalRanks, run
-from hvdx.pipeline.schedule import CHECKPOINTS, Schedule, forward_only, recomputed
+from hvdx.pipeline.schedule import CHECKPOINTS, Schedule, recomputed
 from hvdx.pipeline.simulator import Times
 from hvdx.pipeline.timeline import write as write_timeline
 from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
@@ -48,10 +54,11 @@ class BasePipeline:
     Args:
         framework: whose Horovod core serves the job.
         codec: of its tensors.
-        place: devices of this process, or None.
+        place: devices of this process, rows of ranks, or None.
         seed: of random units, rank 0's.
         clip_norm: that gradients are scaled down to; None: not at all.
         checkpoint: which micro-batches are computed again for backward.
+        compression: of the gradients that replicas of a stage add up.
         batchnorm: when running statistics of batch normalization move.
         channel: how tensors travel between ranks.
 
@@ -81,16 +88,23 @@ class BasePipeline:
         checkpoint: str,
         batchnorm: str,
         channel: str,
+        compression: Any = None,
     ) -> None:
         self._framework, self._codec = framework, codec
         self._clip_norm, self._checkpoint = clip_norm, checkpoint
         self._batchnorm, self._carrier = batchnorm, channel
-        self._across = place is None and world.is_initialized(framework) and world.size() > 1
+        self._asked, self._compressor = compression, as_compressor(none)
+        self._mesh: Sequence[Any] = place if place is not None and is_mesh(place) else ()
+        self._devices = None if self._mesh else place
+        job = self._devices is None and world.is_initialized(framework)
+        self._across = job and world.size() > 1
         self._rank = world.rank() if self._across else 0
         self.steps = 0
         self._step, self._failed = 0, ""  # calls for inference count as steps here
+        self._working = 1  # replicas of this rank's row that have micro-batches in this step
         self._channel: PostChannel | None = None
         self._threads: LocalRanks | None = None
+        self._sums: Sums | None = None
         self._times: Times | None = None
         self._measured: collections.deque[Any] = collections.deque(maxlen=_LAST_STEPS)
         self._orders: dict[tuple[int, bool], Schedule] = {}
@@ -145,6 +159,14 @@ class BasePipeline:
     def _norms(self, gradients: Sequence[Any]) -> Sequence[float]:
         """Return the 2-norm of each."""
         raise NotImplementedError
+
+    def _joined(self, pieces: Sequence[Sequence[Any]], compared: bool) -> list[Any]:
+        """Put together what the last stage found, by micro-batch: add losses, append outputs."""
+        raise NotImplementedError
+
+    def _beside(self, tensor: Any, like: Any) -> Any:
+        """Put another rank's tensor on the device where ``like`` is."""
+        return tensor
 
     def _finite(self, gradients: Sequence[Any]) -> bool:
         """Tell whether all numbers in them are finite."""
@@ -201,21 +223,24 @@ class BasePipeline:
         self,
         sample: Any,
         stages: Any,
-        place: Sequence[Any] | None,
         schedule: str,
         micro_batches: int,
         by: str | None,
         memory: float | Sequence[float] | None,
     ) -> Plan:
         """Take the plan, or make one; measure the units first if that needs their costs."""
-        ranks = world.size() if self._across else place and len(place)
+        ranks = world.size() if self._across else self._devices and len(self._devices)
+        mesh = _checked_mesh(self._mesh, world.size() if self._across else 1)
         if isinstance(stages, Plan):
-            needed = max(stages.place) + 1
-            if ranks and needed != ranks:
+            plan = replace(stages, mesh=mesh) if mesh and not stages.mesh else stages
+            if ranks and plan.ranks != ranks:
                 what = "ranks" if self._across else "devices"
-                raise PlanError(f"the plan is for {needed} {what}, but there are {ranks}")
-            stages.edges(self._line)
-            return stages
+                raise PlanError(f"the plan is for {plan.ranks} {what}, but there are {ranks}")
+            if mesh and plan.mesh != mesh:
+                told, own = ([list(row) for row in each] for each in (mesh, plan.mesh))
+                raise PlanError(f"place={told}, but the plan has {own}: give one of them")
+            plan.edges(self._line)
+            return plan
         if not ranks:
             count = 1 if stages is None else stages if isinstance(stages, int) else (
                 len(stages) + isinstance(next(iter(stages), ""), str))  # fmt: skip
@@ -225,7 +250,7 @@ class BasePipeline:
             self._graph.line, link = self._profiled(sample, micro_batches)
         limits = [memory] * ranks if isinstance(memory, (int, float)) else memory
         recompute = self._checkpoint != "never"
-        means = Means(ranks, link, memory=limits, recompute=recompute)
+        means = Means(ranks, link, memory=limits, recompute=recompute, mesh=mesh)
         plan = make(self._line, means, micro_batches, schedule=schedule, stages=stages, by=by)
         if plan.step:
             self._times = stage_times(self._line, means, plan.order(), plan.edges(self._line))
@@ -253,14 +278,15 @@ class BasePipeline:
     def _own_stages(self) -> Iterator[tuple[int, int, int]]:
         """Yield the number, the first unit and the one after the last of this process' stages."""
         for number, (first, stop) in enumerate(self.plan.edges(self._line)):
-            if not self._across or self.plan.place[number] == self._rank:
+            if not self._across or self._rank in self.plan.row(number):
                 yield number, first, stop
 
     def _check_agreed(self, units: dict[str, str]) -> None:
         """Compare the ranks' pipelines: ``units`` describes each unit."""
         entries = dict(units)
-        for name in ("cuts", "place", "schedule", "micro_batches"):
+        for name in ("cuts", "place", "mesh", "schedule", "micro_batches"):
             entries[name] = f"= {getattr(self.plan, name)}"
+        entries["compression"] = f"= {self._compressor}"
         check_same(self._core, "pipeline", entries, next_name("pipeline"))
 
     def _check_optimizers(self, told: str) -> None:
@@ -280,13 +306,69 @@ class BasePipeline:
     def _connect(self) -> None:
         """Open the channel to the other ranks, or start the threads of this process."""
         if self._across:
-            self._channel = self._connected(self.plan.place)
+            self._channel = self._connected([*map(self.plan.row, range(len(self.plan.place)))])
             self._finalizer = weakref.finalize(self, self._channel.close)
         else:
             self._threads = LocalRanks(self._stages, max(self.plan.place) + 1, None)
             self._finalizer = weakref.finalize(self, self._threads.close)
+        ops = ops_for(type(self._tensor([0.0])))
+        self._row = Row(self._own_row(), self._rank, self._channel, ops, self._beside)
+        if len(self._row.ranks) > 1 or self._compressor is not none:
+            self._sums = self._make_sums()
 
-    def _connected(self, place: Sequence[int]) -> PostChannel:
+    def _own_row(self) -> tuple[int, ...]:
+        """Return the ranks that have the same stages as this one, which is one of them."""
+        if not self._across:
+            return (self._rank,)
+        return next(row for row in self.plan.rows if self._rank in row)
+
+    def _checked_compression(self, optimizers: Mapping[str, Mapping[str, Any]]) -> Compressor:
+        """Return the compressor that the user has asked for.
+
+        Args:
+            optimizers: options by name, by what to call the optimizer.
+
+        Raises:
+            CompressionError: it is none, or does what cannot be done here.
+        """
+        compressor = as_compressor(self._asked)
+        if compressor.prepare is not None:
+            raise CompressionError(
+                f"compression={compressor} measures Horovod's network, but replicas of a stage use "
+                "the pipeline's own: name a method, such as hvd.Compression.int8"
+            )
+        for name, options in optimizers.items():
+            refuse_momentum(compressor, name, options)
+        return compressor
+
+    @property
+    def _leads(self) -> list[int]:
+        """The first rank of each row, which speaks for the others where they all have the same."""
+        return [row[0] for row in self.plan.rows] if self._across else [self._rank]
+
+    def _make_sums(self) -> Sums:
+        """Prepare to add up gradients over the replicas of this rank's stages."""
+        tied, uses, names = self._line.tied(), {}, {}
+        for stage, first, stop in self._own_stages():
+            uses[stage] = {
+                (index, name): Spec(
+                    name, tuple(p.shape), str(p.dtype).removeprefix("torch."), len(self._row.ranks)
+                )
+                for index in range(first, stop)
+                for name, p in self._graph.units[index].params.items()
+            }
+            for index, name in uses[stage]:
+                first_use = index == tied.get(name, (index,))[0]
+                unit = self._graph.units[index].name
+                names[index, name] = name if first_use else f"{name} in {unit}"
+
+        def blank(weight: Weight) -> Any:
+            spec = next(own[weight] for own in uses.values() if weight in own)
+            return self._arrived(self._row.ops.zeros(spec.shape, spec.dtype), *weight)
+
+        return Sums(self._row, self._compressor, uses, names, blank)
+
+    def _connected(self, place: Sequence[int | Sequence[int]]) -> PostChannel:
         """Open a channel between ``place``'s ranks; all ranks of the job call it."""
         if self._carrier == "horovod":
             return HorovodChannel(
@@ -299,7 +381,9 @@ class BasePipeline:
             )
         return self._over_zmq(ZmqChannel, place)
 
-    def _over_zmq(self, kind: type[Channel], place: Sequence[int], **options: Any) -> Channel:
+    def _over_zmq(
+        self, kind: type[Channel], place: Sequence[int | Sequence[int]], **options: Any
+    ) -> Channel:
         """Open a :class:`ZmqChannel`, or what builds on one."""
         core = self._core
         return kind(
@@ -355,16 +439,18 @@ class BasePipeline:
         """Return the schedule for a batch: of as many micro-batches as it has rows for."""
         most = min(rows, self.plan.micro_batches)
         if (most, train) not in self._orders:
-            place = self.plan.place
             self._orders[most, train] = (
-                _largest(self.plan, most, self._times) if train else forward_only(place, most)
+                _largest(self.plan, most, self._times) if train else self.plan.inference(most)
             )
         return self._orders[most, train]
 
-    def _perform(self, batch: Any, rows: int, train: bool, under: str = "") -> list[Any]:
+    def _perform(
+        self, batch: Any, rows: int, train: bool, under: str = "", compared: bool | None = None
+    ) -> list[Any]:
         """Run the schedule on ``batch``; return what the last stage found, on every rank.
 
-        ``under`` says what else must be the same on all ranks.
+        ``under`` says what else must be the same on all ranks, ``compared`` whether there is a
+        loss; None: in training.
         """
         order = self._order(rows, train)
         again = recomputed(order, self._checkpoint)
@@ -378,23 +464,38 @@ class BasePipeline:
             self._channel.note = (
                 f"{verb} {self._step} with {rows} rows in {count} micro-batches{under}"
             )
-            spans = [run(order, self._rank, self._stages, self._channel, self._step)]
+            self._working = min(count, len(self._row.ranks))
+            early = self._sum_stage if train and self._sums is not None else None
+            spans = [run(order, self._rank, self._stages, self._channel, self._step, early)]
         if train:
             self._measured.append((self._step, order, spans))
-        return self._spread(order.place[-1])
+        found = self._spread(order)
+        compared = train if compared is None else compared
+        return self._joined([found[k] for k in sorted(found)], compared)
 
-    def _spread(self, owner: int) -> list[Any]:
-        """Return what the last stage found on every rank."""
-        last = self._stages.get(len(self.plan.place) - 1)
-        found = [] if last is None else last.found()
+    def _spread(self, order: Schedule) -> dict[int, Sequence[Any]]:
+        """Return what the last stage found, by micro-batch, on every rank."""
+        last = order.stages - 1
+        own = self._stages[last].found() if last in self._stages else {}
         if self._channel is None:
-            return list(found)
-        key = Key("L", self._step, 0, 0)
-        if last is None:
-            return list(self._channel.receive(owner, key))
-        for rank in set(self.plan.place) - {self._rank}:
-            self._channel.send(rank, key, found)
-        return list(found)
+            return dict(own)
+        key, found = Key("L", self._step, 0, 0), dict(own)
+        if own:
+            told = [tensor for k in sorted(own) for tensor in own[k]]
+            for rank in sorted({rank for row in self.plan.rows for rank in row} - {self._rank}):
+                self._channel.send(rank, key, told)
+        for rank in self.plan.row(last):
+            theirs = [k for k in range(order.micro_batches) if order.owner(last, k) == rank]
+            if rank != self._rank and theirs:
+                told = list(self._channel.receive(rank, key))
+                each = len(told) // len(theirs)
+                found.update((k, told[i * each : (i + 1) * each]) for i, k in enumerate(theirs))
+        return found
+
+    def _sum_stage(self, stage: int) -> None:
+        """Begin to add up a stage's gradients over its replicas, while others are at work."""
+        assert self._sums is not None
+        self._sums.start(stage, self._stages[stage].gradients, self._step, self._working)
 
     def _totals(self, scale: float | None = None) -> dict[str, Any]:
         """Add up the uses of each parameter of this process, in the order of units, and clip.
@@ -403,6 +504,10 @@ class BasePipeline:
         whether one of them, on any rank, is not finite.
         """
         found = {key: g for stage in self._stages.values() for key, g in stage.gradients.items()}
+        if self._sums is not None:
+            for stage in sorted(self._stages.keys() - self._sums.started):
+                self._sum_stage(stage)
+            found = self._sums.finish()
         if self._channel is not None:
             self._exchange(self._channel, found)
         totals: dict[str, Any] = {}
@@ -434,7 +539,7 @@ class BasePipeline:
         found = [[list(each) for each in own]]
         if self._channel is not None:
             key, told = Key(kind, self._step, 0, 0), [self._tensor(each) for each in own]
-            others = set(self.plan.place) - {self._rank}
+            others = sorted({rank for row in self.plan.rows for rank in row} - {self._rank})
             for rank in others:
                 self._channel.send(rank, key, told)
             for rank in others:
@@ -442,25 +547,62 @@ class BasePipeline:
         return found
 
     def _exchange(self, channel: PostChannel, found: dict[tuple[int, str], Any]) -> None:
-        """Give and get the gradients of parameters that several ranks have."""
-        ranks = [self.plan.place[number] for number in self._stage_of()]
+        """Give and get the gradients of parameters that several rows have.
+
+        All ranks of a row have the same: each gives it to those of the others whose turn it is.
+        """
+        rows, place = self.plan.rows, self._row.place
+        row_of = [self.plan.place[number] for number in self._stage_of()]
+        own = rows.index(self._row.ranks)
         shared = []
         for index, (name, units) in enumerate(sorted(self._line.tied().items())):
             owners: dict[int, list[int]] = {}
             for unit in units:
-                owners.setdefault(ranks[unit], []).append(unit)
-            if self._rank in owners and len(owners) > 1:
+                owners.setdefault(row_of[unit], []).append(unit)
+            if own in owners and len(owners) > 1:
                 shared.append((name, owners, Key("T", self._step, index, 0)))
         for name, owners, key in shared:
-            mine = [found.get((unit, name)) for unit in owners[self._rank]]
-            for rank in set(owners) - {self._rank}:
-                channel.send(rank, key, mine)
+            mine = [found.get((unit, name)) for unit in owners[own]]
+            for row in set(owners) - {own}:
+                for rank in rows[row][place :: len(rows[own])]:
+                    channel.send(rank, key, mine)
         for name, owners, key in shared:
-            for rank in set(owners) - {self._rank}:
-                theirs = channel.receive(rank, key)
-                for unit, gradient in zip(owners[rank], theirs, strict=True):
+            for row in set(owners) - {own}:
+                theirs = channel.receive(rows[row][place % len(rows[row])], key)
+                for unit, gradient in zip(owners[row], theirs, strict=True):
                     if gradient is not None:
                         found[unit, name] = self._arrived(gradient, unit, name)
+
+    def _compression_state(self) -> dict[str, Any]:
+        """Return by parameter and path what this row's compressors keep, for any mesh.
+
+        All ranks of the row call it.
+        """
+        if self._sums is None or self._compressor is none:
+            return {}
+        return self._sums.saved(self._step)
+
+    def _load_compression(self, told: Mapping[str, Any] | None) -> None:
+        """Go on from the compressors' part of a checkpoint; None: it has none.
+
+        Raises:
+            CompressionError: it is that of another compressor.
+        """
+        if self._sums is None or self._compressor is none:
+            if told is not None and self._rank == 0:
+                warnings.warn(
+                    f"the checkpoint has what compression={told['compressor']} held back; without "
+                    "compression= it is lost",
+                    stacklevel=4,
+                )
+            return
+        told = told or {"compressor": self._compressor.name, "steps": 0, "parameters": {}}
+        if told["compressor"] != self._compressor.name:
+            raise CompressionError(
+                f"the checkpoint has the state of compression={told['compressor']}, but the "
+                f"pipeline has compression={self._compressor.name}: give it the former"
+            )
+        self._sums.load(told["parameters"], told["steps"])
 
     def _stage_of(self) -> list[int]:
         """Return by unit its stage."""
@@ -534,12 +676,32 @@ def _alltoall(
 
 def _largest(plan: Plan, most: int, times: Times | None) -> Schedule:
     """Return the schedule with the most micro-batches, up to ``most``, that there is."""
-    ranks, stages = max(plan.place) + 1, len(plan.place)
     problem: PlanError | None = None
     for count in range(most, 0, -1):
         try:
-            return schedule_of(plan.schedule, ranks, count, stages, times)
+            return plan.order(times, count)
         except PlanError as error:
             problem = problem or error
     assert problem is not None
     raise PlanError(f"a batch of {most} rows: {problem}")
+
+
+def is_mesh(place: Any) -> bool:
+    """Tell whether ``place`` has rows of ranks, not devices."""
+    return isinstance(place, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in place)
+
+
+def _checked_mesh(told: Sequence[Any], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Return the rows that a user has given; none if each has the rank of its number alone.
+
+    Raises:
+        PlanError: they do not have each rank of the job once.
+    """
+    if not told:
+        return ()
+    for row in told:
+        if not isinstance(row, (list, tuple)) or not all(type(rank) is int for rank in row):
+            raise PlanError(f"place={told!r} has {row!r}, which is no list of ranks")
+    check_mesh(told, ranks)
+    mesh = tuple(map(tuple, told))
+    return () if mesh == tuple((rank,) for rank in range(ranks)) else mesh

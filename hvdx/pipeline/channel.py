@@ -76,9 +76,9 @@ class Failure(NamedTuple):
 class Channel(Protocol):
     """Carries tensors between the ranks of one pipeline.
 
-    Made with the rank of each stage, so that a key says where a message goes
-    (``place[key.stage]``) and whence it comes (``place[key.sender]``). The engine asks it only
-    for what crosses ranks. One thread uses it, unless it says otherwise.
+    Made with the rank of each stage, or the ranks that are its replicas, so that a key says where
+    a message goes and whence it comes (see :func:`holder`). The engine asks it only for what
+    crosses ranks. One thread uses it, unless it says otherwise.
 
     Once a rank has failed, the channel is of no more use: every call but ``close`` raises.
     """
@@ -109,6 +109,16 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Give back sockets and threads; may be called twice."""
+
+
+def rows_of_ranks(place: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Return by stage its ranks: one, or the replicas round which micro-batches are dealt."""
+    return tuple((each,) if isinstance(each, int) else tuple(each) for each in place)
+
+
+def holder(rows: Sequence[Sequence[int]], stage: int, micro_batch: int) -> int:
+    """Return the rank that computes ``micro_batch`` in ``stage``; ``rows``: ranks by stage."""
+    return rows[stage][micro_batch % len(rows[stage])]
 
 
 class LocalChannel:

@@ -63,13 +63,14 @@ def dry_run(
     memory: float | Sequence[float] | None = None,
     link: Link = ONE_MACHINE,
     leaves: Sequence[Any] = (),
+    place: Sequence[Sequence[int]] = (),
 ) -> DryRun:
     """Measure and plan; ``module`` profiles models of this framework, the rest as for ``plan``."""
     for name, number in {"ranks": ranks, "micro_batches": micro_batches}.items():
         if not isinstance(number, int) or number < 1:
             raise PlanError(f"{name}={number!r}: give a whole number from 1")
     limits = [memory] * ranks if isinstance(memory, (int, float)) else memory
-    means = Means(ranks, link, memory=limits)
+    means = Means(ranks, link, memory=limits, mesh=place)
     graph = importlib.import_module(module).measured(model, sample, micro_batches, leaves)
     plan = make(graph, means, micro_batches, schedule=schedule, stages=stages, by=by)
     return DryRun(plan, graph, means)

@@ -41,7 +41,7 @@ class HorovodChannel(PostChannel):
     """See :class:`hvdx.pipeline.channel.Channel`; for one process per rank.
 
     Args:
-        place: by stage, the rank that has it.
+        place: by stage, the rank that has it, or its replicas.
         rank: this one.
         size: how many ranks the job has; all of them have such a channel.
         alltoall: exchanges an int64 array of shape (n, 8), of which each rank gets as many rows
@@ -53,7 +53,7 @@ class HorovodChannel(PostChannel):
 
     def __init__(
         self,
-        place: Sequence[int],
+        place: Sequence[int | Sequence[int]],
         rank: int,
         size: int,
         alltoall: Callable[[np.ndarray, list[int]], tuple[np.ndarray, list[int]]],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from hvdx.errors import PlanError
 from hvdx.pipeline.greedy import zbv
@@ -16,15 +17,21 @@ from hvdx.pipeline.ir import Graph
 from hvdx.pipeline.partition import Problem, partition, size_text
 from hvdx.pipeline.schedule import (
     Schedule,
+    dealt,
+    forward_only,
     gpipe,
+    groups,
     interleaved,
     one_f_one_b,
     parse,
     peak_kept,
     peak_live,
+    vee,
     zb1p,
 )
 from hvdx.pipeline.simulator import Times, simulate
+
+Mesh: TypeAlias = Sequence[Sequence[int]]
 
 _VERSION = 1
 _ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
@@ -33,25 +40,39 @@ _ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
     "zb1p": zb1p,
     "gpipe": gpipe,
 }
+_VEES = "zbv", "zbv-slack"
 #: Names, of which "auto" takes the quickest -> stages per rank.
-SCHEDULES = {**dict.fromkeys(_ONE_STAGE, 1), "interleaved": 2, "zbv": 2, "zbv-slack": 2}
+SCHEDULES = {**dict.fromkeys(_ONE_STAGE, 1), "interleaved": 2, **dict.fromkeys(_VEES, 2)}
 
 
 def schedule_of(
-    told: str, ranks: int, micro_batches: int, stages: int | None = None, times: Times | None = None
+    told: str,
+    ranks: int,
+    micro_batches: int,
+    stages: int | None = None,
+    times: Times | None = None,
+    mesh: Mesh = (),
 ) -> Schedule:
     """Make a schedule by name, or read one.
 
     Args:
         told: one of :data:`SCHEDULES`, or a text that :func:`hvdx.pipeline.schedule.parse` reads.
-        ranks: of the pipeline.
+            With replicas the text has a line per row of the mesh, and a micro-batch per group of
+            :func:`hvdx.pipeline.schedule.dealt`.
+        ranks: of the pipeline; replicas of each other count once.
         micro_batches: per step.
         stages: how many; None: as the schedule has it, two per rank for ``interleaved``.
         times: for which ``zbv`` is made.
+        mesh: rows of replicas; empty: none.
 
     Raises:
         PlanError: there is no such schedule, or it does not suit these numbers.
     """
+    if mesh:
+        if times is not None and told in _VEES:
+            times = _of_groups(times, mesh)
+        order = schedule_of(told, ranks, groups(mesh, micro_batches), stages, times)
+        return dealt(order, mesh, micro_batches)
     if re.match(r"\s*\d+[FBIW]\d", told):
         made = parse(told)
         if (made.ranks, made.micro_batches) != (ranks, micro_batches):
@@ -63,7 +84,7 @@ def schedule_of(
         made = _ONE_STAGE[told](ranks, micro_batches)
     elif told == "interleaved":
         made = interleaved(ranks, micro_batches, max(1, (stages or 2 * ranks) // ranks))
-    elif told in ("zbv", "zbv-slack"):
+    elif told in _VEES:
         made = zbv(ranks, micro_batches, times, slack=told == "zbv-slack")
     else:
         names = ", ".join((*SCHEDULES, "auto"))
@@ -75,18 +96,65 @@ def schedule_of(
     return made
 
 
+def _of_groups(times: Times, mesh: Mesh) -> Times:
+    """Return what a group of micro-batches takes on ranks of a V, each of which has its share."""
+    size = math.lcm(*map(len, mesh))
+    shares = [size // len(mesh[row]) for row in vee(len(mesh))]
+    parts = (times.forward, times.inputs, times.weights)
+    forward, inputs, weights = (
+        tuple(share * each for share, each in zip(shares, part, strict=True)) for part in parts
+    )
+    return Times(forward, inputs, weights, times.hops)
+
+
+def check_mesh(mesh: Mesh, ranks: int | None = None) -> None:
+    """Check that each rank has one place in a mesh.
+
+    Args:
+        mesh: rows of ranks.
+        ranks: how many the job has; None: as many as the mesh has.
+
+    Raises:
+        PlanError: it is not so; the message names the row or rank.
+    """
+    told = f"place={[list(row) for row in mesh]}"
+    if not mesh or not all(mesh):
+        empty = next((number for number, row in enumerate(mesh) if not row), 0)
+        raise PlanError(f"{told}: row {empty} has no rank; each stage needs one, at least")
+    count = sum(map(len, mesh)) if ranks is None else ranks
+    rows: dict[int, int] = {}
+    for number, row in enumerate(mesh):
+        for rank in row:
+            if not 0 <= rank < count:
+                raise PlanError(
+                    f"{told}: row {number} has rank {rank}, but the job has ranks 0 to "
+                    f"{count - 1}: give these, or start more (hvdx run -np ...)"
+                )
+            if rank in rows:
+                where = f"rows {rows[rank]} and {number}" if rows[rank] != number else (
+                    f"row {number} twice")  # fmt: skip
+                raise PlanError(f"{told}: rank {rank} is in {where}; each rank has one place")
+            rows[rank] = number
+    if missing := sorted(set(range(count)) - set(rows)):
+        raise PlanError(
+            f"{told} has {len(rows)} of {count} ranks: add rank {missing[0]} to a row, as a "
+            "replica of its stage, or start fewer"
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a model is cut, placed and scheduled; JSON keeps it.
 
     Attributes:
         cuts: by stage but the first, the unit, or the module, that it begins with.
-        place: by stage, the rank of the pipeline that has it.
+        place: by stage, the rank of the pipeline that has it, or the row of ``mesh``.
         schedule: name or text.
         micro_batches: per step.
         step: predicted seconds per step, 0 if unknown.
         bubble: predicted share of idle time.
         memory: predicted bytes by rank.
+        mesh: rows of ranks that are replicas of each other; empty: rank r is row r.
     """
 
     cuts: tuple[str, ...]
@@ -96,8 +164,16 @@ class Plan:
     step: float = 0.0
     bubble: float = 0.0
     memory: tuple[float, ...] = ()
+    mesh: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.mesh:
+            check_mesh(self.mesh)
+            if len(self.mesh) != max(self.place, default=0) + 1:
+                raise PlanError(
+                    f"place has {len(self.mesh)} rows, but the stages of schedule "
+                    f"{self.schedule!r} are on {max(self.place, default=0) + 1}"
+                )
         if len(self.place) != len(self.cuts) + 1:
             raise PlanError(
                 f"a plan with {len(self.cuts)} cuts places {len(self.place)} stages; it must "
@@ -109,10 +185,35 @@ class Plan:
                 f"place={list(self.place)}, but schedule {made.name!r} has {list(made.place)}"
             )
 
-    def order(self, times: Times | None = None) -> Schedule:
-        """Return the schedule; ``zbv``'s is made for ``times``, which all ranks must share."""
-        ranks = max(self.place, default=0) + 1
-        return schedule_of(self.schedule, ranks, self.micro_batches, len(self.place), times)
+    def order(self, times: Times | None = None, micro_batches: int | None = None) -> Schedule:
+        """Return the schedule, as planned or for fewer micro-batches.
+
+        That of ``zbv`` is made for ``times``, which all ranks must share.
+        """
+        count = micro_batches or self.micro_batches
+        ranks, stages = max(self.place, default=0) + 1, len(self.place)
+        return schedule_of(self.schedule, ranks, count, stages, times, self.mesh)
+
+    def inference(self, micro_batches: int) -> Schedule:
+        """Return the schedule of forwards alone."""
+        if not self.mesh:
+            return forward_only(self.place, micro_batches)
+        order = forward_only(self.place, groups(self.mesh, micro_batches))
+        return dealt(order, self.mesh, micro_batches)
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Return the rows of ranks that are replicas of each other; most plans have one in each."""
+        return self.mesh or tuple((rank,) for rank in range(max(self.place, default=0) + 1))
+
+    @property
+    def ranks(self) -> int:
+        """Count the ranks."""
+        return sum(map(len, self.rows))
+
+    def row(self, stage: int) -> tuple[int, ...]:
+        """Return the ranks that have ``stage``."""
+        return self.rows[self.place[stage]]
 
     def edges(self, graph: Graph) -> list[tuple[int, int]]:
         """Return by stage its first unit in ``graph`` and the one after its last.
@@ -159,7 +260,7 @@ class Plan:
 
 
 _REQUIRED = {"cuts", "place", "schedule", "micro_batches"}
-_LISTS = {"cuts": str, "place": int, "memory": float}
+_LISTS = {"cuts": str, "place": int, "memory": float, "mesh": list}
 _SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float}
 
 
@@ -172,7 +273,10 @@ def _read(name: str, value: Any) -> Any:
     elif name not in _LISTS:
         raise PlanError(f"a plan has no {name!r}; it has {', '.join((*_LISTS, *_SINGLE))}")
     elif isinstance(value, list) and all(_is(_LISTS[name], each) for each in value):
-        return tuple(value)
+        if name != "mesh":
+            return tuple(value)
+        if all(_is(int, rank) for row in value for rank in row):
+            return tuple(map(tuple, value))
     kind = single.__name__ if single else f"list of {_LISTS[name].__name__}"
     raise PlanError(f"{name}={value!r} is no {kind}")
 
@@ -221,12 +325,13 @@ class Means:
     """What there is to run on.
 
     Attributes:
-        ranks: of the pipeline.
-        link: between neighbours.
+        ranks: of the job.
+        link: between neighbours, and between replicas.
         speeds: by rank, relative; None: all the same.
         memory: by rank, bytes; None: enough. Several stages of a rank are cut to equal shares.
         copies: bytes per byte of parameters: weight, gradient and Adam's two moments make 4.
         recompute: whether stages keep their inputs alone, and backward begins with forward.
+        mesh: rows of ranks that are replicas of each other; empty: rank r is row r.
     """
 
     ranks: int
@@ -235,14 +340,38 @@ class Means:
     memory: Sequence[float] | None = None
     copies: float = 4.0
     recompute: bool = False
+    mesh: Mesh = ()
 
     def __post_init__(self) -> None:
+        if self.mesh:
+            check_mesh(self.mesh, self.ranks)
         for name in ("speeds", "memory"):
             given = getattr(self, name)
             if given is not None and len(given) != self.ranks:
                 raise PlanError(f"{name} has {len(given)} entries for {self.ranks} ranks")
             if given is not None and not all(each > 0 for each in given):
                 raise PlanError(f"{name}={list(given)}: give numbers above 0")
+
+    @property
+    def rows(self) -> Sequence[Sequence[int]]:
+        """Return the rows of ranks that are replicas of each other."""
+        return self.mesh or [(rank,) for rank in range(self.ranks)]
+
+    def speed(self, row: int) -> float:
+        """Return how fast the slowest rank of a row is."""
+        return min(self.speeds[rank] for rank in self.rows[row]) if self.speeds else 1.0
+
+    def limit(self, row: int) -> float:
+        """Return the bytes that each rank of a row has."""
+        return min(self.memory[rank] for rank in self.rows[row]) if self.memory else float("inf")
+
+    def sum_seconds(self, row: int, size: float) -> float:
+        """Return how long the ranks of a row add up ``size`` bytes each."""
+        count = len(self.rows[row])
+        if count == 1:
+            return 0.0
+        rounds = 1 if count == 2 else 2  # see hvdx.pipeline.replicas
+        return rounds * self.link.latency + 2 * (count - 1) / count * size / self.link.bandwidth
 
 
 def make(
@@ -280,7 +409,8 @@ def make(
     plans, problems = [], []
     for told in SCHEDULES if schedule == "auto" else (schedule,):
         try:
-            order = schedule_of(told, means.ranks, micro_batches, count)
+            rows = len(means.rows)
+            order = schedule_of(told, rows, micro_batches, count, mesh=means.mesh)
             found = cuts if cuts is not None else _cut(graph, means, order, by)
             plans.append(_predicted(graph, means, told, order, edges(graph, found)))
         except PlanError as error:
@@ -319,19 +449,23 @@ def _cut(graph: Graph, means: Means, order: Schedule, by: str) -> list[int]:
             for unit in graph.units
         ],
     }[by]
-    speeds = [means.speeds[rank] for rank in order.place] if means.speeds else None
+    shares = [len(means.rows[row]) for row in order.place]  # of micro-batches
+    speeds = [share / min(shares) for share in shares]
+    if by == "time":
+        speeds = [speed * means.speed(row) for speed, row in zip(speeds, order.place, strict=True)]
     problem = Problem(
         costs,
         order.stages,
         hops=[means.link.seconds(size) for size in sizes] if by == "time" else None,
         sizes=sizes,
-        speeds=speeds if by == "time" else None,
+        speeds=speeds if by != "memory" else None,
         memory=memory.of_stage if means.memory else None,
         limits=memory.limits,
         solid=graph.solid,
     )
     cuts = partition(problem)
-    return cuts if order.stages == order.ranks else _leveled(cuts, problem, order.place)
+    several = order.stages > len(means.rows)
+    return _leveled(cuts, problem, order.place) if several else cuts
 
 
 def _leveled(cuts: list[int], problem: Problem, place: Sequence[int]) -> list[int]:
@@ -373,8 +507,7 @@ class _Memory:
         self._entering = graph.live_bytes() if means.recompute else None
         bytes_of = {k: v for unit in graph.units for k, v in unit.parameters.items()}
         self._tied = [(bytes_of[name], units) for name, units in graph.tied().items()]
-        given = means.memory or [float("inf")] * means.ranks
-        self.limits = [given[rank] / order.place.count(rank) for rank in order.place]
+        self.limits = [means.limit(row) / order.place.count(row) for row in order.place]
 
     def of_stage(self, start: int, stop: int, stage: int) -> float:
         """Return the bytes that units ``start`` to before ``stop`` need as ``stage``."""
@@ -389,18 +522,18 @@ class _Memory:
     def of_ranks(self, found: Sequence[tuple[int, int]]) -> tuple[float, ...]:
         """Return the bytes that each rank needs: what its stages share or keep together, once."""
         owned: list[dict[str, int]] = [{} for _ in range(self._means.ranks)]
-        for rank, (start, stop) in zip(self._order.place, found, strict=True):
-            for unit in self._graph.units[start:stop]:
-                owned[rank].update(unit.parameters)
+        most = [0] * self._means.ranks  # of what a micro-batch keeps in one stage
         whole = [self._kept[stop] - self._kept[start] for start, stop in found]
+        for row, (start, stop), size in zip(self._order.place, found, whole, strict=True):
+            for rank in self._means.rows[row]:
+                most[rank] = max(most[rank], size)
+                for unit in self._graph.units[start:stop]:
+                    owned[rank].update(unit.parameters)
         if self._entering is None:
             kept = peak_kept(self._order, whole)
         else:
-            kept = peak_kept(self._order, [self._entering[start] for start, _ in found])
-            for rank in range(len(kept)):
-                own = [w for w, owner in zip(whole, self._order.place, strict=True)
-                       if owner == rank]  # fmt: skip
-                kept[rank] += max(own, default=0)
+            entering = peak_kept(self._order, [self._entering[start] for start, _ in found])
+            kept = [each + more for each, more in zip(entering, most, strict=True)]
         return tuple(
             self._means.copies * sum(parameters.values()) + live
             for parameters, live in zip(owned, kept, strict=True)
@@ -411,7 +544,7 @@ def stage_times(
     graph: Graph, means: Means, order: Schedule, found: Sequence[tuple[int, int]]
 ) -> Times:
     """Add up the times of the units of each stage, on the rank that has it."""
-    speeds = [means.speeds[rank] if means.speeds else 1.0 for rank in order.place]
+    speeds = [means.speed(row) for row in order.place]
 
     def total(part: str) -> list[float]:
         return [sum(getattr(unit, part) for unit in graph.units[start:stop]) / speed
@@ -426,7 +559,11 @@ def stage_times(
         forward[-1] = 0.0  # nobody waits for its results, so backward does it all
     sizes = graph.live_bytes()
     hops = tuple(means.link.seconds(sizes[start]) for start, _ in found[1:])
-    return Times(tuple(forward), tuple(inputs), tuple(weights), hops)
+    sums = tuple(
+        means.sum_seconds(row, graph.parameter_bytes(*interval))
+        for row, interval in zip(order.place, found, strict=True)
+    )
+    return Times(tuple(forward), tuple(inputs), tuple(weights), hops, sums)
 
 
 def _predicted(
@@ -436,8 +573,9 @@ def _predicted(
     if len(found) != order.stages:
         raise PlanError(f"{len(found)} stages, but schedule {told!r} takes {order.stages}")
     times = stage_times(graph, means, order, found)
-    if told in ("zbv", "zbv-slack") and any(times.forward):
-        order = schedule_of(told, means.ranks, order.micro_batches, order.stages, times)
+    if told in _VEES and any(times.forward):
+        count = order.micro_batches
+        order = schedule_of(told, len(means.rows), count, order.stages, times, means.mesh)
     memory = _Memory(graph, means, order).of_ranks(found)
     for rank, need in enumerate(memory):
         if means.memory and need > means.memory[rank]:
@@ -454,6 +592,7 @@ def _predicted(
         step=seen.step,
         bubble=seen.bubble,
         memory=memory,
+        mesh=tuple(map(tuple, means.mesh)),
     )
 
 
@@ -462,15 +601,18 @@ def table(plan: Plan, graph: Graph, means: Means) -> str:
     found = plan.edges(graph)
     times = stage_times(graph, means, plan.order(), found)
     sizes = graph.live_bytes()
+    ranks = [",".join(map(str, plan.row(stage))) for stage in range(len(found))]
+    wide = max(4, *map(len, ranks))
     lines = [
-        f"{'stage':>5} {'rank':>4} {'units':>5} {'ms':>8} {'parameters':>10} {'sends':>9}  first"
+        f"{'stage':>5} {'rank':>{wide}} {'units':>5} {'ms':>8} {'parameters':>10} {'sends':>9}  "
+        "first"
     ]
     for stage, (start, stop) in enumerate(found):
         spent = 1e3 * (times.forward[stage] + times.inputs[stage] + times.weights[stage])
         owned = size_text(graph.parameter_bytes(start, stop))
         sent = size_text(sizes[stop])
         lines.append(
-            f"{stage:>5} {plan.place[stage]:>4} {stop - start:>5} {spent:>8.2f} {owned:>10} "
+            f"{stage:>5} {ranks[stage]:>{wide}} {stop - start:>5} {spent:>8.2f} {owned:>10} "
             f"{sent:>9}  {graph.units[start].name}"
         )
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hvdx.errors import MismatchError
-from hvdx.pipeline.channel import Failure, Key, Tensors, late
+from hvdx.pipeline.channel import Failure, Key, Tensors, holder, late, rows_of_ranks
 
 VERSION = 1
 MAX_HEADER = 1 << 20
@@ -74,7 +74,7 @@ class PostChannel:
     :meth:`_take` what has come.
 
     Args:
-        place: by stage, the rank that has it.
+        place: by stage, the rank that has it, or its replicas.
         rank: this one.
         codec: of the framework's tensors.
         seconds: deadline of a get; 0: wait for ever.
@@ -84,9 +84,13 @@ class PostChannel:
     """
 
     def __init__(
-        self, place: Sequence[int], rank: int, codec: Codec | None, seconds: float
+        self,
+        place: Sequence[int | Sequence[int]],
+        rank: int,
+        codec: Codec | None,
+        seconds: float,
     ) -> None:
-        self._place, self._rank, self._seconds = tuple(place), rank, seconds or math.inf
+        self._rows, self._rank, self._seconds = rows_of_ranks(place), rank, seconds or math.inf
         self._codec: Codec = codec or NumpyCodec()
         self.note = ""
         self._arrived: dict[tuple[int, Key], tuple[str, Tensors]] = {}  # by sender and key
@@ -103,11 +107,11 @@ class PostChannel:
 
     def put(self, key: Key, tensors: Tensors) -> None:
         """See :meth:`Channel.put`."""
-        self.send(self._place[key.stage], key, tensors)
+        self.send(holder(self._rows, key.stage, key.micro_batch), key, tensors)
 
     def get(self, key: Key) -> Tensors:
         """See :meth:`Channel.get`."""
-        return self.receive(self._place[key.sender], key)
+        return self.receive(holder(self._rows, key.sender, key.micro_batch), key)
 
     def send(self, peer: int, key: Key, tensors: Tensors) -> None:
         """Send to any rank of the pipeline; ``key`` need be new between these two only."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Protocol
 
@@ -63,7 +63,12 @@ def unreached(weight: str) -> str:
 
 
 def run(
-    schedule: Schedule, rank: int, stages: Mapping[int, Stage], channel: Channel, step: int = 0
+    schedule: Schedule,
+    rank: int,
+    stages: Mapping[int, Stage],
+    channel: Channel,
+    step: int = 0,
+    ended: Callable[[int], None] | None = None,
 ) -> list[Span]:
     """Run ``rank``'s row of ``schedule`` once.
 
@@ -73,6 +78,7 @@ def run(
         stages: those that this rank has, by number.
         channel: to the other ranks.
         step: number of this step, which no other step on this channel has.
+        ended: called with the number of each stage that has done all its work here, at once.
 
     Returns:
         When each action ran, by ``time.perf_counter``, from its inputs' arrival on.
@@ -84,13 +90,16 @@ def run(
     loop = _Loop(schedule, rank, stages, channel, step)
     row = schedule.rows[rank]
     spans: list[Span] = []
+    number, last = 0, {action.stage: number for number, action in enumerate(row)}
     try:
-        for action in row:
+        for number, action in enumerate(row):
             spans.append(loop.perform(action))
+            if ended is not None and last[action.stage] == number:
+                ended(action.stage)
     except PipelineError:
         raise
     except BaseException as error:
-        failure = _failure(error, rank, row, len(spans), stages, step)
+        failure = _failure(error, rank, row, number, stages, step)
         channel.fail(failure)
         if not isinstance(error, Exception):  # KeyboardInterrupt stays what it is
             raise
@@ -109,7 +118,7 @@ class _Loop:
         channel: Channel,
         step: int,
     ) -> None:
-        self._place, self._rank, self._stages = schedule.place, rank, stages
+        self._order, self._rank, self._stages = schedule, rank, stages
         self._channel, self._step = channel, step
         self._kept: dict[Key, Tensors] = {}
 
@@ -133,16 +142,16 @@ class _Loop:
         return Span(action, start, end)
 
     def _fetch(self, key: Key) -> Tensors | None:
-        if not 0 <= key.sender < len(self._place):
+        if not 0 <= key.sender < self._order.stages:
             return None
-        if self._place[key.sender] == self._rank:
+        if self._order.owner(key.sender, key.micro_batch) == self._rank:
             return self._kept.pop(key)
         return self._channel.get(key)
 
     def _send(self, key: Key, tensors: Tensors) -> None:
-        if not 0 <= key.stage < len(self._place):
+        if not 0 <= key.stage < self._order.stages:
             return
-        if self._place[key.stage] == self._rank:
+        if self._order.owner(key.stage, key.micro_batch) == self._rank:
             self._kept[key] = tensors
         else:
             self._channel.put(key, tensors)

@@ -10,6 +10,8 @@ it, and :func:`validate` says whether it can run at all; none of them knows how 
     zbv          and first and last stage share a rank     (:mod:`hvdx.pipeline.greedy`)
     text         what the user writes
 
+Where a rank has replicas, :func:`dealt` deals its micro-batches round them.
+
 Two of them for 2 ranks and 3 micro-batches, F forward and B backward, in slots of time:
 
     gpipe  rank 0   F0 F1 F2 .  B0 B1 B2       1f1b   rank 0   F0 F1 .  B0 F2 B1 .  B2
@@ -19,6 +21,7 @@ Two of them for 2 ranks and 3 micro-batches, F forward and B backward, in slots 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,15 +64,17 @@ class Schedule:
 
     Attributes:
         rows: by rank, what it does, in order.
-        place: by stage, the rank that has it.
+        place: by stage, the rank that has it, or the row of ``mesh``.
         micro_batches: how many a step has.
         name: of the method, such as ``"1f1b"``; ``"text"`` for the user's own.
+        mesh: rows of ranks that are replicas of each other; empty: no rank has a replica.
     """
 
     rows: tuple[tuple[Action, ...], ...]
     place: tuple[int, ...]
     micro_batches: int
     name: str = "text"
+    mesh: tuple[tuple[int, ...], ...] = ()
 
     @property
     def stages(self) -> int:
@@ -80,6 +85,11 @@ class Schedule:
     def ranks(self) -> int:
         """Count the ranks."""
         return len(self.rows)
+
+    def owner(self, stage: int, micro_batch: int) -> int:
+        """Return the rank that computes ``micro_batch`` in ``stage``."""
+        row = self.place[stage]
+        return self.mesh[row][micro_batch % len(self.mesh[row])] if self.mesh else row
 
     @property
     def trains(self) -> bool:
@@ -138,17 +148,19 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Action]]:
 
 def _stuck(rank: int, action: Action, done: set[Action], schedule: Schedule) -> str:
     missing = next(each for each in needs(action, schedule.stages) if each not in done)
-    owner = schedule.place[missing.stage]
+    owner = schedule.owner(missing.stage, missing.micro_batch)
     where = "later in its own row" if owner == rank else f"on rank {owner}"
     return f"rank {rank} stops at {action}, which needs {missing} {where}"
 
 
 def peak_live(schedule: Schedule) -> list[int]:
-    """Return per stage how many micro-batches it keeps at most, from F to B or W.
+    """Return per stage how many micro-batches a rank keeps of it at most, from F to B or W.
 
     This depends on the order alone, not on times.
     """
-    return [int(peak) for peak in _peaks(schedule, range(schedule.stages), [1] * schedule.stages)]
+    alone = [[float(stage == each) for each in range(schedule.stages)]
+             for stage in range(schedule.stages)]  # fmt: skip
+    return [int(max(peak_kept(schedule, kept))) for kept in alone]
 
 
 def peak_live_of_ranks(schedule: Schedule) -> list[int]:
@@ -158,17 +170,14 @@ def peak_live_of_ranks(schedule: Schedule) -> list[int]:
 
 def peak_kept(schedule: Schedule, kept: Sequence[float]) -> list[float]:
     """Return per rank what it keeps at most, where a micro-batch of stage s keeps ``kept[s]``."""
-    return _peaks(schedule, schedule.place, kept)
-
-
-def _peaks(schedule: Schedule, group: Sequence[int], kept: Sequence[float]) -> list[float]:
-    held, peak = [0.0] * (max(group) + 1), [0.0] * (max(group) + 1)
+    peaks = []
     for row in schedule.rows:
+        held = peak = 0.0
         for action in row:
-            index = group[action.stage]
-            held[index] += kept[action.stage] * {"F": 1, "I": 0}.get(action.kind, -1)
-            peak[index] = max(peak[index], held[index])
-    return peak
+            held += kept[action.stage] * {"F": 1, "I": 0}.get(action.kind, -1)
+            peak = max(peak, held)
+        peaks.append(peak)
+    return peaks
 
 
 CHECKPOINTS = "never", "except_last", "always"
@@ -180,19 +189,20 @@ def recomputed(schedule: Schedule, checkpoint: str) -> list[frozenset[int]]:
     Args:
         schedule: that is run.
         checkpoint: ``"always"``: all but those whose backward follows their forward at once,
-            which would gain nothing; ``"except_last"``: nor the last micro-batch, save in the
-            last stage: that computes nothing twice, and must take them in order; ``"never"``.
+            which would gain nothing; ``"except_last"``: nor a rank's last micro-batch, save in
+            the last stage: that computes nothing twice, and must take them in order; ``"never"``.
     """
     found: list[set[int]] = [set() for _ in schedule.place]
     if checkpoint == "never":
         return [frozenset() for _ in found]
     for row in schedule.rows:
+        last = {action.stage: action.micro_batch for action in row if action.kind == "F"}
         for action, following in itertools.pairwise(row):
+            whole = checkpoint == "except_last" and action.micro_batch == last[action.stage]
+            if whole and action.stage < schedule.stages - 1:
+                continue
             if action.kind == "F" and following[1:] != action[1:]:
                 found[action.stage].add(action.micro_batch)
-    if checkpoint == "except_last":
-        for each in found[:-1]:
-            each.discard(schedule.micro_batches - 1)
     return [frozenset(each) for each in found]
 
 
@@ -222,7 +232,7 @@ def _check_actions(schedule: Schedule) -> None:
             if not 0 <= action.micro_batch < schedule.micro_batches:
                 count = schedule.micro_batches
                 raise PlanError(f"rank {rank}: {action}, but there are {count} micro-batches")
-            owner = schedule.place[action.stage]
+            owner = schedule.owner(action.stage, action.micro_batch)
             if owner != rank:
                 raise PlanError(
                     f"rank {rank}: {action}, but stage {action.stage} is on rank {owner}"
@@ -240,15 +250,15 @@ def _check_complete(schedule: Schedule, seen: set[Action]) -> None:
             kinds = "".join(k for k in "FBIW" if Action(k, stage, micro_batch) in seen)
             if kinds not in (("FB", "FIW") if trains else ("F",)):
                 raise PlanError(
-                    f"rank {schedule.place[stage]}: micro-batch {micro_batch} has "
+                    f"rank {schedule.owner(stage, micro_batch)}: micro-batch {micro_batch} has "
                     f"{'+'.join(kinds) or 'nothing'} in stage {stage}; it needs "
                     + ("F and B, or F, I and W" if trains else "F")
                 )
 
 
 def _check_order(schedule: Schedule) -> None:
-    last: dict[tuple[str, int], Action] = {}
     for rank, row in enumerate(schedule.rows):
+        last: dict[tuple[str, int], Action] = {}
         for action in row:
             for way in {"F": "F", "B": "IW", "I": "I", "W": "W"}[action.kind]:
                 before = last.get((way, action.stage))
@@ -310,6 +320,48 @@ def looped(ranks: int, chunks: int = 1) -> tuple[int, ...]:
 def vee(ranks: int) -> tuple[int, ...]:
     """Place two stages per rank, down the ranks and back: the first and the last on rank 0."""
     return (*range(ranks), *reversed(range(ranks)))
+
+
+def dealt(order: Schedule, mesh: Sequence[Sequence[int]], micro_batches: int) -> Schedule:
+    """Deal micro-batches round replicas: number k goes to replica k mod r of a row of r.
+
+    What ``order`` does with one micro-batch is done with a group of as many as all rows can share
+    out evenly, so that what can run still can: with equal rows each chain of replicas runs
+    ``order`` by itself. Here for ``mesh=[[0, 1], [2]]``, groups of two, and 1f1b:
+
+        rank 0   F0 F2 B0 F4 B2 B4
+        rank 1   F1 F3 B1 F5 B3 B5
+        rank 2   F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5
+
+    Args:
+        order: of ``groups(mesh, micro_batches)`` micro-batches on as many ranks as there are rows.
+        mesh: rows of ranks, which are 0 to n - 1, each once.
+        micro_batches: to deal.
+    """
+    size, last = math.lcm(*map(len, mesh)), order.stages - 1
+    rows: list[tuple[Action, ...]] = [()] * sum(map(len, mesh))
+    for row, ranks in zip(order.rows, mesh, strict=True):
+        for replica, rank in enumerate(ranks):
+            rows[rank] = tuple(
+                Action(action.kind, action.stage, k)
+                for block in _blocks(row, last)
+                for k in range(block[0].micro_batch * size + replica,
+                               min((block[0].micro_batch + 1) * size, micro_batches), len(ranks))
+                for action in block
+            )  # fmt: skip
+    return Schedule(tuple(rows), order.place, micro_batches, order.name, tuple(map(tuple, mesh)))
+
+
+def _blocks(row: Sequence[Action], last: int) -> Iterator[list[Action]]:
+    """Yield what is done to a micro-batch at one go: in the last stage, which waits for none."""
+    for _, block in itertools.groupby(enumerate(row), lambda each: (
+        each[1][1:] if each[1].stage == last else each[0])):  # fmt: skip
+        yield [action for _, action in block]
+
+
+def groups(mesh: Sequence[Sequence[int]], micro_batches: int) -> int:
+    """Return into how many groups :func:`dealt` puts so many micro-batches."""
+    return -(-micro_batches // math.lcm(*map(len, mesh)))
 
 
 def forward_only(place: Sequence[int], micro_batches: int) -> Schedule:

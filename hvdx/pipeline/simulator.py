@@ -16,12 +16,14 @@ class Times(NamedTuple):
         inputs: by stage, for the gradients of its inputs.
         weights: by stage, for the gradients of its weights. A whole backward takes both.
         hops: by cut, from one rank to another; cut k lies between stages k and k+1.
+        sums: by stage, for adding up its gradients over its replicas; empty: none has any.
     """
 
     forward: tuple[float, ...]
     inputs: tuple[float, ...]
     weights: tuple[float, ...]
     hops: tuple[float, ...]
+    sums: tuple[float, ...] = ()
 
     @classmethod
     def equal(
@@ -56,7 +58,7 @@ class Simulation(NamedTuple):
 
     Attributes:
         spans: by rank.
-        step: seconds from the first start to the last end.
+        step: seconds from the first start to the last end, that of sums over replicas included.
         bubble: share of the ranks' time in which they wait.
         live: by rank, micro-batches of its stages kept at once, at most.
     """
@@ -77,15 +79,21 @@ def simulate(schedule: Schedule, times: Times) -> Simulation:
     """
     ends: dict[Action, float] = {}
     spans: list[list[Span]] = [[] for _ in schedule.rows]
-    place = schedule.place
     for rank, action in walk(schedule):
         start = spans[rank][-1].end if spans[rank] else 0.0
         for need in needs(action, schedule.stages):
-            start = max(start, ends[need] + times.between(need.stage, action.stage, place))
+            remote = schedule.owner(need.stage, need.micro_batch) != rank
+            hop = times.hops[min(need.stage, action.stage)] if remote else 0.0
+            start = max(start, ends[need] + hop)
         end = start + times.of(action)
         ends[action.gives] = end
         spans[rank].append(Span(action, start, end))
-    step = max((row[-1].end for row in spans if row), default=0.0)
+    step = max((row[-1].end + _sums(row, times) for row in spans if row), default=0.0)
     busy = sum(span.end - span.start for row in spans for span in row)
     bubble = 1.0 - busy / (step * schedule.ranks) if step else 0.0
     return Simulation(tuple(map(tuple, spans)), step, bubble, tuple(peak_live_of_ranks(schedule)))
+
+
+def _sums(row: Sequence[Span], times: Times) -> float:
+    """Return how long a rank, at the end of its row, adds up gradients over its replicas."""
+    return sum(times.sums[stage] for stage in {span.action.stage for span in row if times.sums})

@@ -65,7 +65,7 @@ def _before(
     rank: int, at: float, span: Span, ends: Mapping[Action, float], schedule: Schedule
 ) -> Iterator[Gap]:
     remote = [need for need in needs(span.action, schedule.stages)
-              if schedule.place[need.stage] != rank and need in ends]  # fmt: skip
+              if schedule.owner(need.stage, need.micro_batch) != rank and need in ends]  # fmt: skip
     last = max(remote, key=ends.__getitem__, default=None)
     ready = at if last is None else min(max(at, ends[last]), span.start)
     yield Gap(rank, at, ready, "wait", last)
@@ -125,7 +125,7 @@ def aligned(lane: Lane, schedule: Schedule) -> list[list[Span]]:
     for rank, row in enumerate(lane):
         for span in row:
             for need in needs(span.action, schedule.stages):
-                sender = schedule.place[need.stage]
+                sender = schedule.owner(need.stage, need.micro_batch)
                 if sender != rank and need in ends:
                     way = sender, rank
                     bounds[way] = min(bounds.get(way, float("inf")), span.start - ends[need])

@@ -39,7 +39,7 @@ class ZmqChannel(PostChannel):
     """See :class:`hvdx.pipeline.channel.Channel`; for one process per rank.
 
     Args:
-        place: by stage, the rank that has it.
+        place: by stage, the rank that has it, or its replicas.
         rank: this one.
         exchange: gathers one picklable object per rank, in rank order; all ranks call it twice.
         codec: of the framework's tensors.
@@ -52,7 +52,7 @@ class ZmqChannel(PostChannel):
 
     def __init__(
         self,
-        place: Sequence[int],
+        place: Sequence[int | Sequence[int]],
         rank: int,
         exchange: Callable[[Any], list[Any]],
         codec: Codec | None = None,
@@ -76,7 +76,9 @@ class ZmqChannel(PostChannel):
         self._handlers: dict[Any, Callable[[], object]] = {}  # socket: who reads it
         problem = None
         try:
-            self._meet(sorted(set(place) - {rank}), exchange, address)
+            self._meet(
+                sorted({each for row in self._rows for each in row} - {rank}), exchange, address
+            )
         except (OSError, HvdxError, zmq.ZMQError) as error:
             problem = f"rank {rank}: {error}"
         except BaseException:
