@@ -22,7 +22,18 @@ from itertools import pairwise
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from hvdx import buckets
-from hvdx.comm import Allgather, Allreduce, Alltoall, Rank, Ranks, Request, Together, Work, together
+from hvdx.comm import (
+    Allgather,
+    Allreduce,
+    Alltoall,
+    Owners,
+    Rank,
+    Ranks,
+    Request,
+    Together,
+    Work,
+    together,
+)
 from hvdx.compression import CompressionError, Compressor, Spec, none
 from hvdx.compression.portable import pooled, restored
 from hvdx.compression.state import leaves
@@ -149,6 +160,8 @@ class Talk(Generic[Result]):
             return lambda: count
         if isinstance(request, Rank):
             return lambda: row.place
+        if isinstance(request, Owners):
+            return lambda: None  # all ranks need the whole
         if isinstance(request, Together):
             parts = [self._begin(each) for each in request.requests]
             return lambda: [part() for part in parts]

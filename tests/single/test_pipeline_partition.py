@@ -217,7 +217,9 @@ def test_a_joined_unit_is_not_cut_off():
         [Unit("a", forward=1.0), Unit("relu_", joined=True), Unit("b", forward=1.0)]
     )
     assert make(graph, Means(2), 2, schedule="gpipe").cuts == ("b",)
-    with pytest.raises(PlanError, match=r"no stage can begin at 'relu_': it must be in that of 'a'"):
+    with pytest.raises(
+        PlanError, match=r"no stage can begin at 'relu_': it must be in that of 'a'"
+    ):
         make(graph, Means(2), 2, schedule="gpipe", stages=["relu_"])
 
 
