@@ -529,7 +529,7 @@ class Pipeline(BasePipeline):
                 if own:
                     self._channel.send(0, key, list(own.values()))
                 return {}
-            for rank in sorted({*self._leads} - {0}):
+            for rank in (rank for rank in range(1, len(names)) if names[rank]):
                 arrived = self._channel.receive(rank, key)
                 for name, tensor in zip(names[rank], arrived, strict=True):
                     arrays.setdefault(name, _array(tensor))
