@@ -89,6 +89,54 @@ def test_closing_just_when_a_connection_breaks_ends():
         assert not closing.is_alive()
 
 
+CLOSING = """
+import threading, time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+import numpy as np
+from hvdx.pipeline.channel import Key
+from hvdx.pipeline.zmq_channel import ZmqChannel
+
+class Slow(ZmqChannel):
+    def _socket(self, peer):
+        socket = super()._socket(peer)
+        socket.rcvhwm, socket.rcvbuf = 1, 4096  # takes next to nothing
+        return socket
+
+barrier, values = threading.Barrier(2), [None, None]
+
+def exchange(rank, value):
+    values[rank] = value
+    barrier.wait()
+    both = list(values)
+    barrier.wait()
+    return both
+
+with ThreadPoolExecutor(2) as threads:
+    kinds = enumerate([ZmqChannel, Slow])
+    here, there = [threads.submit(kind, range(2), rank, partial(exchange, rank), seconds=20)
+                   for rank, kind in kinds]
+    here, there = here.result(), there.result()
+for k in range(50):
+    here.put(Key("F", 0, 1, k), [np.ones(1 << 17)])
+closing = threading.Thread(target=here.close)
+closing.start()
+time.sleep(0.1)
+for k in range(20):
+    there.put(Key("B", 0, 0, k), [np.ones(500)])
+time.sleep(0.1)
+there._context.destroy(linger=0)  # as a process dies
+closing.join(10)
+assert not closing.is_alive()
+"""
+
+
+def test_closing_with_messages_on_their_way_to_one_who_dies():
+    # ZeroMQ's heartbeats ended the process then: "Assertion failed: !_io_error".
+    done = subprocess.run([sys.executable, "-c", CLOSING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_address_that_is_not_there():
     from hvdx.errors import HvdxError
 
