@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="as the sweeps of examples/ take them")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seeds", type=int, help="how many; 5 on digits, 1 on text")
-    parser.add_argument("--epochs", type=int, default=60, help="of digits")
+    parser.add_argument("--epochs", type=int, default=30, help="of digits")
     parser.add_argument("--steps", type=int, default=300, help="on text")
     told = parser.parse_args()
     told.methods = told.methods or (TEXT if told.text else DIGITS)
