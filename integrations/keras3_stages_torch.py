@@ -14,7 +14,6 @@ from typing import Any
 import keras
 import torch
 
-from hvdx.errors import PlanError
 from hvdx.integrations import keras3_graph as keras3
 from hvdx.integrations import pytorch_profile
 from hvdx.integrations.keras3_losses import Objective
@@ -22,6 +21,7 @@ from hvdx.integrations.keras_batch_norm import gathering
 from hvdx.integrations.pytorch_channel import TorchCodec as Codec
 from hvdx.integrations.pytorch_graph import flat
 from hvdx.integrations.pytorch_stages import Batch, TorchStage
+from hvdx.integrations.pytorch_stages import usable_device as device
 from hvdx.pipeline import ir
 
 FRAMEWORK = "torch"
@@ -37,21 +37,6 @@ __all__ = [
     "numbers",
     "profiled",
 ]
-
-
-def device(told: Any) -> torch.device:
-    """Return a device that exists.
-
-    Raises:
-        PlanError: it does not.
-    """
-    try:
-        found = torch.device(told)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise PlanError(f"place has {told!r}, which cannot be used: {reason}") from None
-    return found
 
 
 def numbers(told: Sequence[float]) -> torch.Tensor:

@@ -33,7 +33,7 @@ from hvdx.integrations.pytorch_graph import (
 )
 from hvdx.integrations.pytorch_precision import Casts, set_aside, uncached
 from hvdx.integrations.pytorch_profile import profiled
-from hvdx.integrations.pytorch_stages import Batch, TorchStage
+from hvdx.integrations.pytorch_stages import Batch, TorchStage, usable_device
 from hvdx.integrations.pytorch_sync_batch_norm import SyncBatchNorm
 from hvdx.pipeline import ir
 from hvdx.pipeline.base import BasePipeline, check_options, rows_of
@@ -278,7 +278,7 @@ class Pipeline(BasePipeline):
         graph = self._graph
         split = self.plan.order().splits
         home = self._home
-        devices = [*map(_device, self._devices or [])]
+        devices = [*map(usable_device, self._devices or [])]
         stages: dict[int, TorchStage] = {}
         at: dict[int, torch.device] = {}  # parameter: where it is needed
         self._check_buffers()
@@ -507,21 +507,6 @@ def _check_arguments(model: Any, loss: Any, optimizer: Any, scaler: Any) -> None
         raise TypeError(f"loss is a {type(loss).__name__}; give a function of output and target")
     if scaler is not None and not hasattr(scaler, "unscale_"):
         raise TypeError(f"scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler")
-
-
-def _device(told: Any) -> torch.device:
-    """Return a device that exists.
-
-    Raises:
-        PlanError: it does not.
-    """
-    try:
-        device = torch.device(told)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise PlanError(f"place has {told!r}, which cannot be used: {reason}") from None
-    return device
 
 
 def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:

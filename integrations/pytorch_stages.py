@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_batch_norm import Deferred
 from hvdx.integrations.pytorch_graph import (
     Graph,
@@ -39,6 +40,21 @@ from hvdx.pipeline.run import unreached
 
 _LOSS = ("the loss", 0)  # where others have (value, number of its leaf)
 _lock = threading.RLock()  # of the generators, which all threads of a process share
+
+
+def usable_device(told: Any) -> torch.device:
+    """Return a device that exists.
+
+    Raises:
+        PlanError: it does not.
+    """
+    try:
+        found = torch.device(told)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlanError(f"place has {told!r}, which cannot be used: {reason}") from None
+    return found
 
 
 @dataclass

@@ -6,6 +6,7 @@ optimizers step and what a checkpoint looks like.
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import functools
@@ -48,7 +49,7 @@ CHANNELS = "zmq", "horovod"
 Channel = TypeVar("Channel", bound=ZmqChannel)
 
 
-class BasePipeline:
+class BasePipeline(abc.ABC):
     """A model whose units are spread over the threads of this process, or over the job's ranks.
 
     Args:
@@ -148,29 +149,29 @@ class BasePipeline:
 
     # --- what a framework adds
 
+    @abc.abstractmethod
     def _profile(self, sample: Any, micro_batches: int) -> Graph:
         """Return the line with what its units cost here."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _tensor(self, numbers: Sequence[float]) -> Any:
         """Return them as a tensor of float64 in host memory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _norms(self, gradients: Sequence[Any]) -> Sequence[float]:
         """Return the 2-norm of each."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _joined(self, pieces: Sequence[Sequence[Any]], compared: bool) -> list[Any]:
         """Put together what the last stage found, by micro-batch: add losses, append outputs."""
-        raise NotImplementedError
 
     def _beside(self, tensor: Any, like: Any) -> Any:
         """Put another rank's tensor on the device where ``like`` is."""
         return tensor
 
+    @abc.abstractmethod
     def _finite(self, gradients: Sequence[Any]) -> bool:
         """Tell whether all numbers in them are finite."""
-        raise NotImplementedError
 
     def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
         """Put another rank's gradient of a weight on the device where this rank's is."""

@@ -9,6 +9,7 @@ Nothing is unpickled, and no tensor is made that its header does not describe by
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import math
@@ -67,7 +68,7 @@ class NumpyCodec:
         return np.frombuffer(packed.data, dtype).reshape(packed.shape)
 
 
-class PostChannel:
+class PostChannel(abc.ABC):
     """Messages by key between processes, of which each has one of these.
 
     See :class:`hvdx.pipeline.channel.Channel`. How messages travel is a subclass' part: it gives
@@ -149,31 +150,31 @@ class PostChannel:
             self._failure = failure
             self._tell_all(self._header(Key(FAILURE, 0, 0, 0), failure._asdict()))
 
+    @abc.abstractmethod
     def close(self) -> None:
         """See :meth:`Channel.close`."""
-        raise NotImplementedError
 
     # --- how messages travel
 
+    @abc.abstractmethod
     def _post(self, peer: int, parts: list[Any]) -> None:
         """Send a header and its parts, and return at once."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _tell_all(self, message: bytes) -> None:
         """Send a header without parts to all other ranks; never wait, never raise."""
-        raise NotImplementedError
 
     def _take_next(self, peer: int) -> bool:
         """Take one message of ``peer``, without waiting; tell whether there was any."""
         return False
 
+    @abc.abstractmethod
     def _service(self, seconds: float) -> None:
         """Wait for any news, and take what there is."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _check_peers(self, wanted: int, key: Key) -> None:
         """Raise OSError if a rank is gone, or if the one waited for has left."""
-        raise NotImplementedError
 
     def _pack(self, peer: int, tensor: Any) -> Packed:
         """Make bytes of a tensor on its way to ``peer``."""
