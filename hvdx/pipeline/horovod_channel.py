@@ -10,8 +10,7 @@ others, round after round, in one alltoall, into which each puts what it has to 
 Since the thread of a rank never waits for what its stages compute, only for the other threads, no
 order of puts and gets can block a round: what a schedule allows, this carries. Nor does it need
 sets of two ranks, which a job would have to declare when it starts, and which Horovod visits one
-after the other in each of its cycles. The price is that a message waits for the next round, a
-millisecond or two.
+after the other in each of its cycles. The price is that a message waits for the next round.
 
 Rounds go on within a :meth:`HorovodChannel.session` only, until one in which all ranks say that
 they are done with it. A rank that fails sends why in the next round.
