@@ -74,24 +74,32 @@ def horovod(group: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def links(monkeypatch: pytest.MonkeyPatch, horovod: ModuleType) -> Callable[..., None]:
+def links(monkeypatch: pytest.MonkeyPatch, horovod: ModuleType) -> Callable[..., list[object]]:
     """Have networks of these megabits be measured, one after the other; the last one stays.
 
-    And have ``Compression.auto`` look again however short the steps are.
+    None stands for the network that there is. And have ``Compression.auto`` look again however
+    short the steps are. Returns a list that grows by what is measured.
     """
     from hvdx import link
     from hvdx.compression import review
 
-    def use(*megabits: float) -> None:
-        to_come = list(megabits)
+    really = link.measure
 
-        def measured(*args: object) -> link.Link:
+    def use(*megabits: float | None) -> list[object]:
+        to_come, measured = list(megabits), []
+
+        def measure(*args: object) -> link.Link:
             now = to_come.pop(0) if len(to_come) > 1 else to_come[0]
-            line = link.Line(1e-4, 8e-6 / now)
-            return link.Link(horovod.size(), dict.fromkeys(link.KINDS, line))
+            if now is None:
+                measured.append(really(*args))
+            else:
+                line = link.Line(1e-4, 8e-6 / now)
+                measured.append(link.Link(horovod.size(), dict.fromkeys(link.KINDS, line)))
+            return measured[-1]
 
-        monkeypatch.setattr(link, "measure", measured)
+        monkeypatch.setattr(link, "measure", measure)
         monkeypatch.setattr(review, "_SHARE", 1e9)
+        return measured
 
     return use
 
