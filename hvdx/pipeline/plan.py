@@ -155,6 +155,8 @@ class Plan:
         bubble: predicted share of idle time.
         memory: predicted bytes by rank.
         mesh: rows of ranks that are replicas of each other; empty: rank r is row r.
+        checkpoint: which micro-batches are computed again for backward; empty: not planned.
+        compression: of the gradients that replicas add up, by name; empty: not planned.
     """
 
     cuts: tuple[str, ...]
@@ -165,6 +167,8 @@ class Plan:
     bubble: float = 0.0
     memory: tuple[float, ...] = ()
     mesh: tuple[tuple[int, ...], ...] = ()
+    checkpoint: str = ""
+    compression: str = ""
 
     def __post_init__(self) -> None:
         if self.mesh:
@@ -261,7 +265,8 @@ class Plan:
 
 _REQUIRED = {"cuts", "place", "schedule", "micro_batches"}
 _LISTS = {"cuts": str, "place": int, "memory": float, "mesh": list}
-_SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float}
+_SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float,
+           "checkpoint": str, "compression": str}  # fmt: skip
 
 
 def _read(name: str, value: Any) -> Any:
