@@ -324,6 +324,23 @@ class Link(NamedTuple):
         """Return how long ``size`` bytes travel."""
         return self.latency + size / self.bandwidth
 
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """Read ``100mbit,200us``: bandwidth in kbit, mbit or gbit, or kB, MB or GB, a second.
+
+        Raises:
+            PlanError: it is no such text.
+        """
+        found = re.fullmatch(
+            r"(\d+\.?\d*)([kmg])(bit|b),(\d+\.?\d*)(us|ms|s)", text.lower().replace(" ", "")
+        )
+        if found is None or not float(found[1]):
+            raise PlanError(f"link {text!r}: give bandwidth and latency, such as 100mbit,200us")
+        rate, scale, unit, latency, times = found.groups()
+        bits = 8 if unit == "bit" else 1
+        bandwidth = float(rate) * {"k": 1e3, "m": 1e6, "g": 1e9}[scale] / bits
+        return cls(float(latency) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[times], bandwidth)
+
 
 @dataclass(frozen=True)
 class Means:

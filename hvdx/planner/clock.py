@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hvdx.errors import PlanError
+from hvdx.pipeline.schedule import Action
 
 INFINITY = float("inf")
 _NOTHING = 1e-12  # seconds: what rounding leaves of a task
@@ -26,10 +27,17 @@ class Need(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a rank does after all that comes before in its row, once it has what it needs."""
+    """What a rank does after all that comes before in its row, once it has what it needs.
+
+    Attributes:
+        seconds: at full speed.
+        needs: all of them.
+        action: of the schedule; None: coding, waiting, updating.
+    """
 
     seconds: float
     needs: tuple[Need, ...] = ()
+    action: Action | None = None
 
 
 class Taken(NamedTuple):

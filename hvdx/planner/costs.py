@@ -164,7 +164,7 @@ def priced(
     rows = costs.rows()
     ran = clock([row.tasks for row in rows], job.lanes, job.hosts)
     step = max(taken[-1].end for taken in ran)
-    busy = sum(task.seconds for row in rows for task in row.tasks)
+    busy = sum(taken.end - taken.start for row in ran for taken in row)
     found = replace(
         plan,
         step=step,
@@ -177,6 +177,17 @@ def priced(
     return Prediction(
         candidate, found, times, max(waits), max(t[-1].end - t[-1].start for t in ran)
     )
+
+
+def tasks_of(found: Prediction, profile: Profile, job: Job) -> list[list[Task]]:
+    """Return by rank the tasks of a step that was predicted, as ``job`` trims them."""
+    graph = profile.at(found.candidate.micro_batches)
+    edges = found.plan.edges(graph)
+    means = _means(found.candidate, profile, job, False)
+    times = _trimmed(stage_times(graph, means, found.plan.order(), edges), job)
+    order = found.plan.order(found.times)
+    costs = _Costs(found.candidate, order, times, edges, graph, profile, job)
+    return [row.tasks for row in costs.rows()]
 
 
 def _trimmed(times: Times, job: Job) -> Times:
@@ -221,7 +232,7 @@ class _Costs:
         self._again = recomputed(order, candidate.checkpoint)
         self._codec = _codec(candidate, profile, len(graph.units))
         self._coded = candidate.compression != "none"
-        self._loss = job.trim.loss * -(-profile.rows // candidate.micro_batches)
+        self._rows = -(-profile.rows // candidate.micro_batches)
 
     # --- time
 
@@ -238,7 +249,7 @@ class _Costs:
                 where[action.gives] = Need(rank, len(rows[rank]))
                 if action.stage == order.stages - 1 and action.kind != "W":
                     lost[rank] = where[action.gives]
-                rows[rank].append(Task(self._seconds(action)))
+                rows[rank].append(Task(self._seconds(action), action=action))
                 if last[action.stage] == place:
                     rows[rank] += self._coding(action.stage)
                     ends[action.stage, rank] = Need(rank, len(rows[rank]) - 1)
@@ -253,14 +264,17 @@ class _Costs:
     def _seconds(self, action: Action) -> float:
         """Return how long an action takes: what it computes again, and the loss, included."""
         kind, stage, micro_batch = action
-        last = stage == self._order.stages - 1
-        again, seconds = micro_batch in self._again[stage], self._times.of(action)
-        if again and kind == "F" and last:  # nobody waits for it: backward does it all
-            seconds = 0.0
-        elif again and kind in "BI":
-            seconds += self._times.forward[stage]
-        loss = self._loss if last and kind in "BI" else 0.0
-        return seconds + loss + self._job.trim.action
+        last, trim = stage == self._order.stages - 1, self._job.trim
+        seconds, ahead = self._times.of(action), 0.0
+        if kind in "BI" and last:
+            seconds += trim.back_loss * self._rows
+        if kind == "F" or micro_batch in self._again[stage]:
+            ahead = self._times.forward[stage] + (trim.loss * self._rows if last else 0.0)
+        if kind == "F":  # what is computed again anyway, and nobody waits for, is left to backward
+            seconds = 0.0 if last and micro_batch in self._again[stage] else ahead
+        elif kind in "BI":
+            seconds += ahead
+        return seconds + trim.action
 
     def _met(self, rank: int, action: Action, need: Need) -> Need:
         """Add what the message takes, if it comes from another rank."""

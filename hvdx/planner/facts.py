@@ -85,6 +85,26 @@ class Profile(NamedTuple):
         return _between(first, second, lambda a, b: max(0.0, a + share * (b - a)))
 
 
+def faster(line: Graph, factor: float) -> Graph:
+    """Return the units with their times divided by ``factor``."""
+    units = tuple(
+        replace(
+            unit,
+            forward=unit.forward / factor,
+            inputs=unit.inputs / factor,
+            weights=unit.weights / factor,
+            apart=unit.apart / factor,
+        )
+        for unit in line.units
+    )
+    return replace(line, units=units)
+
+
+def seconds_of(line: Graph) -> float:
+    """Return how long a micro-batch takes in all units."""
+    return sum(unit.forward + unit.inputs + unit.weights for unit in line.units)
+
+
 def _between(first: Graph, second: Graph, mix: Callable[[float, float], float]) -> Graph:
     """Mix the costs of two measurements of the same units."""
 
@@ -137,7 +157,8 @@ class Trim(NamedTuple):
         forward: factor.
         backward: factor.
         action: seconds more for each action.
-        loss: seconds for each row of a micro-batch, in the last stage's backward.
+        loss: seconds for each row of a micro-batch, in the last stage's forward.
+        back_loss: in its backward.
         step: seconds more for a step.
     """
 
@@ -145,6 +166,7 @@ class Trim(NamedTuple):
     backward: float = 1.0
     action: float = 0.0
     loss: float = 0.0
+    back_loss: float = 0.0
     step: float = 0.0
 
 
@@ -156,7 +178,8 @@ class Job(NamedTuple):
         network: between them.
         memory: by rank, bytes; empty: enough.
         speeds: by rank, relative; empty: all the same.
-        lanes: how many ranks of a host compute at full speed at the same time; more share.
+        lanes: how many ranks of a host compute at full speed at the same time; more share. It
+            need not be whole: two ranks that slow each other down by a quarter have 1.6.
         hosts: by rank, which host it is on; empty: all on one.
         trim: what steps take beside their units.
     """

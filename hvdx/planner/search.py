@@ -17,6 +17,7 @@ Mesh = tuple[tuple[int, ...], ...]
 
 _SEVERAL = 8  # ranks up to which rows need not be equal
 _PIECES = 1, 2, 4, 8, 16  # micro-batches for each replica of the longest row
+_MEASURED = 5  # numbers of micro-batches; between them costs follow lines
 _MOST_PIECES = 4  # for each rank: more only make matrix products small
 
 
@@ -34,6 +35,26 @@ class Wanted(NamedTuple):
     schedules: tuple[str, ...] = tuple(SCHEDULES)
     checkpoints: tuple[str, ...] = ("never",)
     compressions: tuple[str, ...] = ("none",)
+
+    @classmethod
+    def told(
+        cls, micro_batches: int | None, schedule: str | None, checkpoint: str | None, limited: bool
+    ) -> Wanted:
+        """Leave open what is None, or ``"auto"``; computing again only saves memory.
+
+        Raises:
+            PlanError: there is no such schedule.
+        """
+        auto = schedule in (None, "auto")
+        if not auto and schedule not in SCHEDULES:
+            names = ", ".join((*SCHEDULES, "auto"))
+            raise PlanError(f"schedule={schedule!r}: use one of {names}; no text")
+        several = ("never", "always") if limited else ("never",)
+        return cls(
+            micro_batches,
+            tuple(SCHEDULES) if auto else (str(schedule),),
+            several if checkpoint is None else (checkpoint,),
+        )
 
 
 def meshes(ranks: int) -> list[Mesh]:
@@ -90,6 +111,15 @@ def candidates(ranks: int, rows: int, wanted: Wanted = ANY) -> Iterator[Candidat
 def _simplest(schedules: Sequence[str]) -> Sequence[str]:
     """Return the schedule to take where there is but one stage."""
     return ("1f1b",) if "1f1b" in schedules else schedules[:1]
+
+
+def to_measure(found: Iterable[Candidate], rows: int) -> list[int]:
+    """Return the numbers of micro-batches to measure, the most first: five will do."""
+    pieces = {-(-rows // each.micro_batches): each.micro_batches for each in found}
+    numbers = [pieces[size] for size in sorted(pieces)]
+    if len(numbers) <= _MEASURED:
+        return numbers
+    return [numbers[round(k * (len(numbers) - 1) / (_MEASURED - 1))] for k in range(_MEASURED)]
 
 
 def ranked(found: Iterable[Candidate], profile: Profile, job: Job) -> list[Prediction]:
