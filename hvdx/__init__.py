@@ -34,6 +34,7 @@ from hvdx.errors import (
 )
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
+from hvdx.preemption import Preemption
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -97,6 +98,7 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "PlanError",
+    "Preemption",
     "Product",
     "ReduceOp",
     "StallError",
