@@ -32,6 +32,7 @@ from hvdx.errors import (
     PlanError,
     StallError,
 )
+from hvdx.metrics import Metrics
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
@@ -91,6 +92,7 @@ __all__ = [
     "InstallError",
     "LaunchError",
     "Max",
+    "Metrics",
     "Min",
     "MismatchError",
     "NotInitializedError",
