@@ -157,15 +157,12 @@ class Metrics:
                 Tensors are not read before the interval ends, so that nothing waits for a GPU.
         """
         self._samples += samples
-        self._fresh += 1
-        self.steps += 1
         for name, value in values.items():
             mean = self._sums.get(name)
             if mean is None:
                 mean = self._sums[name] = _Mean(name)
             mean.add(value)
-        if self._fresh >= self._due:
-            self._end_interval()
+        self._advance(1)
 
     def evaluated(self, **values: Any) -> None:
         """Record the means over the ranks of what an evaluation has found; all ranks call it."""
@@ -176,17 +173,27 @@ class Metrics:
                 self._log.write("evaluation", self._told(values=means))
             self._aim(means)
 
+    def pause(self) -> None:
+        """Let what follows, such as an evaluation, count in no speed and no share."""
+        if self._running:
+            self._count()
+            self._running = False
+
+    def resume(self) -> None:
+        """Go on to count, after :meth:`pause`."""
+        if not self._running:
+            self._last, self._running = self._probe.counts(), True
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Surround what is no training, such as evaluations: it counts in no speed or share."""
-        running, self._running = self._running, False
-        if running:
-            self._count()
+        """Surround what is no training; may stand inside of another."""
+        running = self._running
+        self.pause()
         try:
             yield
         finally:
             if running:
-                self._last, self._running = self._probe.counts(), True
+                self.resume()
 
     def close(self) -> None:
         """Record what is left of an interval, and close the files; all ranks call it."""
@@ -205,6 +212,16 @@ class Metrics:
             self._close()
 
     # --- the rest
+
+    def _advance(self, steps: int) -> None:
+        self._fresh += steps
+        self.steps += steps
+        if self._fresh >= self._due:
+            self._end_interval()
+
+    def _counted(self) -> tuple[int, dict[str, tuple[float, float]]]:
+        """Return the samples of the interval, and by name the sums and numbers of values."""
+        return self._samples, {name: mean.pair() for name, mean in self._sums.items()}
 
     def _close(self) -> None:
         self._fresh = 0
@@ -253,24 +270,20 @@ class Metrics:
             self._count()
         grown, steps = self._grown, self._fresh
         self._seconds += grown.seconds
-        everyone = self._gather(
-            {
-                "samples": self._samples,
-                "seconds": grown.seconds,
-                "values": {name: mean.pair() for name, mean in self._sums.items()},
-                "measures": self._probe.measures(grown, steps),
-            }
-        )
+        samples, values = self._counted()
+        measures = self._probe.measures(grown, steps)
+        own = {"samples": samples, "seconds": grown.seconds, "values": values}
+        everyone = self._gather({**own, "measures": measures})
         self._samples, self._fresh, self._grown, self._sums = 0, 0, Counts(), {}
         seconds = max(each["seconds"] for each in everyone)
-        samples = [each["samples"] for each in everyone]
-        found = samples[0] if self._probe.shares_batches else sum(samples)
+        if not self._probe.shares_batches:
+            samples = sum(each["samples"] for each in everyone)
         means = _means([each["values"] for each in everyone])
         if self._log is not None:
             told = self._told(
                 steps=steps,
-                samples=found,
-                samples_per_second=found / max(seconds, 1e-9),
+                samples=samples,
+                samples_per_second=samples / max(seconds, 1e-9),
                 values=means,
                 **_spread([each["measures"] for each in everyone]),
             )
@@ -334,12 +347,12 @@ class _Mean:
         return self._sum, self._count
 
 
-def _means(everyone: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float | None]:
+def _means(everyone: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float | None]:
     """Return the mean of each name over the ranks that have it; None if it is not finite."""
     means: dict[str, float | None] = {}
     for name in dict.fromkeys(name for own in everyone for name in own):
         pairs = [own[name] for own in everyone if name in own]
-        mean = sum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))
+        mean = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
         means[name] = mean if math.isfinite(mean) else None
     return means
 
