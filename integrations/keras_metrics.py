@@ -40,7 +40,7 @@ class MetricsCallback(RankCallback):
         >>> model.fit(x, y, callbacks=[hvd.callbacks.MetricsCallback("run.jsonl")])
     """
 
-    metrics: Metrics
+    metrics: Any = None
 
     def __init__(
         self,
@@ -68,18 +68,19 @@ class MetricsCallback(RankCallback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Open the file; all ranks meet."""
         pipeline = getattr(self.model, "pipeline", None)
-        source, steps = pipeline, pipeline and pipeline.steps
-        if pipeline is None:
-            source, steps = averaging(self.model.optimizer), _iterations(self.model.optimizer)
+        source = pipeline or averaging(self.model.optimizer)
+        if self.metrics is not None:  # of the fit before
+            start = self.metrics.steps
+        else:
+            start = pipeline.steps if pipeline else _iterations(self.model.optimizer)
         self.metrics = _Fit(
-            self.model, self._batch_size, self._path, source, start=steps, **self._options
+            self.model, self._batch_size, self._path, source, start=start, **self._options
         )
         self.metrics.pause()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Start the clock."""
         self._done, self._ended = 0, False
-        self._begun = _iterations(self.model.optimizer)
         self.metrics.begin_epoch()
         self.metrics.resume()
 
@@ -117,8 +118,8 @@ class MetricsCallback(RankCallback):
             return
         self._ended = True
         steps = (self.params or {}).get("steps")
-        if steps is None:  # Keras does not know before the data is at its end
-            steps = _iterations(self.model.optimizer) - self._begun or self._done + 1
+        if steps is None:  # TensorFlow finds the end of the data in a batch that has begun
+            steps = self._done + (keras.backend.backend() != "tensorflow")
         self._count(steps)
         self.metrics.end_epoch()
         self.metrics.pause()
