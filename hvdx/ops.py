@@ -34,7 +34,10 @@ class Ops(Protocol):
         """Convert to ``dtype``, rounding to nearest even; no copy where it is that already."""
 
     def clip(self, x: Any, low: float, high: float) -> Any:
-        """Limit every finite element to [low, high]; infinities and NaN stay what they are."""
+        """Limit every finite element to [low, high]; infinities and NaN stay what they are.
+
+        May return ``x`` itself. Fast where nothing exceeds: for large tensors.
+        """
 
     def quantise(self, x: Any, factor: Any, limit: int, dtype: str, noise: Any = None) -> Any:
         """Return ``x * factor + noise`` rounded to even within ±``limit``, as ``dtype`` integers.
@@ -421,7 +424,11 @@ class TorchOps:
         return x.to(getattr(self._torch, dtype))
 
     def clip(self, x: Any, low: float, high: float) -> Any:
-        """See :meth:`Ops.clip`."""
+        """See :meth:`Ops.clip`; on a CPU looking takes a tenth of the time."""
+        if x.device.type == "cpu" and x.numel():
+            least, most = self._torch.aminmax(x)  # NaN if any is
+            if low <= least and most <= high:
+                return x
         return self._torch.where(self._torch.isfinite(x), x.clamp(low, high), x)
 
     def quantise(self, x: Any, factor: Any, limit: int, dtype: str, noise: Any = None) -> Any:
