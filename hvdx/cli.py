@@ -1,4 +1,4 @@
-"""The ``hvdx`` command: ``install``, ``doctor``, ``run``, ``plan`` and ``bench``.
+"""The ``hvdx`` command: ``install``, ``doctor``, ``run``, ``plan``, ``report`` and ``bench``.
 
 Each command imports its module only when called: ``hvdx --help`` loads no framework.
 """
@@ -193,6 +193,28 @@ def plan(
             made.plan.save(save)
     except (TypeError, OSError) as error:  # no model, no such folder
         raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, metavar="RUN.JSONL...")
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Where to draw: .png, .html, .svg, .pdf. Default: beside the first file, .png.",
+)
+def report(files: tuple[str, ...], output: str | None) -> None:
+    """Compare trainings by what `hvd.Metrics` has written: print a table, draw a picture."""
+    from pathlib import Path
+
+    from hvdx.metrics.report import load, table, write
+
+    found = load(files)
+    click.echo(table(found))
+    output = output or str(Path(files[0]).with_suffix(".png"))
+    write(output, found)
+    click.echo(f"drawn: {output}")
 
 
 @main.group()

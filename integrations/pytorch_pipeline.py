@@ -18,6 +18,7 @@ from hvdx import world
 from hvdx.agreement import next_name
 from hvdx.compression import none
 from hvdx.errors import PlanError
+from hvdx.integrations.pytorch import on_host
 from hvdx.integrations.pytorch_channel import (
     BACKENDS,
     DistributedChannel,
@@ -449,8 +450,7 @@ class Pipeline(BasePipeline):
         return torch.tensor(numbers, dtype=torch.float64)
 
     def _norms(self, gradients: Sequence[torch.Tensor]) -> list[float]:
-        norms = [torch.linalg.vector_norm(each).double().cpu() for each in gradients]
-        return torch.stack(norms).tolist() if norms else []
+        return on_host([torch.linalg.vector_norm(each).double() for each in gradients])
 
     def _joined(
         self, pieces: Sequence[Sequence[torch.Tensor]], compared: bool
@@ -471,8 +471,7 @@ class Pipeline(BasePipeline):
                 "a GradScaler is for parameters in float32 under torch.autocast, but some here are "
                 "in float16: their gradients would be lost where they are divided by the scale"
             )
-        return all(torch.stack([each.isfinite().all().cpu() for each in gradients]).tolist()
-                   if gradients else ())  # fmt: skip
+        return all(on_host([each.isfinite().all() for each in gradients]))
 
     def _arrived(self, gradient: torch.Tensor, unit: int, name: str) -> torch.Tensor:
         return gradient.to(self._graph.units[unit].params[name].device)

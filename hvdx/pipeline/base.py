@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 import os
+import time
 import traceback
 import warnings
 import weakref
@@ -70,6 +71,9 @@ class BasePipeline(abc.ABC):
         skipped: whether the last step changed no parameter, since a scaled gradient was not
             finite.
         compared: what ``place="auto"`` has chosen from, see :class:`hvdx.planner.auto.Compared`.
+        busy_seconds: for which this process' stages have computed in training steps; of several
+            threads, in mean.
+        schedule_seconds: that the schedules of these steps took; the rest of them is bubble.
     """
 
     channels: tuple[str, ...] = CHANNELS  # that its tensors can travel by
@@ -105,6 +109,7 @@ class BasePipeline(abc.ABC):
         self._across = job and world.size() > 1
         self._rank = world.rank() if self._across else 0
         self.steps = 0
+        self.busy_seconds = self.schedule_seconds = 0.0
         self._step, self._failed = 0, ""  # calls for inference count as steps here
         self._working = 1  # replicas of this rank's row that have micro-batches in this step
         self._channel: PostChannel | None = None
@@ -145,6 +150,16 @@ class BasePipeline(abc.ABC):
             problem = self._from_first(problem)
         if problem:
             raise OSError(f"the timeline cannot be written to {os.fspath(path)!r}: {problem}")
+
+    @property
+    def communication_seconds(self) -> float:
+        """Seconds this rank has waited for other ranks' messages, whatever kept these."""
+        return self._channel.seconds_waited if self._channel is not None else 0.0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of tensors that this rank has sent to others."""
+        return self._channel.bytes_sent if self._channel is not None else 0
 
     def close(self) -> None:
         """Give back threads and sockets; the pipeline is of no more use."""
@@ -540,6 +555,7 @@ class BasePipeline(abc.ABC):
         again = recomputed(order, self._checkpoint)
         for number, stage in self._stages.items():
             stage.begin(batch, again[number])
+        start = time.perf_counter()
         if self._channel is None:
             assert self._threads is not None
             spans = self._threads.run(order, self._step)
@@ -553,6 +569,8 @@ class BasePipeline(abc.ABC):
             spans = [run(order, self._rank, self._stages, self._channel, self._step, early)]
         if train:
             self._measured.append((self._step, order, spans))
+            self.schedule_seconds += time.perf_counter() - start
+            self.busy_seconds += sum(s.end - s.start for row in spans for s in row) / len(spans)
         found = self._spread(order)
         compared = train if compared is None else compared
         return self._joined([found[k] for k in sorted(found)], compared)

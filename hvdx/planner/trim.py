@@ -19,6 +19,7 @@ from hvdx.planner.facts import Job, Profile, Trim
 
 _NOISE = 0.03  # of a measured action
 _FACTOR = 0.3  # by which factors may differ from 1 before that counts as much as noise does
+_TURNS = 4
 _SHOWS = 0.02  # of a step that sums must be, to learn about them
 _SUMS = 0.3, 3.0  # what they may be found to take, times what was measured alone
 _REMAINDER = 0.1  # share of a typical action that remainders may be
@@ -50,9 +51,11 @@ class _Point(NamedTuple):
 
 def trimmed(trials: Sequence[Trial], profile: Profile, job: Job) -> Trim:
     """Return what explains the trials best: actions first, then steps, then replicas' sums."""
-    plain = job._replace(trim=Trim())
-    points = [point for trial in trials for point in _points(trial, profile, plain)]
-    found = _fitted(points) if points else Trim()
+    found = Trim()
+    for _ in range(_TURNS):  # how far ranks slow each other down depends on what is found
+        slowed = job._replace(trim=found)
+        points = [point for trial in trials for point in _points(trial, profile, slowed)]
+        found = _fitted(points) if points else found
 
     def late(trial: Trial) -> float:
         return trial.seconds - _step(trial, profile, job._replace(trim=found))
@@ -85,22 +88,30 @@ def _step(trial: Trial, profile: Profile, job: Job) -> float:
 def _points(trial: Trial, profile: Profile, job: Job) -> list[_Point]:
     """Return what can be learnt of each stage's forward and whole backward.
 
-    Ranks that share cores are slowed down by each other, as predicted: that is taken out.
+    Ranks that share cores slow each other down, as ``job`` predicts: that is taken out.
     """
     candidate, plan, times = trial.prediction[:3]
     order = plan.order(times)
+    plain = tasks_of(trial.prediction, profile, job._replace(trim=Trim()))
     rows = tasks_of(trial.prediction, profile, job)
     ran = clock(rows, job.lanes, job.hosts)
-    slowed: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for actions, tasks, taken in zip(order.rows, rows, ran, strict=True):
+    slowed: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for actions, known, tasks, taken in zip(order.rows, plain, rows, ran, strict=True):
         places = [place for place, task in enumerate(tasks) if task.action is not None]
         for action, place in zip(actions, places, strict=True):
             span = taken[place].end - taken[place].start
-            slowed.setdefault(action[:2], []).append((tasks[place].seconds, span))
+            alone = known[place].seconds, tasks[place].seconds
+            slowed.setdefault(action[:2], []).append((*alone, span))
     size, points = -(-profile.rows // candidate.micro_batches), []
     for (kind, stage), seconds in trial.actions.items():
-        own, span = (statistics.median(each) for each in zip(*slowed[kind, stage], strict=True))
-        measured = seconds * own / span if span else seconds
+        several = slowed[kind, stage]
+        own = statistics.median(each[0] for each in several)
+        factor = (
+            statistics.median(span / alone for _, alone, span in several if alone)
+            if any(each[1] for each in several)
+            else 1.0
+        )
+        measured = seconds / factor
         loss = float(size) if stage == order.stages - 1 else 0.0
         if kind == "F":
             points.append(_Point(measured, own, 0.0, loss, 0.0))
