@@ -108,15 +108,19 @@ def slowest(step: Any) -> float:
 
 
 def to_run(compared: list[Any], chosen: Any) -> list[Any]:
-    """Return the chosen plan, the quickest, and of each mesh some; none that has taught."""
-    found = [each for each in compared
-             if not each.taught or each.prediction.candidate == chosen]  # fmt: skip
+    """Return the chosen plan, the quickest, and a spread of each mesh; no others that taught."""
+    own = [each for each in compared if each.prediction.candidate == chosen]
+    found = [each for each in compared if not each.taught and each not in own]
     by_mesh: dict[Any, list[Any]] = {}
     for each in found:
         by_mesh.setdefault(each.prediction.candidate.mesh, []).append(each)
-    spread = [of[len(of) * part // 3] for part in range(3) for of in by_mesh.values()]
-    own = [each for each in found if each.prediction.candidate == chosen]
-    return list(dict.fromkeys(map(found.index, [*own, *found[:3], *spread]))), found  # type: ignore
+    run = [*own, *found[:3]]
+    for part in range(PLANS):
+        for several in by_mesh.values():
+            each = several[len(several) * part // PLANS]
+            if each not in run and len(run) < PLANS + len(own):
+                run.append(each)
+    return run
 
 
 def live_bytes() -> Any:
@@ -187,8 +191,7 @@ def grade(name: str, runs: int) -> Rows:
     chosen = next(each.prediction.candidate for each in auto.compared
                   if each.prediction.plan == auto.plan)  # fmt: skip
     auto.close()
-    places, found = to_run(auto.compared, chosen)
-    run = [found[place] for place in places[: PLANS + 1]]
+    run = to_run(list(auto.compared), chosen)
     steps, predicted, memory = {}, {}, {}
     for each in run:
         candidate = each.prediction.candidate
