@@ -432,10 +432,10 @@ def _tried(
     taken: list[float] = []
     with contextlib.closing(twin):
         target = asked.target if asked.target is not None else twin(asked.sample)
-        steps = _WARM + _STEPS
-        while len(taken) < steps:
+        count = _WARM + _STEPS
+        while len(taken) < count:
             if max(pipe._everyones(max(taken[1:], default=0.0))) > _LONG:
-                steps = _WARM + _LEAST
+                count = _WARM + _LEAST
             start = time.perf_counter()
             try:
                 twin.step(asked.sample, target)
@@ -448,7 +448,7 @@ def _tried(
                     f"target=, a batch of what step() gets as y. {error}"
                 ) from error
             taken.append(time.perf_counter() - start)
-        spans = [row for _, _, rows in list(twin._measured)[_WARM - steps :] for row in rows]
+        spans = [row for _, _, rows in list(twin._measured)[_WARM - count :] for row in rows]
     own: dict[tuple[str, int], list[float]] = {}
     for action, start, end in (span for row in spans for span in row):
         own.setdefault((action.kind, action.stage), []).append(end - start)
