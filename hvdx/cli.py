@@ -111,8 +111,8 @@ def run(arguments: tuple[str, ...]) -> None:
 
 
 @main.command("plan")
-@click.argument("script", type=click.Path(exists=True, dir_okay=False))
-@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Of the pipeline.")
+@click.argument("script", type=click.Path(exists=True, dir_okay=False), required=False)
+@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Of the job.")
 @click.option("--micro-batches", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--schedule", default="auto", show_default=True, help="1f1b, zbv and so on.")
 @click.option(
@@ -134,10 +134,44 @@ def run(arguments: tuple[str, ...]) -> None:
     help="Also draw the schedule: .html, .png, or .json for Chrome's trace viewer.",
 )
 @click.option(
-    "--save", metavar="FILE", type=click.Path(dir_okay=False), help="Keep the plan, for stages=."
+    "--save",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Keep the plan, for stages=; with --link the profile, for --profile.",
+)
+@click.option("--link", help="Between hosts, as 25gbit,5us: predict a job on them.")
+@click.option("--hosts", type=click.IntRange(min=1), help="With --link; one for each rank.")
+@click.option("--inner", help="With --link: within a host, as 200gbit,2us, the default.")
+@click.option(
+    "--profile",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="With --link, instead of SCRIPT: what --save has kept.",
+)
+@click.option("--ways", help="With --link: of training, as ring,int8,powersgd=4,stages=4+int8.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="With --link: times as fast as measured that ranks compute.",
+)
+@click.option(
+    "--goodput",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.94,
+    show_default=True,
+    help="With --link: share of its rate that programs get (TCP: 0.94).",
+)
+@click.option(
+    "--json",
+    "json_",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="With --link: also write the numbers to FILE.",
 )
 def plan(
-    script: str,
+    script: str | None,
     ranks: int,
     micro_batches: int,
     schedule: str,
@@ -147,15 +181,38 @@ def plan(
     sample: str,
     output: str | None,
     save: str | None,
+    link: str | None,
+    hosts: int | None,
+    inner: str | None,
+    profile: str | None,
+    ways: str | None,
+    speed: float,
+    goodput: float,
+    json_: str | None,
 ) -> None:
     """Print how the model of SCRIPT would be cut and scheduled; launch nothing.
 
     The script names a model and a batch for it, as objects or as functions without arguments.
     What is under `if __name__ == "__main__"` does not run.
+
+    With --link, print how long a step would take on so many ranks and hosts, for many ways of
+    training: data parallel, compressed, staged. `hvdx plan model.py --ranks 1024 --hosts 128
+    --link 25gbit,5us` measures the model here, on one rank.
     """
     from hvdx.pipeline.dispatch import dry_run
     from hvdx.pipeline.dry_run import load
 
+    if link is not None:
+        from hvdx.scaling.command import Wanted, scale
+
+        try:
+            scale(Wanted(script, ranks, hosts, link, inner, profile, ways, speed, goodput, model,
+                         sample, output, save, json_))  # fmt: skip
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
+        return
+    if script is None or profile or hosts:
+        raise click.UsageError("give a SCRIPT; --profile and --hosts need --link, as 25gbit,5us")
     try:
         network, batch = load(script, [model, sample])
         made = dry_run(

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
+from hvdx.compression.base import Compressor
+from hvdx.compression.local import Local
+from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_graph import (
     Graph,
     Unit,
@@ -27,12 +30,91 @@ from hvdx.integrations.pytorch_graph import (
 )
 from hvdx.integrations.pytorch_precision import uncached
 from hvdx.pipeline import ir
+from hvdx.scaling.profile import Parameter, Profile, timed
 
 
 def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] = ()) -> ir.Graph:
     """Trace and profile a model: what the planner needs; see :func:`traced`, :func:`profiled`."""
     with uncached():
         return profiled(traced(model, sample, leaves), sample, micro_batches)
+
+
+def described(
+    model: Any,
+    sample: Any,
+    methods: Mapping[str, Compressor | Local],
+    name: str = "model",
+    optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.Adam,
+) -> Profile:
+    """Measure what predictions for many ranks need: see :class:`hvdx.scaling.profile.Profile`.
+
+    The loss is not measured.
+
+    Args:
+        model: a module.
+        sample: the batch of a rank's step.
+        methods: those whose computing is measured, by name.
+        name: of the model.
+        optimizer: makes one of a list of parameters.
+    """
+    graph = measured(model, sample, 1)
+    weights = [(each, p) for each, p in model.named_parameters() if p.requires_grad]
+    if not weights:
+        raise PlanError(f"{name} has no parameter that is trained: ranks have nothing to exchange")
+    told = [
+        Parameter(each, tuple(p.shape) or (1,), str(p.dtype).rpartition(".")[2])
+        for each, p in weights
+    ]
+    adapter: Any = _Alone(weights[0][1].device)
+    batch = next((len(each) for each in _tensors(sample) if each.dim()), 1)
+    update, slots = _update([p for _, p in weights], optimizer)
+    return Profile(
+        name,
+        batch,
+        sum(unit.forward for unit in graph.units),
+        sum(unit.inputs + unit.weights for unit in graph.units),
+        update,
+        tuple(told),
+        about=f"PyTorch {torch.__version__}, {adapter.device}, {torch.get_num_threads()} threads",
+        slots=slots,
+        kept=sum(unit.kept_bytes for unit in graph.units),
+        codecs={each: timed(adapter, method, told) for each, method in methods.items()},
+        graph=graph,
+    )
+
+
+class _Alone:
+    """The little of an adapter that watching a compressor takes, without Horovod."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def from_numpy(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def to_numpy(self, tensor: torch.Tensor) -> Any:
+        return tensor.cpu().numpy()
+
+
+def _update(
+    parameters: Sequence[torch.Tensor], make: Callable[[Any], torch.optim.Optimizer], runs: int = 5
+) -> tuple[float, float]:
+    """Return how long an optimizer takes for parameters like these, and what it keeps of each."""
+    own = [torch.zeros_like(p, requires_grad=True) for p in parameters]
+    for each in own:
+        each.grad = torch.zeros_like(each)
+    optimizer = make(own)
+    wait = torch.cuda.synchronize if own[0].is_cuda else lambda: None
+    taken = []
+    for _ in range(runs + 1):
+        wait()
+        start = time.perf_counter()
+        optimizer.step()
+        wait()
+        taken.append(time.perf_counter() - start)
+    states = _tensors([list(state.values()) for state in optimizer.state.values()])
+    slots = sum(each.numel() for each in states) / sum(each.numel() for each in own)
+    return min(taken[1:]), round(slots, 3)
 
 
 def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir.Graph:
