@@ -137,38 +137,40 @@ def run(arguments: tuple[str, ...]) -> None:
     "--save",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="Keep the plan, for stages=; with --link the profile, for --profile.",
+    help="Keep the plan, for stages=; with --hosts the profile, for --profile.",
 )
-@click.option("--link", help="Between hosts, as 25gbit,5us: predict a job on them.")
-@click.option("--hosts", type=click.IntRange(min=1), help="With --link; one for each rank.")
-@click.option("--inner", help="With --link: within a host, as 200gbit,2us, the default.")
+@click.option("--link", metavar="RATE,LATENCY", help="With --hosts: between them, as 25gbit,5us.")
+@click.option(
+    "--hosts", type=click.IntRange(min=1), help="Predict what the ranks would do on so many hosts."
+)
+@click.option("--inner", help="With --hosts: within one, as 200gbit,2us, the default.")
 @click.option(
     "--profile",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="With --link, instead of SCRIPT: what --save has kept.",
+    help="With --hosts, instead of SCRIPT: what --save has kept.",
 )
-@click.option("--ways", help="With --link: of training, as ring,int8,powersgd=4,stages=4+int8.")
+@click.option("--ways", help="With --hosts: of training, as ring,int8,powersgd=4,stages=4+int8.")
 @click.option(
     "--speed",
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
     show_default=True,
-    help="With --link: times as fast as measured that ranks compute.",
+    help="With --hosts: times as fast as measured that ranks compute.",
 )
 @click.option(
     "--goodput",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.94,
     show_default=True,
-    help="With --link: share of its rate that programs get (TCP: 0.94).",
+    help="With --hosts: share of its rate that programs get (TCP: 0.94).",
 )
 @click.option(
     "--json",
     "json_",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="With --link: also write the numbers to FILE.",
+    help="With --hosts: also write the numbers to FILE.",
 )
 def plan(
     script: str | None,
@@ -195,14 +197,14 @@ def plan(
     The script names a model and a batch for it, as objects or as functions without arguments.
     What is under `if __name__ == "__main__"` does not run.
 
-    With --link, print how long a step would take on so many ranks and hosts, for many ways of
+    With --hosts, print how long a step would take on so many ranks and hosts, for many ways of
     training: data parallel, compressed, staged. `hvdx plan model.py --ranks 1024 --hosts 128
     --link 25gbit,5us` measures the model here, on one rank.
     """
     from hvdx.pipeline.dispatch import dry_run
     from hvdx.pipeline.dry_run import load
 
-    if link is not None:
+    if hosts is not None:
         from hvdx.scaling.command import Wanted, scale
 
         try:
@@ -211,8 +213,8 @@ def plan(
         except OSError as error:
             raise click.ClickException(str(error)) from error
         return
-    if script is None or profile or hosts:
-        raise click.UsageError("give a SCRIPT; --profile and --hosts need --link, as 25gbit,5us")
+    if script is None or profile or link:
+        raise click.UsageError("give a SCRIPT; --profile and --link need --hosts")
     try:
         network, batch = load(script, [model, sample])
         made = dry_run(

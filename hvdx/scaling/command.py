@@ -22,8 +22,8 @@ class Wanted(NamedTuple):
 
     script: str | None
     ranks: int
-    hosts: int | None
-    link: str
+    hosts: int
+    link: str | None
     inner: str | None = None
     profile: str | None = None
     ways: str | None = None
@@ -59,10 +59,11 @@ def scale(wanted: Wanted) -> Curves:
         )
     if wanted.output and not wanted.output.endswith(".png"):
         raise PlanError(f"--output {wanted.output!r}: curves are drawn as .png")
-    outer = read_hop(wanted.link)
+    if wanted.link is None and wanted.hosts > 1:
+        raise PlanError(f"--hosts {wanted.hosts} needs --link: what is between them, as 25gbit,5us")
+    outer = read_hop(wanted.link) if wanted.link else INNER
     inner = read_hop(wanted.inner, "--inner") if wanted.inner else INNER
-    hosts = wanted.hosts or wanted.ranks
-    cluster = checked(wanted.ranks, hosts, outer, inner, wanted.goodput)
+    cluster = checked(wanted.ranks, wanted.hosts, outer, inner, wanted.goodput)
     ways = [read_way(text.strip()) for text in (wanted.ways or ",".join(USUAL)).split(",")]
     whole = Profile.load(wanted.profile) if wanted.profile else measured(wanted, ways)
     if wanted.save:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -282,3 +285,27 @@ def test_ways_that_there_are_not(text, message):
 def test_more_servers_than_ranks():
     with pytest.raises(PlanError, match="9 servers, but the job has 8 ranks"):
         predict(model(), Cluster(8, 8, OUTER), read_way("servers=9"))
+
+
+ROOT = Path(__file__).resolve().parents[2]
+MEDIAN, MOST = 0.10, 0.30  # what docs/scaling.md promises
+
+
+def test_what_was_measured(monkeypatch):
+    """Fitted to 2 ranks at 1 Gbit/s, predictions hold for 2 and 4 at 100 Mbit/s."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    scaling = importlib.import_module("scaling")
+    profile = Profile.load(ROOT / "benchmarks/profiles/mlp.json")
+    measured = scaling.read([ROOT / "benchmarks/profiles/mlp-steps.json"])
+    base = scaling.quickest(measured)
+    crowd = {base: 1.0, scaling.Where(2, 100): 1.0, scaling.Where(4, 100): 2.0}  # on two cores
+    assert set(measured) == set(crowd)
+    unfitted = replace(profile, software={})
+    fitted = scaling.fitted(unfitted, base, measured[base], 1.0)
+    rows = [row for row in scaling.rows(fitted, measured, crowd.get) if row.case != str(base)]
+    off = sorted(abs(row.ratio - 1) for row in rows)
+    assert len(rows) == 26 and statistics.median(off) < MEDIAN and off[-1] < MOST, off
+    order = [sorted(rows[n : n + 13], key=lambda row: row.value)[-1].metric for n in (0, 13)]
+    assert all(metric.startswith("none") for metric in order)  # what is slowest is known, too
+    plain = [row for row in scaling.rows(unfitted, measured, crowd.get) if row.case != str(base)]
+    assert max(abs(row.ratio - 1) for row in plain) > MOST  # a worse model would be seen

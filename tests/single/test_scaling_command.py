@@ -26,6 +26,7 @@ PROFILE = Profile(
         4096,
     ),
 )  # fmt: skip
+JOB = ["--hosts", 4, "--link", "1gbit,5us"]
 SCRIPT = """
 import torch
 torch.set_num_threads(1)
@@ -160,14 +161,15 @@ def test_ways_that_cannot_be_are_left_out_unless_they_are_asked_for(file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--link", "fast"], "--link 'fast' is no link"),
-        (["--link", "1gbit,5us", "--inner", "1"], "--inner '1' is no link"),
-        (["--link", "1gbit,5us", "--hosts", "7"], "16 ranks on 7 hosts"),
-        (["--link", "1gbit,5us", "--ways", "int9"], "no 'int9'; use ring"),
-        (["--link", "1gbit,5us", "--ways", "fp16"], "does not tell what 'fp16' computes, only"),
-        (["--link", "1gbit,5us", "--output", "x.svg"], "drawn as .png"),
-        (["--link", "1gbit,5us", "--json", "/nowhere/x.json"], "No such file or directory"),
-        ([], "--profile and --hosts need --link"),
+        (["--hosts", 4, "--link", "fast"], "--link 'fast' is no link"),
+        ([*JOB, "--inner", "1"], "--inner '1' is no link"),
+        (["--hosts", 7, "--link", "1gbit,5us"], "16 ranks on 7 hosts"),
+        (["--hosts", 4], "--hosts 4 needs --link"),
+        ([*JOB, "--ways", "int9"], "no 'int9'; use ring"),
+        ([*JOB, "--ways", "fp16"], "does not tell what 'fp16' computes, only"),
+        ([*JOB, "--output", "x.svg"], "drawn as .png"),
+        ([*JOB, "--json", "/nowhere/x.json"], "No such file or directory"),
+        ([], "--profile and --link need --hosts"),
     ],
 )
 def test_one_clear_message(file, arguments, message):
@@ -177,6 +179,6 @@ def test_one_clear_message(file, arguments, message):
 
 
 def test_neither_script_nor_profile():
-    done = run("--ranks", 16, "--link", "1gbit,5us")
+    done = run("--ranks", 16, *JOB)
     assert done.exit_code == 1 and "give a script that has the model, or --profile" in done.output
     assert "give a SCRIPT" in run("--ranks", 16).output
