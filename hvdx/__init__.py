@@ -32,8 +32,10 @@ from hvdx.errors import (
     PlanError,
     StallError,
 )
+from hvdx.metrics import Metrics
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
+from hvdx.preemption import Preemption
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -91,12 +93,14 @@ __all__ = [
     "InstallError",
     "LaunchError",
     "Max",
+    "Metrics",
     "Min",
     "MismatchError",
     "NotInitializedError",
     "Pipeline",
     "PipelineError",
     "PlanError",
+    "Preemption",
     "Product",
     "ReduceOp",
     "StallError",

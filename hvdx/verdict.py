@@ -153,6 +153,10 @@ class Picture:
         ]
         return sorted(waits, key=lambda entry: -entry[1])
 
+    def silent(self, now: float) -> list[int]:
+        """List the ranks that have not been heard of for a while."""
+        return [rank for rank in range(self._size) if self._silent(rank, now)]
+
     def _silent(self, rank: int, now: float) -> bool:
         return now - self._heard[rank] > max(self._timeout / 2, 2.0)
 

@@ -9,12 +9,14 @@ to add up to that. What remains is what splitting costs. The loss is not measure
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from hvdx.compression.base import Compressor
@@ -31,6 +33,8 @@ from hvdx.integrations.pytorch_graph import (
 from hvdx.integrations.pytorch_precision import uncached
 from hvdx.pipeline import ir
 from hvdx.scaling.profile import Parameter, Profile, timed
+
+_UPDATES = 5  # of an optimizer, of which the first makes its state
 
 
 def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] = ()) -> ir.Graph:
@@ -67,16 +71,17 @@ def described(
     ]
     adapter: Any = _Alone(weights[0][1].device)
     batch = next((len(each) for each in _tensors(sample) if each.dim()), 1)
-    update, slots = _update([p for _, p in weights], optimizer)
+    own = [torch.nn.Parameter(torch.zeros_like(p)) for _, p in weights]
+    each_byte, slots = update_seconds(optimizer, own)
     return Profile(
         name,
         batch,
         sum(unit.forward for unit in graph.units),
         sum(unit.inputs + unit.weights for unit in graph.units),
-        update,
+        each_byte * sum(p.numel() * p.element_size() for p in own),
         tuple(told),
         about=f"PyTorch {torch.__version__}, {adapter.device}, {torch.get_num_threads()} threads",
-        slots=slots,
+        slots=round(slots, 3),
         kept=sum(unit.kept_bytes for unit in graph.units),
         codecs={each: timed(adapter, method, told) for each, method in methods.items()},
         graph=graph,
@@ -96,28 +101,13 @@ class _Alone:
         return tensor.cpu().numpy()
 
 
-def _update(
-    parameters: Sequence[torch.Tensor], make: Callable[[Any], torch.optim.Optimizer], runs: int = 5
-) -> tuple[float, float]:
-    """Return how long an optimizer takes for parameters like these, and what it keeps of each."""
-    own = [torch.zeros_like(p, requires_grad=True) for p in parameters]
-    for each in own:
-        each.grad = torch.zeros_like(each)
-    optimizer = make(own)
-    wait = torch.cuda.synchronize if own[0].is_cuda else lambda: None
-    taken = []
-    for _ in range(runs + 1):
-        wait()
-        start = time.perf_counter()
-        optimizer.step()
-        wait()
-        taken.append(time.perf_counter() - start)
-    states = _tensors([list(state.values()) for state in optimizer.state.values()])
-    slots = sum(each.numel() for each in states) / sum(each.numel() for each in own)
-    return min(taken[1:]), round(slots, 3)
-
-
-def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir.Graph:
+def profiled(
+    graph: Graph,
+    sample: Any,
+    micro_batches: int,
+    runs: int = 5,
+    of: Callable[[Iterable[float]], float] = min,
+) -> ir.Graph:
     """Return ``graph.line`` with times and bytes per micro-batch.
 
     Parameters, buffers, gradients and random states stay as they are.
@@ -126,15 +116,16 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
         graph: of the model.
         sample: a batch.
         micro_batches: that a batch is cut into.
-        runs: after one to warm up; of each time the lowest counts, since what else the machine
-            does only adds.
+        runs: after one to warm up.
+        of: takes one of each time's runs. The lowest, since what else the machine does only adds;
+            where other ranks compute as they will in training, the median.
     """
     model = graph.model
     with _undisturbed(model), torch.enable_grad():
         meter = _Meter(graph, _micro_batch(graph.bind(sample), micro_batches))
         kept = meter.kept()
         rounds = [meter.round() for _ in range(runs + 1)][1:]
-    least = [_least(each) for each in zip(*rounds, strict=True)]
+    least = [_Taken(*map(of, zip(*each, strict=True))) for each in zip(*rounds, strict=True)]
     sizes = {name: _size(value) for name, value in meter.values.items()}
     line = graph.line
     units = [
@@ -144,6 +135,29 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
     return replace(line, units=tuple(units), inputs={name: sizes[name] for name in line.inputs})
 
 
+def update_seconds(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], params: list[nn.Parameter]
+) -> tuple[float, float]:
+    """Return what an optimizer takes for each byte of parameters: seconds, and bytes of state.
+
+    The parameters change; who calls this puts them back.
+    """
+    optimizer = make(params)
+    size = sum(p.numel() * p.element_size() for p in params)
+    wait = torch.cuda.synchronize if params[0].is_cuda else lambda: None
+    taken = []
+    for _ in range(_UPDATES):
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        wait()
+        start = time.perf_counter()
+        optimizer.step()
+        wait()
+        taken.append(time.perf_counter() - start)
+    state = _size([list(each.values()) for each in optimizer.state.values()])
+    return statistics.median(taken[1:]) / size, state / size
+
+
 class _Taken(NamedTuple):
     """Seconds of one run of some units."""
 
@@ -151,10 +165,6 @@ class _Taken(NamedTuple):
     backward: float
     inputs: float
     weights: float
-
-
-def _least(runs: Sequence[_Taken]) -> _Taken:
-    return _Taken(*map(min, zip(*runs, strict=True)))
 
 
 def _scaled(whole: _Taken, *units: _Taken) -> list[dict[str, float]]:

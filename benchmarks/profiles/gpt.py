@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-LAYERS, WIDTH, HEADS, LENGTH, SYMBOLS, BATCH = 12, 512, 8, 128, 256, 8
+LAYERS, WIDTH, HEADS, LENGTH, SYMBOLS, BATCH = 12, 512, 8, 128, 256, 4
 
 
 class Start(nn.Module):

@@ -14,7 +14,6 @@ Optimization of Collective Communication Operations in MPICH. IJHPCA 2005).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -25,31 +24,6 @@ from hvdx.pipeline.plan import Link as Hop
 #: What TCP leaves of an Ethernet's rate: headers, and acknowledgements of the other direction.
 GOODPUT = 0.94
 INNER = Hop(2e-6, 25e9)
-_UNITS = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "kb": 1e3, "mb": 1e6, "gb": 1e9}
-_TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
-_HOP = re.compile(r"([\d.]+)\s*([kmg]?bit|[kmg]b)(?:/s)?\s*,\s*([\d.]+)\s*(ns|us|ms|s)")
-
-
-def read_hop(text: str, option: str = "--link") -> Hop:
-    """Read ``25gbit,5us``: rate and latency of a link, in each direction.
-
-    Args:
-        text: kbit, mbit, gbit (a second), or kB, MB, GB; ns, us, ms or s.
-        option: what to call it in the message.
-
-    Raises:
-        PlanError: it is no such text.
-    """
-    match = _HOP.fullmatch(text.strip().lower())
-    try:
-        rate, latency = (float(match[1]), float(match[3])) if match else (0.0, 0.0)
-    except ValueError:  # 1.2.3
-        match = None
-    if match is None or not rate:
-        raise PlanError(
-            f"{option} {text!r} is no link: give rate and latency, such as 25gbit,5us or 3GB,20us"
-        )
-    return Hop(latency * _TIMES[match[4]], rate * _UNITS[match[2]])
 
 
 class Cluster(NamedTuple):

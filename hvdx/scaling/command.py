@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from hvdx.errors import PlanError
 from hvdx.pipeline.dry_run import load
 from hvdx.pipeline.partition import size_text
-from hvdx.scaling.cluster import GOODPUT, INNER, Cluster, checked, read_hop
+from hvdx.pipeline.plan import Link as Hop
+from hvdx.scaling.cluster import GOODPUT, INNER, Cluster, checked
 from hvdx.scaling.predict import Prediction, predict
 from hvdx.scaling.profile import Profile
 from hvdx.scaling.ways import USUAL, Way, read_way
@@ -61,8 +62,8 @@ def scale(wanted: Wanted) -> Curves:
         raise PlanError(f"--output {wanted.output!r}: curves are drawn as .png")
     if wanted.link is None and wanted.hosts > 1:
         raise PlanError(f"--hosts {wanted.hosts} needs --link: what is between them, as 25gbit,5us")
-    outer = read_hop(wanted.link) if wanted.link else INNER
-    inner = read_hop(wanted.inner, "--inner") if wanted.inner else INNER
+    outer = Hop.parse(wanted.link) if wanted.link else INNER
+    inner = Hop.parse(wanted.inner) if wanted.inner else INNER
     cluster = checked(wanted.ranks, wanted.hosts, outer, inner, wanted.goodput)
     ways = [read_way(text.strip()) for text in (wanted.ways or ",".join(USUAL)).split(",")]
     whole = Profile.load(wanted.profile) if wanted.profile else measured(wanted, ways)

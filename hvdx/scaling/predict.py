@@ -15,11 +15,12 @@ from hvdx.errors import PlanError
 from hvdx.link import Footprint, Link
 from hvdx.pipeline.ir import Graph
 from hvdx.pipeline.plan import Link as Hop
-from hvdx.pipeline.plan import Means, Plan, make, stage_times
+from hvdx.pipeline.plan import Plan
 from hvdx.pipeline.simulator import simulate
+from hvdx.planner import costs, facts
 from hvdx.scaling.cluster import Cluster, network
 from hvdx.scaling.outline import asked, kept
-from hvdx.scaling.profile import Parameter, Profile, scaled
+from hvdx.scaling.profile import Parameter, Profile
 from hvdx.scaling.ways import Way
 
 MICRO_BATCHES = 4  # for each stage of a pipeline, so that it idles a fifth of the time at most
@@ -277,11 +278,10 @@ def _layouts(cluster: Cluster, stages: int) -> list[tuple[Hop, Cluster, str]]:
 def _laid(
     profile: Profile, cluster: Cluster, way: Way, hop: Hop, group: Cluster, note: str
 ) -> Prediction:
-    plan, graph, means = _chain(profile, way.stages, hop)
+    _, plan, times, *_ = _chain(profile, way.stages, hop)
+    assert profile.graph is not None
+    graph, order = profile.graph, plan.order(times)
     edges = plan.edges(graph)
-    order = plan.order()
-    times = stage_times(graph, means, order, edges)
-    order = plan.order(times)
     owned = [_owned(profile, graph, edge) for edge in edges]
     link = network(group, profile.software, way.hierarchical)
     sums, sent = [], []
@@ -304,11 +304,13 @@ def _laid(
 
 def _passed(plan: Plan, graph: Graph) -> list[float]:
     """Return by stage the bytes that it sends to its neighbours on other ranks in a step."""
+    # A chain has its ranks' batches, one after the other: each value crosses for all of them.
     sizes, sent = graph.live_bytes(), [0.0] * len(plan.place)
+    ranks = max(plan.place) + 1
     for stage, (start, _) in enumerate(plan.edges(graph)[1:], start=1):
         if plan.place[stage] != plan.place[stage - 1]:
             for each in (stage - 1, stage):  # values onward, their gradients back
-                sent[each] += plan.micro_batches * sizes[start]
+                sent[each] += ranks * sizes[start]
     return sent
 
 
@@ -326,9 +328,12 @@ def _owned(profile: Profile, graph: Graph, edge: tuple[int, int]) -> list[Parame
 
 
 @functools.lru_cache(maxsize=64)
-def _chain(profile: Profile, stages: int, hop: Hop) -> tuple[Plan, Graph, Means]:
-    """Plan one chain of stages for the samples of as many ranks."""
+def _chain(profile: Profile, stages: int, hop: Hop) -> costs.Prediction:
+    """Plan one chain of stages for the samples of as many ranks, as the planner does."""
     assert profile.graph is not None
-    graph = scaled(profile.graph, 1 / MICRO_BATCHES, 1 / MICRO_BATCHES)
-    means = Means(stages, hop, copies=2 + profile.slots)
-    return make(graph, means, MICRO_BATCHES * stages), graph, means
+    known = facts.Profile(
+        stages * profile.batch, ((profile.batch, profile.graph),), slots=profile.slots
+    )
+    rows = tuple((rank,) for rank in range(stages))
+    candidate = costs.Candidate(rows, MICRO_BATCHES * stages, "auto")
+    return costs.predict(candidate, known, facts.Job(stages, facts.Network(hop)))

@@ -18,6 +18,7 @@ from hvdx.compression.plans import Form
 from hvdx.errors import PlanError
 from hvdx.link import Line, watch
 from hvdx.pipeline.ir import Graph, Unit
+from hvdx.planner.facts import faster
 
 _VERSION = 1
 #: Between how many ranks methods are timed: two have an exchange of their own, and what grows
@@ -109,7 +110,7 @@ class Profile:
 
     def paced(self, computing: float = 1.0, software: float = 1.0) -> Profile:
         """Return the same where computing, and operations, take so many times as long."""
-        graph = self.graph and scaled(self.graph, computing, 1.0)
+        graph = self.graph and faster(self.graph, 1 / computing)
         return replace(
             self,
             forward=computing * self.forward,
@@ -170,24 +171,6 @@ def _interpolated(costs: Costs, ranks: int) -> float:
     if place == len(costs):  # beyond what was measured noise must not make it cost less and less
         return high + max(0.0, slope) * (ranks - many)
     return low + slope * (ranks - few)
-
-
-def scaled(graph: Graph, time: float, size: float) -> Graph:
-    """Return the graph with all times, and bytes of a micro-batch, times these."""
-
-    def unit(each: Unit) -> Unit:
-        return replace(
-            each,
-            makes={name: round(size * value) for name, value in each.makes.items()},
-            kept_bytes=round(size * each.kept_bytes),
-            forward=time * each.forward,
-            inputs=time * each.inputs,
-            weights=time * each.weights,
-            apart=time * each.apart,
-        )
-
-    inputs = {name: round(size * value) for name, value in graph.inputs.items()}
-    return replace(graph, units=tuple(map(unit, graph.units)), inputs=inputs)
 
 
 def _lean(unit: Unit) -> dict[str, Any]:

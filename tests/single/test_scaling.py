@@ -16,7 +16,7 @@ from hvdx.errors import PlanError
 from hvdx.link import Line
 from hvdx.pipeline.ir import Graph, Unit
 from hvdx.pipeline.plan import Link as Hop
-from hvdx.scaling.cluster import Cluster, checked, network, read_hop
+from hvdx.scaling.cluster import Cluster, checked, network
 from hvdx.scaling.predict import MICRO_BATCHES, overlapped, predict, waiting
 from hvdx.scaling.profile import Parameter, Profile
 from hvdx.scaling.ways import USUAL, read_way
@@ -49,29 +49,6 @@ def seconds(way: str, cluster: Cluster, profile: Profile | None = None) -> float
     """Return what a step takes beside computing alone."""
     profile = profile or model()
     return predict(profile, cluster, read_way(way)).step - profile.alone
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("25gbit,5us", Hop(5e-6, 25e9 / 8)),
-        (" 100Mbit/s , 0.2 ms", Hop(2e-4, 12.5e6)),
-        ("3GB,20us", Hop(2e-5, 3e9)),
-        ("9600 kbit,1s", Hop(1.0, 1.2e6)),
-    ],
-)
-def test_links_are_read(text, expected):
-    assert read_hop(text) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "25gbit", "5us", "25,5us", "0gbit,5us", "-1gbit,5us", "1.2.3gbit,5us", "25gbit,5",
-     "25 gbit 5us", "nan gbit,1us"],
-)  # fmt: skip
-def test_links_that_cannot_be_read(text):
-    with pytest.raises(PlanError, match=r"such as 25gbit,5us"):
-        read_hop(text)
 
 
 def test_hosts_must_divide_ranks():
