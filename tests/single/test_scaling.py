@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -268,21 +269,51 @@ ROOT = Path(__file__).resolve().parents[2]
 MEDIAN, MOST = 0.10, 0.30  # what docs/scaling.md promises
 
 
-def test_what_was_measured(monkeypatch):
-    """Fitted to 2 ranks at 1 Gbit/s, predictions hold for 2 and 4 at 100 Mbit/s."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    scaling = importlib.import_module("scaling")
+@pytest.fixture(scope="module")
+def compared():
+    """Return the benchmark, and its rows: fitted to 2 ranks at 1 Gbit/s, and not fitted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        scaling = importlib.import_module("scaling")
     profile = Profile.load(ROOT / "benchmarks/profiles/mlp.json")
     measured = scaling.read([ROOT / "benchmarks/profiles/mlp-steps.json"])
     base = scaling.quickest(measured)
     crowd = {base: 1.0, scaling.Where(2, 100): 1.0, scaling.Where(4, 100): 2.0}  # on two cores
     assert set(measured) == set(crowd)
-    unfitted = replace(profile, software={})
-    fitted = scaling.fitted(unfitted, base, measured[base], 1.0)
-    rows = [row for row in scaling.rows(fitted, measured, crowd.get) if row.case != str(base)]
+    plain = replace(profile, software={})
+    fitted = scaling.fitted(profile, base, measured[base], 1.0)
+    return [
+        [row for row in scaling.rows(each, measured, crowd.get) if row.case != str(base)]
+        for each in (fitted, plain)
+    ]
+
+
+def test_what_was_measured(compared):
+    """Fitted to 2 ranks at 1 Gbit/s, predictions hold for 2 and 4 at 100 Mbit/s."""
+    rows, plain = compared
     off = sorted(abs(row.ratio - 1) for row in rows)
     assert len(rows) == 26 and statistics.median(off) < MEDIAN and off[-1] < MOST, off
-    order = [sorted(rows[n : n + 13], key=lambda row: row.value)[-1].metric for n in (0, 13)]
-    assert all(metric.startswith("none") for metric in order)  # what is slowest is known, too
-    plain = [row for row in scaling.rows(unfitted, measured, crowd.get) if row.case != str(base)]
     assert max(abs(row.ratio - 1) for row in plain) > MOST  # a worse model would be seen
+
+
+def test_the_page_tells_what_is_predicted(compared):
+    page = (ROOT / "docs/scaling.md").read_text()
+    found = re.findall(r"^\| `(\S+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
+    told = {way: [int(number) for number in numbers] for way, *numbers in found}
+    assert len(told) == 9
+    for way, numbers in told.items():
+        name = "none" if way == "ring" else way.replace("=", " ")
+        rows = [row for row in compared[0] if row.metric.startswith(f"{name}, ")]
+        assert numbers == [round(each) for row in rows for each in (row.value, row.baseline_value)]
+
+
+def test_the_profile_on_the_page(tmp_path):
+    (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), re.S)
+    (tmp_path / "profile.json").write_text(text)
+    profile = Profile.load(tmp_path / "profile.json")
+    assert predict(profile, Cluster(8, 8, OUTER), read_way("int8")).efficiency < 1
+
+
+def test_measured_profiles_load():
+    profile = Profile.load(ROOT / "benchmarks/profiles/gpt.json")
+    assert profile.bytes == pytest.approx(152.6e6, rel=1e-3) and len(profile.graph.units) == 15
