@@ -32,6 +32,7 @@ from hvdx.errors import (
     PlanError,
     StallError,
 )
+from hvdx.metrics import Metrics
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
 from hvdx.preemption import Preemption
@@ -92,6 +93,7 @@ __all__ = [
     "InstallError",
     "LaunchError",
     "Max",
+    "Metrics",
     "Min",
     "MismatchError",
     "NotInitializedError",

@@ -8,6 +8,7 @@ from typing import Any
 
 from hvdx.integrations.keras3 import averaging
 from hvdx.integrations.keras_checkpoint import BestModelCheckpoint, CheckpointCallback
+from hvdx.integrations.keras_metrics import MetricsCallback
 from hvdx.integrations.keras_schedules import (
     LearningRateScheduleCallback,
     LearningRateWarmupCallback,
@@ -27,6 +28,7 @@ __all__ = [
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
+    "MetricsCallback",
     "PreemptionCallback",
     "ProgressCallback",
 ]

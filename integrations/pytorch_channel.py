@@ -244,6 +244,9 @@ class DistributedChannel(ZmqChannel):
         self._sent.append((peer, work, packed.data))
         return packed._replace(data=b"")
 
+    def _measure(self, packed: Packed) -> int:
+        return described_bytes(packed)
+
     def _unpack(self, peer: int, packed: Packed) -> Any:
         """Begin to receive what did not come by ZeroMQ."""
         size = described_bytes(packed)
@@ -259,7 +262,9 @@ class DistributedChannel(ZmqChannel):
     def _arrived_whole(self, peer: int, tensor: Any) -> Any:
         if not isinstance(tensor, _Coming):
             return tensor
+        start = time.perf_counter()
         self._finish(peer, tensor.work)
+        self.seconds_waited += time.perf_counter() - start
         return restored(tensor.packed)
 
     def _operate(self, verb: str, peer: int, line: torch.Tensor) -> Any:

@@ -156,6 +156,8 @@ class Plan:
         bubble: predicted share of idle time.
         memory: predicted bytes by rank.
         mesh: rows of ranks that are replicas of each other; empty: rank r is row r.
+        checkpoint: which micro-batches are computed again for backward; empty: not planned.
+        compression: of the gradients that replicas add up, by name; empty: not planned.
     """
 
     cuts: tuple[str, ...]
@@ -166,6 +168,8 @@ class Plan:
     bubble: float = 0.0
     memory: tuple[float, ...] = ()
     mesh: tuple[tuple[int, ...], ...] = ()
+    checkpoint: str = ""
+    compression: str = ""
 
     def __post_init__(self) -> None:
         if len(self.place) != len(self.cuts) + 1:
@@ -273,7 +277,8 @@ class Plan:
 
 _REQUIRED = {"cuts", "place", "schedule", "micro_batches"}
 _LISTS = {"cuts": str, "place": int, "memory": float, "mesh": list}
-_SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float}
+_SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float,
+           "checkpoint": str, "compression": str}  # fmt: skip
 
 
 def _read(name: str, value: Any) -> Any:
@@ -330,6 +335,23 @@ class Link(NamedTuple):
     def seconds(self, size: float) -> float:
         """Return how long ``size`` bytes travel."""
         return self.latency + size / self.bandwidth
+
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """Read ``100mbit,200us``: bandwidth in kbit, mbit or gbit, or kB, MB or GB, a second.
+
+        Raises:
+            PlanError: it is no such text.
+        """
+        found = re.fullmatch(
+            r"(\d+\.?\d*)([kmg])(bit|b),(\d+\.?\d*)(us|ms|s)", text.lower().replace(" ", "")
+        )
+        if found is None or not float(found[1]):
+            raise PlanError(f"link {text!r}: give bandwidth and latency, such as 100mbit,200us")
+        rate, scale, unit, latency, times = found.groups()
+        bits = 8 if unit == "bit" else 1
+        bandwidth = float(rate) * {"k": 1e3, "m": 1e6, "g": 1e9}[scale] / bits
+        return cls(float(latency) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[times], bandwidth)
 
 
 @dataclass(frozen=True)
