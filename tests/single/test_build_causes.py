@@ -106,6 +106,17 @@ LINES = [
         "HOROVOD_CUDA_HOME",
     ),
     (
+        "RuntimeError: CUDA driver version is insufficient for CUDA runtime version",
+        "the driver is older than this CUDA needs",
+        "580 for CUDA 13",
+    ),
+    (
+        "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the "
+        "device",
+        "nothing was compiled for this GPU",
+        "--cuda-arch",
+    ),
+    (
         "nvcc fatal   : Unsupported gpu architecture 'compute_70'",
         "cannot compile for compute_70",
         "--cuda-arch",
