@@ -2,8 +2,8 @@
 
     hvdx run -np 1 -- python benchmarks/gpu/overlap.py --trace overlap.json
 
-Counts how many buckets have left while gradients were still to be computed and, on a GPU, how much of the
-time of NCCL's kernels other kernels ran beside them. The trace is for chrome://tracing or Perfetto:
+Counts how many buckets have left while gradients were still to be computed and, on a GPU, how much
+of the time of NCCL's kernels others ran beside them. The trace is for chrome://tracing or Perfetto:
 "hvdx: bucket leaves" are the hooks, on autograd's own thread on a GPU.
 """
 

@@ -156,6 +156,11 @@ CAUSES = (
         "This version was never tried with hvdx; install one that was (see docs/install.md).",
     ),
     Cause(
+        r"undefined symbol: \S*AsGpuStreamValue",
+        "TensorFlow no longer exports what Horovod's GPU operations call (AsGpuStreamValue)",
+        "Build for torch alone, --frameworks torch, or for both without NCCL, --gpu none.",
+    ),
+    Cause(
         r"undefined symbol: (\S+)",
         "Horovod was built against another framework or compiler: the symbol {0} is missing",
         "Build again with the frameworks now installed: hvdx install --force.",

@@ -117,6 +117,11 @@ LINES = [
         "--cuda-arch",
     ),
     (
+        "ImportError: mpi_lib.so: undefined symbol: _ZN15stream_executor3gpu16AsGpuStreamValueEP",
+        "TensorFlow no longer exports",
+        "--frameworks torch",
+    ),
+    (
         "nvcc fatal   : Unsupported gpu architecture 'compute_70'",
         "cannot compile for compute_70",
         "--cuda-arch",
