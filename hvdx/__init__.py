@@ -32,6 +32,7 @@ from hvdx.errors import (
     PlanError,
     StallError,
 )
+from hvdx.groups import Groups
 from hvdx.metrics import Metrics
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
@@ -88,6 +89,7 @@ __all__ = [
     "Average",
     "Compression",
     "DistributedOptimizer",
+    "Groups",
     "HorovodMissingError",
     "HvdxError",
     "InstallError",
