@@ -66,7 +66,7 @@ def launch(
     for script, arguments in scripts.items():
         command += ["--", script, *arguments]
     job = run(
-        *launcher, *map(str, command), env=environment(PYTHONPATH=str(SCRIPTS)), timeout=3 * SECONDS
+        *launcher, *map(str, command), env=environment(PYTHONPATH=str(SCRIPTS)), timeout=4 * SECONDS
     )
     assert job.returncode == 0, job.stdout + job.stderr
     lines = re.findall(r"^\[0\]<stdout>: ?report (.*)$", job.stdout, re.MULTILINE)
