@@ -211,6 +211,7 @@ def perform(
             for i, each in enumerate(request.requests)
         ]
     full = f"{name}/{request.phase}" if name else None
+    adapter.count(type(request).__name__.lower(), request.tensor, adapter.ranks(process_set))
     if isinstance(request, Allreduce):
         return getattr(adapter, reduction)(
             request.tensor, op=request.op, name=full, process_set=process_set, **_UNSCALED
@@ -238,6 +239,7 @@ def _perform_group(
     for place, request in enumerate(round_.requests):
         if isinstance(request, Allreduce):
             alike.setdefault((request.op, request.phase), []).append(place)
+            adapter.count("allreduce", request.tensor, adapter.ranks(process_set))
         else:
             own = name and f"{name}/{place}"
             answers[place] = perform(adapter, request, name=own, process_set=process_set)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hvdx.agreement import check_same, next_name
-from hvdx.comm import Work
+from hvdx.comm import Work, sent_share
 from hvdx.integrations import pytorch_engine
 from hvdx.integrations.pytorch_collectives import Collectives, dtype_name
 from hvdx.objects import pickled, unpickled
@@ -131,6 +131,23 @@ class TorchAdapter(Collectives):
     def carry_out(self, work: Work[Any], name: str, process_set: Any) -> Any:
         """Run a generator of requests."""
         return pytorch_engine.Flight(self, work, name, process_set).finish()
+
+    def count(self, operation: str, tensor: torch.Tensor, ranks: int) -> None:
+        """Count bytes that are sent."""
+        size = tensor.numel() * tensor.element_size()
+        self.bytes_sent += size * sent_share(operation, ranks)
+
+    def device_use(self) -> dict[str, float]:
+        """Ask CUDA, if it is in use."""
+        if not torch.cuda.is_initialized():
+            return {}
+        found = {
+            "gpu_memory_mb": torch.cuda.memory_reserved() / 1e6,
+            "peak_gpu_memory_mb": torch.cuda.max_memory_reserved() / 1e6,
+        }
+        with contextlib.suppress(ImportError, RuntimeError):  # without NVIDIA's management library
+            found["gpu"] = torch.cuda.utilization() / 100
+        return found
 
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one integer per rank; the core puts ``allgather.`` before the name."""
