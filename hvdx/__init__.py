@@ -34,6 +34,7 @@ from hvdx.errors import (
 )
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
+from hvdx.pipeline.rebalance import Rebalance
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -98,6 +99,7 @@ __all__ = [
     "PipelineError",
     "PlanError",
     "Product",
+    "Rebalance",
     "ReduceOp",
     "StallError",
     "Sum",
