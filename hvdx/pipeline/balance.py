@@ -172,7 +172,6 @@ class Balancer:
         self._streak = 0  # of looks that found enough to gain
         self._doubt = 1.0  # factor of the gain that is asked for
         self._promise: Proposal | None = None  # whose move has not been seen yet
-        self._settled: dict[int, float] = {}  # seconds by rank with which nothing is to be gained
         self._cost = 0.0  # seconds that the last move took, besides its bytes
 
     def observe(
@@ -187,7 +186,6 @@ class Balancer:
         if tuple(trained) != self._trained:  # what was seen before says nothing, but why is known
             self._trained = tuple(trained)
             self._window, self._streak, self._promise = [], self._options.checks - 1, None
-            self._settled = {}
         self._window.append(seconds)
         if len(self._window) < self._options.every:
             return None
@@ -201,9 +199,6 @@ class Balancer:
             plan: that is followed.
             seconds: of all ranks, as :meth:`observe` returned them.
         """
-        if self._streak == 0 and self._promise is None and self._as_before(seconds):
-            return None
-        self._settled = {}
         try:
             line = partly(self._line, self._trained)
             found = propose(line, observed(line, self._means, plan, seconds), plan)
@@ -211,7 +206,7 @@ class Balancer:
             return None
         self._judge(found.now)
         if found.plan.cuts == plan.cuts or found.gain < self._options.gain * self._doubt:
-            self._streak, self._settled = 0, dict(seconds)
+            self._streak = 0
             return None
         self._streak += 1
         saved = (found.now - found.then) * self._options.horizon
@@ -222,17 +217,7 @@ class Balancer:
 
     def moved(self, seconds: float) -> None:
         """Begin anew after a move, which took that long on the slowest rank."""
-        self._window, self._streak, self._cost, self._settled = [], 0, seconds, {}
-
-    def _as_before(self, seconds: Mapping[int, float]) -> bool:
-        """Tell whether ranks take what they took when there was nothing to gain, about.
-
-        Planning anew takes milliseconds, under some schedules many.
-        """
-        near = self._options.gain / 4
-        return seconds.keys() == self._settled.keys() and all(
-            abs(taken - self._settled[rank]) <= near * taken for rank, taken in seconds.items()
-        )
+        self._window, self._streak, self._cost = [], 0, seconds
 
     def _judge(self, now: float) -> None:
         """Ask for twice the gain after a move that brought less than half of what it promised.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,72 @@ def test_what_cannot_move_is_told_and_nothing_changes():
 def some_groups(params):
     kinds = [p for p in params if p.dim() > 1], [p for p in params if p.dim() < 2]
     return torch.optim.SGD([{"params": each} for each in kinds if each], 0.1)
+
+
+class Counted(torch.autograd.Function):
+    """Counts backward passes, in ``calls``, by name."""
+
+    @staticmethod
+    def forward(ctx, x, name, calls):
+        ctx.told = name, calls
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        name, calls = ctx.told
+        calls[name] = calls.get(name, 0) + 1
+        return gradient, None, None
+
+
+class Watched(nn.Module):
+    """A layer that counts the gradients of its weight (W) and of its input (I)."""
+
+    def __init__(self, name, calls):
+        super().__init__()
+        self.weight, self.told = nn.Parameter(torch.eye(6)), (name, calls)
+
+    def forward(self, x):
+        name, calls = self.told
+        weight = Counted.apply(self.weight, f"W{name}", calls)
+        return Counted.apply(x, f"I{name}", calls) @ weight
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+def test_what_is_frozen_while_training_takes_no_gradients(schedule):
+    """Below the lowest layer that trains there are none at all, also where units have moved."""
+    calls, (x, y) = {}, models.batches(1)[0]
+    model = nn.Sequential(*(Watched(i, calls) for i in range(6)))
+    options = {"micro_batches": 4, "stages": [3, 3], "schedule": schedule}
+    pipe = hvd.Pipeline(model, x, F.mse_loss, models.adam, leaves=[Watched], **options)
+    pipe.step(x, y)
+    assert calls == {f"{kind}{i}": 4 for i in range(6) for kind in "WI"[: 1 + (i > 0)]}
+    for i in (0, 1, 2, 4):
+        model[i].requires_grad_(False)
+    assert pipe._trained() == (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
+    for cuts in ([3, 3], [5, 1], [2, 4]):
+        pipe.rebalance(cuts)
+        calls.clear()
+        pipe.step(x, y)
+        assert calls == {"W3": 4, "I4": 4, "I5": 4, "W5": 4}
+    pipe.close()
+
+
+def test_the_best_cuts_follow_what_was_frozen(monkeypatch):
+    """By the units' costs, which are told here, as the times of steps are."""
+    x, y = models.batches(1)[0]
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))
+    options = {"micro_batches": 4, "stages": 2, "by": "time"}
+    pipe = hvd.Pipeline(model, x, F.mse_loss, models.adam, **options)
+    units = [replace(unit, forward=1.0, inputs=float(i > 0), weights=1.0)
+             for i, unit in enumerate(pipe._graph.line.units)]  # fmt: skip
+    pipe._graph.line = replace(pipe._graph.line, units=tuple(units))
+    pipe.rebalance([6, 6])
+    with pytest.raises(PlanError, match="no step has been observed"):
+        pipe.rebalance()
+    monkeypatch.setattr(pipe, "_seconds", lambda spans: {0: 17.0, 1: 18.0})
+    pipe.step(x, y)
+    assert pipe.rebalance().cuts == ("6",)
+    model[:6].requires_grad_(False)
+    assert pipe.rebalance().cuts == ("8",)  # 6 + 2 + 3 = 11 and 12 seconds
+    pipe.step(x, y)
+    pipe.close()
