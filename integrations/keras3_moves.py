@@ -18,14 +18,14 @@ _OTHERS = "_variables", "_trainable_variables"  # lists of variables that are no
 
 
 def trained(graph: Graph) -> tuple[float, ...]:
-    """Return by unit the share of its variables' bytes that are trained."""
-    found = []
-    for unit in graph.units:
-        whole = sum(map(size, unit.owned.values()))
-        now = {id(v) for v in getattr(unit.layer, "trainable_variables", ())}
-        own = sum(size(v) for v in unit.owned.values() if id(v) in now)
-        found.append(own / whole if whole else 0.0)
-    return tuple(found)
+    """Return by unit the share of its variables' bytes that are trained, as last refreshed."""
+    return tuple(_share(unit.params, unit.owned) for unit in graph.units)
+
+
+def _share(part: Mapping[str, Any], whole: Mapping[str, Any]) -> float:
+    if part.keys() == whole.keys():
+        return float(bool(whole))
+    return sum(map(size, part.values())) / sum(map(size, whole.values()))
 
 
 def packed(graph: Graph, unit: int, known: Sequence[int], optimizer: Any) -> dict[str, Any]:

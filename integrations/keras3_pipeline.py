@@ -390,7 +390,9 @@ class Pipeline(MovingPipeline):
 
     # --- moving units
 
-    def _trained(self) -> tuple[float, ...]:
+    def _trained(self, anew: bool = False) -> tuple[float, ...]:
+        if anew:
+            self._graph.refresh()
         return moves.trained(self._graph)
 
     def _about(self, unit: int) -> None:

@@ -26,8 +26,9 @@ def trained(graph: Graph) -> tuple[float, ...]:
 
 
 def _share(params: Sequence[torch.nn.Parameter]) -> float:
-    if not any(p.requires_grad for p in params):
-        return 0.0
+    flags = {p.requires_grad for p in params}
+    if len(flags) < 2:
+        return float(True in flags)
     return sum(p.numel() for p in params if p.requires_grad) / sum(p.numel() for p in params)
 
 

@@ -373,7 +373,7 @@ class Pipeline(MovingPipeline):
 
     # --- moving units
 
-    def _trained(self) -> tuple[float, ...]:
+    def _trained(self, anew: bool = False) -> tuple[float, ...]:
         return moves.trained(self._graph)
 
     def _about(self, unit: int) -> dict[str, Any]:
@@ -398,9 +398,11 @@ class Pipeline(MovingPipeline):
     ) -> None:
         states = self._optimizer_states()
         self._stages.update(self._make_stages())
+        came: dict[str, Any] = {}
         for parcel in arrived.values():
-            self._graph.load(parcel["model"])
+            came.update(parcel["model"])
             states.update(moves.copied(parcel["optimizer"]))
+        self._graph.load(came)
         self._params = self._shares(self.plan)
         moves.rehome(self.optimizers, prepared, self._params, states)
 

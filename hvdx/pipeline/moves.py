@@ -117,8 +117,11 @@ class MovingPipeline(BasePipeline):
     # --- what a framework adds
 
     @abc.abstractmethod
-    def _trained(self) -> tuple[float, ...]:
-        """Return by unit the share of its parameters that are trained now."""
+    def _trained(self, anew: bool = False) -> tuple[float, ...]:
+        """Return by unit the share of its parameters that are trained.
+
+        In the last step, or ``anew``: in the next one.
+        """
 
     @abc.abstractmethod
     def _about(self, unit: int) -> Any:
@@ -229,7 +232,7 @@ class MovingPipeline(BasePipeline):
         line = whole(self._line, self._measured_with)
         with self._alike("rebalance the pipeline"):
             known = observed(partly(line, trained), self._means, self.plan, seconds)
-            return propose(partly(line, self._trained()), known, self.plan).plan
+            return propose(partly(line, self._trained(anew=True)), known, self.plan).plan
 
     def _check_cuts(self, plan: Plan | None) -> None:
         """Compare what the ranks want, before they do what takes all of them."""
