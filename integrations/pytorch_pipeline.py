@@ -365,10 +365,11 @@ class Pipeline(MovingPipeline):
         """
         every = list(self._graph.model.parameters())
         made = self._made_optimizers(self._params)
-        for number in self._params.keys() - made.keys() if every and self._optimizer else ():
-            made[number] = self._optimizer(every)
-            for group in made[number].param_groups:
-                group["params"] = []
+        if every and self._optimizer is not None:
+            for number in self._params.keys() - made.keys():
+                made[number] = self._optimizer(every)
+                for group in made[number].param_groups:
+                    group["params"] = []
         return dict(sorted(made.items()))
 
     # --- moving units

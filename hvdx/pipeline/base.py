@@ -76,7 +76,7 @@ class BasePipeline(abc.ABC):
     gradient_norm: float | None = None
     skipped: bool = False
     _graph: Any  # of the framework; its ``line`` is what the planner sees
-    _stages: Mapping[int, Any]
+    _stages: dict[int, Any]
 
     def __init__(
         self,

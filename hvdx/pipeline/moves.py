@@ -107,7 +107,11 @@ class MovingPipeline(BasePipeline):
         if self._failed:
             raise PipelineError(f"this pipeline is of no more use, since {self._failed}")
         with self._alike("rebalance the pipeline"):
-            plan = self._best_needs() if stages is None else self._recut(stages)
+            plan = None
+            if stages is None:
+                self._check_observed()
+            else:
+                plan = self._recut(stages)
         self._check_cuts(plan)
         if plan is None:
             plan = self._best()
@@ -214,7 +218,7 @@ class MovingPipeline(BasePipeline):
                 )
         return plan
 
-    def _best_needs(self) -> None:
+    def _check_observed(self) -> None:
         """Check that there is what the best cuts follow from."""
         if not self._timed:
             raise PlanError(
@@ -369,13 +373,13 @@ class MovingPipeline(BasePipeline):
         """Return plain data of all ranks, by rank."""
         if not self._across:
             return [own]
-        return self._core.allgather_object(own, next_name("pipeline"), None)  # type: ignore[no-any-return]
+        return self._core.allgather_object(own, next_name("pipeline"), None)
 
 
 class _Slot(NamedTuple):
     """Stands for a tensor in an outline."""
 
-    index: int
+    number: int
 
 
 def outlined(nested: Any, kind: type, tensors: list[Any]) -> Any:
@@ -390,7 +394,7 @@ def outlined(nested: Any, kind: type, tensors: list[Any]) -> Any:
 
 def filled(outline: Any, tensors: Sequence[Any]) -> Any:
     """Undo :func:`outlined`."""
-    return _mapped(outline, lambda leaf: tensors[leaf.index] if isinstance(leaf, _Slot) else leaf)
+    return _mapped(outline, lambda leaf: tensors[leaf.number] if isinstance(leaf, _Slot) else leaf)
 
 
 def _mapped(nested: Any, change: Callable[[Any], Any]) -> Any:
