@@ -36,7 +36,7 @@ from hvdx.pipeline.balance import (
     typical,
     whole,
 )
-from hvdx.pipeline.base import BasePipeline
+from hvdx.pipeline.base import BasePipeline, Told
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.ir import Graph
 from hvdx.pipeline.plan import Link, Means, Plan, make, stage_times
@@ -170,13 +170,13 @@ class MovingPipeline(BasePipeline):
         self,
         sample: Any,
         stages: Any,
-        schedule: str,
-        micro_batches: int,
+        given: Told,
         by: str | None,
         memory: float | Sequence[float] | None,
+        target: Any = None,
     ) -> Plan:
         options = rebalance_of(self._rebalance)
-        plan = super()._planned(sample, stages, schedule, micro_batches, by, memory)
+        plan = super()._planned(sample, stages, given, by, memory, target)
         if options is not None and not self._timed:
             self._graph.line, _ = self._profiled(sample, plan.micro_batches)
         limits = [memory] * plan.ranks if isinstance(memory, (int, float)) else memory
@@ -184,13 +184,13 @@ class MovingPipeline(BasePipeline):
         self._means = Means(
             plan.ranks, self._link, memory=limits, recompute=recompute, mesh=plan.mesh
         )
+        self._measured_with = self._trained()
         if options is not None:
             self._balancer = Balancer(self._line, self._means, options, self._measured_with)
         return plan
 
     def _profiled(self, sample: Any, micro_batches: int) -> tuple[Graph, Link]:
         line, self._link = super()._profiled(sample, micro_batches)
-        self._measured_with = self._trained()
         return line, self._link
 
     @property
@@ -232,7 +232,7 @@ class MovingPipeline(BasePipeline):
         """Return the best cuts for what the last steps took."""
         trained = self._seen[-1][0]
         own = typical([seconds for then, seconds in self._seen if then == trained])
-        seconds = self._everyones(own)
+        seconds = self._agreed_seconds(own)
         line = whole(self._line, self._measured_with)
         with self._alike("rebalance the pipeline"):
             known = observed(partly(line, trained), self._means, self.plan, seconds)
@@ -251,7 +251,7 @@ class MovingPipeline(BasePipeline):
         taken = {rank: busy(own) for rank, own in zip(ranks, spans, strict=True)}
         return {rank: seconds for rank, seconds in taken.items() if seconds is not None}
 
-    def _everyones(self, own: Mapping[int, float]) -> dict[int, float]:
+    def _agreed_seconds(self, own: Mapping[int, float]) -> dict[int, float]:
         """Return the numbers of all ranks by rank, equal everywhere."""
         with self._telling("rebalance"):
             self._note("rebalance")
@@ -270,7 +270,7 @@ class MovingPipeline(BasePipeline):
         seen = self._balancer.observe(seconds, trained)
         if seen is None:
             return
-        plan = self._balancer.decide(self.plan, self._everyones(seen))
+        plan = self._balancer.decide(self.plan, self._agreed_seconds(seen))
         if plan is None:
             return
         try:
@@ -289,7 +289,7 @@ class MovingPipeline(BasePipeline):
             return 0.0
         routes = ways(line, self.plan, plan)
         leaving = [way for way in routes if way.sender == self._rank and self._across]
-        about = self._gathered_by_rank({way.unit: self._about(way.unit) for way in leaving})
+        about = self._everyones({way.unit: self._about(way.unit) for way in leaving})
         arriving = [way for way in routes if way.receiver == self._rank and self._across]
         with self._alike("rebalance the pipeline"):
             prepared = self._prepared(plan, {w.unit: about[w.sender][w.unit] for w in arriving})
@@ -308,7 +308,8 @@ class MovingPipeline(BasePipeline):
 
     def _follow(self, plan: Plan) -> None:
         """Take a plan: forget what was made of the old one."""
-        self.plan = plan
+        own = self.plan
+        self.plan = replace(plan, checkpoint=own.checkpoint, compression=own.compression)
         for of_old in (self._orders, self._measured, self._seen):
             of_old.clear()
         self._times = None
@@ -331,7 +332,7 @@ class MovingPipeline(BasePipeline):
             tensors: list[Any] = []
             outlines[unit, receiver] = outlined(parcel, kind, tensors)
             channel.send(receiver, Key("M", self._step, unit, 0), tensors)
-        everyone = self._gathered_by_rank(outlines)
+        everyone = self._everyones(outlines)
         arrived = {}
         for unit, sender, receiver in arriving:
             tensors = list(channel.receive(sender, Key("M", self._step, unit, 0)))
@@ -368,12 +369,6 @@ class MovingPipeline(BasePipeline):
     def _note(self, what: str) -> None:
         if self._channel is not None:
             self._channel.note = f"{what} before step {self.steps}"
-
-    def _gathered_by_rank(self, own: Any) -> list[Any]:
-        """Return plain data of all ranks, by rank."""
-        if not self._across:
-            return [own]
-        return self._core.allgather_object(own, next_name("pipeline"), None)
 
 
 class _Slot(NamedTuple):
