@@ -367,9 +367,13 @@ class Pipeline(MovingPipeline):
     # --- making one
 
     def _profile(
-        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+        self,
+        sample: Any,
+        micro_batches: int,
+        runs: int = 5,
+        of: Callable[[Iterable[float]], float] = min,
     ) -> ir.Graph:
-        line = self._profile_of.profiled(self._graph, sample, micro_batches, of=of)
+        line = self._profile_of.profiled(self._graph, sample, micro_batches, runs, of)
         return line  # type: ignore[no-any-return]  # of a module that is loaded by name
 
     def _trains_with(self) -> bool:

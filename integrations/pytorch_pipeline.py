@@ -285,9 +285,13 @@ class Pipeline(MovingPipeline):
     # --- making one
 
     def _profile(
-        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+        self,
+        sample: Any,
+        micro_batches: int,
+        runs: int = 5,
+        of: Callable[[Iterable[float]], float] = min,
     ) -> ir.Graph:
-        return profiled(self._graph, sample, micro_batches, of=of)
+        return profiled(self._graph, sample, micro_batches, runs, of)
 
     def _trains_with(self) -> bool:
         return self._loss is not None and self._optimizer is not None

@@ -70,6 +70,7 @@ class BasePipeline(abc.ABC):
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
         skipped: whether the last step changed no parameter, since a scaled gradient was not
             finite.
+        compared: what ``place="auto"`` has chosen from, see :class:`hvdx.planner.auto.Compared`.
         busy_seconds: for which this process' stages have computed in training steps; of several
             threads, in mean.
         schedule_seconds: that the schedules of these steps took; the rest of them is bubble.
@@ -79,6 +80,7 @@ class BasePipeline(abc.ABC):
     plan: Plan
     gradient_norm: float | None = None
     skipped: bool = False
+    compared: Sequence[Any] = ()
     _graph: Any  # of the framework; its ``line`` is what the planner sees
     _stages: dict[int, Any]
     _again: Any = None  # makes such a pipeline, of another plan
@@ -168,9 +170,13 @@ class BasePipeline(abc.ABC):
 
     @abc.abstractmethod
     def _profile(
-        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+        self,
+        sample: Any,
+        micro_batches: int,
+        runs: int = 5,
+        of: Callable[[Iterable[float]], float] = min,
     ) -> Graph:
-        """Return the line with what its units cost here; ``of`` takes one of several times."""
+        """Return the line with what its units cost here; ``of`` takes one of the runs' times."""
 
     @abc.abstractmethod
     def _tensor(self, numbers: Sequence[float]) -> Any:
@@ -348,9 +354,10 @@ class BasePipeline(abc.ABC):
             raise PlanError("place='auto' tries steps of training: give loss= and optimizer=")
         found = choose(self, Asked(sample, target, *given, memory, self._asked))
         self._again = None  # it has the sample
-        self._graph.line, self._times = found.line, found.times
-        self._checkpoint, self._asked = found.plan.checkpoint, found.compression
-        return found.plan
+        plan, self.compared = found.prediction.plan, found.compared
+        self._graph.line, self._times = found.line, found.prediction.times
+        self._checkpoint, self._asked = plan.checkpoint, found.compression
+        return plan
 
     def _profiled(self, sample: Any, micro_batches: int) -> tuple[Graph, Link]:
         """Return what rank 0 measures, on every rank: the units and a hop."""
