@@ -59,7 +59,7 @@ def from_plain(plain: Any) -> Report:
             for op, name, what, s, ranks, where in waits
         ]  # fmt: skip
         return Report(rebuilt, str(at), str(last), float(patience), str(progress))
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"no report: {error}") from None
 
 

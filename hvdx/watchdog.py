@@ -475,7 +475,7 @@ class Watch:
         try:
             for message in self._wires[rank].receive():
                 self._take(rank, message, now)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             if self.failure is None and rank not in self._left:
                 reason = "has left the job without a word: killed, crashed or cut off"
                 if not isinstance(error, OSError):

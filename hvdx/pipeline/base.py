@@ -82,7 +82,7 @@ class BasePipeline(abc.ABC):
     skipped: bool = False
     compared: Sequence[Any] = ()
     _graph: Any  # of the framework; its ``line`` is what the planner sees
-    _stages: Mapping[int, Any]
+    _stages: dict[int, Any]
     _again: Any = None  # makes such a pipeline, of another plan
 
     def __init__(
@@ -198,6 +198,10 @@ class BasePipeline(abc.ABC):
     def _finite(self, gradients: Sequence[Any]) -> bool:
         """Tell whether all numbers in them are finite."""
 
+    def _weights(self, unit: int) -> Mapping[str, Any]:
+        """Return by name the parameters of a unit, frozen or not."""
+        return self._graph.units[unit].params  # type: ignore[no-any-return]  # of Any
+
     def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
         """Put another rank's gradient of a weight on the device where this rank's is."""
         return gradient
@@ -253,8 +257,8 @@ class BasePipeline(abc.ABC):
         return list(self._core.allgather_object(value, next_name("pipeline"), None))
 
     @contextlib.contextmanager
-    def _alike(self) -> Iterator[None]:
-        """Raise on every rank what one of them raises inside."""
+    def _alike(self, what: str = "make the pipeline") -> Iterator[None]:
+        """Raise on every rank what one of them raises inside, where it does ``what``."""
         problem: Exception | None = None
         try:
             yield
@@ -270,7 +274,7 @@ class BasePipeline(abc.ABC):
             raise problem
         for rank, each in enumerate(everyone):
             if each:
-                raise PlanError(f"rank {rank} cannot make the pipeline: {each}")
+                raise PlanError(f"rank {rank} cannot {what}: {each}")
 
     def _agree_on(self, **options: Any) -> None:
         """Compare what the ranks ask for, before they do by it what takes all of them.
@@ -374,10 +378,11 @@ class BasePipeline(abc.ABC):
             link = measure_link(channel, self._rank, lambda size: self._tensor([0.0] * (size // 8)))
         return told, self._from_first(link)
 
-    def _own_stages(self) -> Iterator[tuple[int, int, int]]:
+    def _own_stages(self, plan: Plan | None = None) -> Iterator[tuple[int, int, int]]:
         """Yield the number, the first unit and the one after the last of this process' stages."""
-        for number, (first, stop) in enumerate(self.plan.edges(self._line)):
-            if not self._across or self._rank in self.plan.row(number):
+        plan = plan or self.plan
+        for number, (first, stop) in enumerate(plan.edges(self._line)):
+            if not self._across or self._rank in plan.row(number):
                 yield number, first, stop
 
     def _check_agreed(self, units: dict[str, str]) -> None:
@@ -454,7 +459,7 @@ class BasePipeline(abc.ABC):
                     name, tuple(p.shape), str(p.dtype).removeprefix("torch."), len(self._row.ranks)
                 )
                 for index in range(first, stop)
-                for name, p in self._graph.units[index].params.items()
+                for name, p in self._weights(index).items()
             }
             for index, name in uses[stage]:
                 first_use = index == tied.get(name, (index,))[0]

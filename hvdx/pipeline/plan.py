@@ -34,6 +34,7 @@ from hvdx.pipeline.simulator import Times, simulate
 Mesh: TypeAlias = Sequence[Sequence[int]]
 
 _VERSION = 1
+_MOST_ACTIONS = 100_000  # of one kind, in a schedule
 _ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
     "1f1b": one_f_one_b,
     "1f1b-slack": lambda ranks, count: one_f_one_b(ranks, count, slack=True),
@@ -171,6 +172,22 @@ class Plan:
     compression: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.place) != len(self.cuts) + 1:
+            raise PlanError(
+                f"a plan with {len(self.cuts)} cuts places {len(self.place)} stages; it must "
+                f"place {len(self.cuts) + 1}"
+            )
+        for rank in self.place:  # a file may say anything; none shall make a huge schedule
+            if not 0 <= rank < len(self.place):
+                raise PlanError(
+                    f"place={list(self.place)} has rank {rank}, but numbers ranks "
+                    f"from 0 to at most {len(self.place) - 1}"
+                )
+        if not 1 <= self.micro_batches * len(self.place) <= _MOST_ACTIONS:
+            raise PlanError(
+                f"micro_batches={self.micro_batches} in {len(self.place)} stages: give "
+                f"at least 1, and at most {_MOST_ACTIONS} in all stages"
+            )
         if self.mesh:
             check_mesh(self.mesh)
             if len(self.mesh) != max(self.place, default=0) + 1:
@@ -178,11 +195,6 @@ class Plan:
                     f"place has {len(self.mesh)} rows, but the stages of schedule "
                     f"{self.schedule!r} are on {max(self.place, default=0) + 1}"
                 )
-        if len(self.place) != len(self.cuts) + 1:
-            raise PlanError(
-                f"a plan with {len(self.cuts)} cuts places {len(self.place)} stages; it must "
-                f"place {len(self.cuts) + 1}"
-            )
         made = self.order()
         if made.place != self.place:
             raise PlanError(
@@ -252,7 +264,7 @@ class Plan:
         """Read what :meth:`to_json` returned; raises as :meth:`load` does."""
         try:
             told = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"no JSON: {error}") from None
         if not isinstance(told, dict) or "hvdx_plan" not in told:
             raise PlanError("no plan: it has no key 'hvdx_plan'")

@@ -13,6 +13,7 @@ import abc
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,7 @@ from hvdx.pipeline.channel import Failure, Key, Tensors, holder, late, rows_of_r
 VERSION = 1
 MAX_HEADER = 1 << 20
 MAX_PART = 1 << 34  # bytes of one tensor
+_DTYPE = re.compile(r"[<>=|]?[A-Za-z]\d{0,9}")  # np.dtype() takes whole expressions
 FAILURE, BYE = "fail", "bye"  # kinds besides those of keys
 
 
@@ -61,6 +63,8 @@ class NumpyCodec:
 
     def unpack(self, packed: Packed) -> Any:
         """See :meth:`Codec.unpack`."""
+        if not (isinstance(packed.dtype, str) and _DTYPE.fullmatch(packed.dtype)):
+            raise ValueError(f"no dtype {packed.dtype!r}")
         try:
             dtype = np.dtype(packed.dtype)
         except TypeError:
@@ -208,7 +212,7 @@ class PostChannel(abc.ABC):
         """
         try:
             self._understand(peer, parts)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise OSError(f"rank {peer} sent what is no message: {error}") from None
 
     def _understand(self, peer: int, parts: Sequence[Any]) -> None:
@@ -218,7 +222,7 @@ class PostChannel(abc.ABC):
         if version != VERSION:
             raise ValueError(f"version {version!r}, not {VERSION}")
         if kind == FAILURE:
-            self._failure = self._failure or Failure(**told)
+            self._failure = self._failure or _failure(told)
         elif kind == BYE:
             self._left.add(peer)
         else:
@@ -247,6 +251,14 @@ class PostChannel(abc.ABC):
         if key.kind in ("F", "B"):
             return late(key, self._seconds)
         return f"rank {self._rank} has waited {self._seconds:g} s for rank {peer} (HVDX_TIMEOUT)"
+
+
+def _failure(told: Any) -> Failure:
+    """Return what :meth:`PostChannel.fail` has sent."""
+    failure = Failure(**told)
+    if type(failure.rank) is not int or not all(type(text) is str for text in failure[1:]):
+        raise ValueError(f"no failure: {told}")
+    return failure
 
 
 def _described(told: Any, data: Any) -> Packed:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -24,13 +25,14 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import HVDX_RUN, environment, start
+from hosts import hosts, missing
+from launching import HVDX_RUN, alive, environment, gone, start
 
 pytest.importorskip("horovod")
 ALL = os.environ.get("HVDX_FAULTS") == "all"
 TIMEOUT = 4  # HVDX_TIMEOUT of these jobs
 SECONDS = 10  # that a job may take to end, and after the timeout where that must pass first
-SLACK = 20  # more, on a busy machine
+SLACK = 60  # more, on a busy machine
 LIMIT = 240  # of a job that does not end: the test then fails
 SCRIPT = Path(__file__).with_name("faulty.py")
 BOTH = ("torch", "keras")
@@ -44,11 +46,14 @@ class Fault(NamedTuple):
     act: str  # what is run there
     told: tuple[str, ...]  # what ranks and launcher must say, all in all; | between alternatives
     status: int | None = 1  # of the launcher; None: any but 0
-    rank: int = 1  # to which it happens
+    rank: int | None = 1  # to which it happens; None: all
     stalls: bool = False  # only HVDX_TIMEOUT finds it
     job: str = "parallel"
+    steps: int = 1_000_000  # of the job: never reached, or the job goes on and does them all
+    gloo: int = 10  # HOROVOD_GLOO_TIMEOUT_SECONDS
     frameworks: tuple[str, ...] = BOTH
     lean: tuple[str, ...] = ()  # frameworks for which it is always run
+    theirs: str = "__autograph_generated_file"  # begins names of files that TensorFlow leaves
 
 
 KILLED = "rank 1 on localhost was killed by signal 9 (SIGKILL)"
@@ -115,6 +120,10 @@ FAULTS = {
     "SIGSTOP of another rank": Fault(
         "step", "os.kill(os.getpid(), signal.SIGSTOP)",
         ("rank 1 has not been heard of",), stalls=True, lean=(TORCH,)),
+    "SIGSTOP of another rank; Gloo notices first": Fault(
+        "step", "os.kill(os.getpid(), signal.SIGSTOP)",
+        ("StallError: rank 0", "rank 1 not heard of|rank 1 has not been heard of"), stalls=True,
+        gloo=3),
     "a call that keeps Python's lock": Fault(
         "step", "keep_the_lock(1000)", ("rank 1 has not been heard of",), stalls=True),
     "a lock that nobody gives back": Fault(
@@ -172,7 +181,44 @@ FAULTS = {
     "stdout is closed": Fault(
         "step", "os.close(1); print('x', flush=True)", ("OSError: [Errno 9]", FAILED),
         frameworks=(TORCH,)),
+    "the working folder is gone": Fault(
+        "step", "os.rmdir(os.getcwd())", ("rank0 fine", "rank1 fine"), status=0, steps=20),
+    "the clock jumps by a day": Fault(
+        "step", "now = time.time(); ctypes.CDLL(None).jump(86400); assert time.time() > now + 8e4",
+        ("rank0 fine", "rank1 fine"), status=0, rank=None, steps=40, lean=(TORCH,)),
+    "the disk is full, Keras checkpoint": Fault(
+        "options", "options.update(width=20_000, checkpoints=str(FOLDER / 'small'))",
+        ("OSError", "No space left on device"), rank=None, frameworks=(KERAS,),
+        theirs="tmp"),  # Keras' archive
+    "the disk is full, pipeline checkpoint": Fault(
+        "options", "options.update(width=20_000, checkpoints=str(FOLDER / 'small'))",
+        ("OSError: the pipeline cannot be saved",), rank=None, frameworks=(TORCH,), **PIPE),
 }  # fmt: skip
+#: Moves the time of day, for all code of a process, C++ too: LD_PRELOAD puts it before libc.
+CLOCK = """
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static volatile long shift;
+void jump(long seconds) { shift = seconds; }
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  int result = syscall(SYS_clock_gettime, clock, now);
+  if (clock == CLOCK_REALTIME) now->tv_sec += shift;
+  return result;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+  struct timespec fine;
+  int result = clock_gettime(CLOCK_REALTIME, &fine);
+  now->tv_sec = fine.tv_sec, now->tv_usec = fine.tv_nsec / 1000;
+  return result;
+}
+time_t time(time_t *kept) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  return kept ? *kept = now.tv_sec : now.tv_sec;
+}
+"""
 ROWS = [
     pytest.param(name, framework, id=f"{name}, {framework}")
     for name, fault in FAULTS.items()
@@ -197,10 +243,22 @@ def run_job(folder: Path, framework: str, fault: Fault) -> Ended:
     told = {"framework": framework, **fault._asdict()}
     (folder / "fault.json").write_text(json.dumps(told))
     mark = secrets.token_hex(8)
+    more = {}
+    if "jump" in fault.act:
+        (folder / "clock.c").write_text(CLOCK)
+        library = folder / "clock.so"
+        compile_it = ["gcc", "-shared", "-fPIC", "-o", str(library), str(folder / "clock.c")]
+        subprocess.run(compile_it, check=True)
+        more["LD_PRELOAD"] = str(library)
+    if "small" in fault.act:
+        (folder / "small").mkdir()
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder / "small")], check=True
+        )
     environ = environment(
-        HVDX_TIMEOUT=str(TIMEOUT), HOROVOD_GLOO_TIMEOUT_SECONDS=str(TIMEOUT), FAULT_MARK=mark,
+        HVDX_TIMEOUT=str(TIMEOUT), HOROVOD_GLOO_TIMEOUT_SECONDS=str(fault.gloo), FAULT_MARK=mark,
         TMPDIR=str(folder / "tmp"), TORCHINDUCTOR_CACHE_DIR=str(folder / "torch"),
-        KERAS_BACKEND="tensorflow",
+        KERAS_BACKEND="tensorflow", **more,
     )  # fmt: skip
     script = [sys.executable, str(SCRIPT), str(folder)]
     with (folder / "out").open("w") as out:
@@ -216,15 +274,35 @@ def run_job(folder: Path, framework: str, fault: Fault) -> Ended:
     ended = time.monotonic()
     for process in left:
         process.kill()
+    if "small" in fault.act:
+        subprocess.run(["umount", str(folder / "small")], check=True)
     notes = sorted(folder.glob("rank?"))
-    said = (folder / "out").read_text() + "".join(f"\n{n.name} {n.read_text()}" for n in notes)
+    said = (folder / "out").read_text() + "".join(f"\n{n.name} {told_by(n)}" for n in notes)
     happened = folder / "fault"
     since = float(happened.read_text()) if happened.exists() else float("nan")
     if fault.point == "options":  # in effect from the first step, or at the end
-        since = max([float(note.read_text().split()[0]) for note in notes], default=since)
+        since = min([float(note.read_text().split()[0]) for note in notes], default=since)
     files = [str(path) for part in ("tmp", "cwd") for path in (folder / part).glob("*")]
-    files = [path for path in files if "__autograph_generated_file" not in path]  # TensorFlow's
+    files = [path for path in files if not Path(path).name.startswith(fault.theirs)]
     return Ended(status, said, ended - since, [" ".join(p.cmdline()) for p in left], files)
+
+
+def told_by(note: Path) -> str:
+    """Return what ended a rank, without the time."""
+    return note.read_text().partition(" ")[2]
+
+
+def unable(fault: Fault) -> str | None:
+    """Say why this fault cannot be made here."""
+    if "jump" in fault.act and (shutil.which("gcc") is None or sys.version_info < (3, 11)):
+        return "needs gcc, and Python 3.11, whose locks do not ask for the time of day"
+    if "small" in fault.act:
+        if os.geteuid() != 0:
+            return "mounting a small disk needs root"
+        probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+        if subprocess.run(probe, capture_output=True).returncode:
+            return "the container forbids mounts"
+    return None
 
 
 def marked(mark: str, patience: float) -> list[psutil.Process]:
@@ -257,7 +335,7 @@ def jobs(tmp_path_factory, request):
         futures = {
             (name, framework): pool.submit(run_job, root / str(n), framework, FAULTS[name])
             for n, (name, framework) in enumerate(wanted)
-            if importlib.util.find_spec(framework)
+            if importlib.util.find_spec(framework) and not unable(FAULTS[name])
         }
         yield futures
         done = {row: future.result() for row, future in futures.items()}
@@ -266,20 +344,97 @@ def jobs(tmp_path_factory, request):
 
 
 def table(done: dict[tuple[str, str], Ended]) -> str:
-    """Write what was measured, as Markdown."""
-    lines = ["| fault | framework | ended after (s) | status |", "| --- | --- | --- | --- |"]
-    for (name, framework), ended in done.items():
-        lines.append(f"| {name} | {framework} | {ended.seconds:.1f} | {ended.status} |")
+    """Write what was measured, as Markdown: one line per fault."""
+    lines = [
+        "| fault | PyTorch (s) | Keras (s) | said, among other things |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, fault in FAULTS.items():
+        measured = [done.get((name, framework)) for framework in BOTH]
+        if any(measured):
+            seconds = " | ".join(f"{each.seconds:.1f}" if each else "" for each in measured)
+            said = "; ".join(text.split("|")[0] for text in fault.told)
+            ends = f"`{said}`" if fault.status else "it goes on"
+            lines.append(f"| {name} | {seconds} | {ends if said else ''} |")
     return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize(("name", "framework"), ROWS)
 def test_the_job_ends_soon_and_says_why(name, framework, jobs):
     if (name, framework) not in jobs:
-        pytest.skip(f"{framework} is not installed")
+        pytest.skip(unable(FAULTS[name]) or f"{framework} is not installed")
     fault, ended = FAULTS[name], jobs[name, framework].result()
     assert ended.status == fault.status if fault.status is not None else ended.status, ended.said
     missing = [t for t in fault.told if not any(each in ended.said for each in t.split("|"))]
     assert not missing, ended.said
     assert ended.seconds < SECONDS + SLACK + fault.stalls * TIMEOUT, ended.said
     assert (ended.processes, ended.files) == ([], []), ended.said
+
+
+# --- the network between two hosts (hosts.py)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Hosts h1 and h2."""
+    if reason := missing():
+        pytest.skip(reason)
+    with hosts("h1", "h2") as made:
+        yield made
+
+
+def start_on_two_hosts(net, folder: Path, framework: str, steps: int):
+    """Start a job of one rank a host; return it when it trains."""
+    folder.mkdir()
+    act = "Path(FOLDER, 'trains').touch()"
+    fault = Fault("step", act, (), rank=0, steps=steps)
+    told = json.dumps({"framework": framework, **fault._asdict()})
+    (folder / "fault.json").write_text(told)
+    environ = environment(
+        HVDX_TIMEOUT=str(TIMEOUT), HOROVOD_GLOO_TIMEOUT_SECONDS="10", KERAS_BACKEND="tensorflow"
+    )
+    command = [*HVDX_RUN, "-np", "2", "-H", "h1:1,h2:1", "--", sys.executable, str(SCRIPT)]
+    job = net.start("h1", *command, str(folder), env=environ)
+    until = time.monotonic() + LIMIT
+    while not (folder / "trains").exists():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return job
+
+
+@pytest.mark.parametrize("framework", BOTH if ALL else [TORCH])
+def test_a_link_that_breaks_ends_the_job_on_both_hosts(net, tmp_path, framework):
+    pytest.importorskip(framework)
+    before = {pid for name in net.addresses for pid in net.pids(name)}
+    job = start_on_two_hosts(net, tmp_path / "job", framework, 1_000_000)
+    processes = [psutil.Process(pid) for name in net.addresses for pid in net.pids(name)]
+    processes = [process for process in processes if process.pid not in before]
+    ranks = [process for process in processes if SCRIPT.name in " ".join(process.cmdline())]
+    cut = time.monotonic()
+    net.link("h2", "down")
+    try:
+        said = job.communicate(timeout=LIMIT)[0]
+        seconds = time.monotonic() - cut
+        left = gone(ranks, SECONDS + SLACK)
+    finally:
+        net.link("h2", "up")
+    assert job.returncode not in (0, None), said
+    assert "rank 1 not heard of" in said or "rank 1 has not been heard of" in said, said
+    assert "hvdx run: rank 0 on h1 exited with code 1" in said
+    assert seconds < TIMEOUT + SECONDS + SLACK, said
+    assert not left and len(ranks) >= 2
+    assert not gone([p for p in processes if alive([p])], SECONDS + SLACK)
+
+
+@pytest.mark.parametrize("framework", BOTH if ALL else [])
+def test_a_slow_link_ends_nothing(net, tmp_path, framework):
+    pytest.importorskip(framework)
+    job = start_on_two_hosts(net, tmp_path / "job", framework, 40)
+    net.slow("h2", "256kbit")
+    try:
+        said = job.communicate(timeout=LIMIT)[0]
+    finally:
+        net.slow("h2", None)
+    assert job.returncode == 0, said
+    assert "StallError" not in said
