@@ -62,8 +62,14 @@ def shared(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"micro_batches": 8, "schedule": "1f1b", "compression": hvd.Compression.auto("safe")}],
-    ids=["all", "compressed"],
+    [
+        pytest.param({}, id="all"),
+        pytest.param(
+            {"micro_batches": 8, "schedule": "1f1b", "compression": hvd.Compression.auto("safe")},
+            id="compressed",
+            marks=pytest.mark.ranks(2),
+        ),
+    ],
 )
 def test_training_is_that_of_the_plan_given_by_hand(options, shared, capfd):
     (x, y), *_ = batches(1)
