@@ -265,11 +265,12 @@ def _measured(
     names = pipe._everyones(socket.gethostname())
     hosts = tuple(names.index(name) for name in names)
     seen = pipe._everyones(_looked(pipe, asked.sample, numbers, hosts))
+    most = max(map(hosts.count, hosts))
     crowd = max([1.0, *(each.crowded / each.alone for each in seen if each.alone)])
+    crowd = min(crowd, float(most))  # more than taking turns is the work of others
+    lanes = most / crowd
     if crowd <= _CROWDED:
         crowd, lanes = 1.0, math.inf
-    else:
-        lanes = max(map(hosts.count, hosts)) / crowd
     free = [[faster(line, crowd) for line in each.lines] for each in seen]
     sizes = [-(-rows // count) for count in numbers]
     lines = tuple(zip(sizes, map(_median, zip(*free, strict=True)), strict=True))
