@@ -35,7 +35,8 @@ def init(
 
     Args:
         comm: ranks, or an mpi4py communicator, as Horovod takes them.
-        process_sets: list of :class:`ProcessSet`, or ``"dynamic"`` to add them later.
+        process_sets: list of :class:`ProcessSet`, :class:`hvdx.groups.Groups`, or ``"dynamic"``
+            to add sets later.
         framework: ``"torch"``, ``"tensorflow"`` or a tuple of both. Default: the framework
             already imported; where both are, the one that ``KERAS_BACKEND`` names.
 

@@ -19,6 +19,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from hvdx.compression.base import Compressor
+from hvdx.compression.local import Local
+from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_graph import (
     Graph,
     Unit,
@@ -29,6 +32,7 @@ from hvdx.integrations.pytorch_graph import (
 )
 from hvdx.integrations.pytorch_precision import uncached
 from hvdx.pipeline import ir
+from hvdx.scaling.profile import Parameter, Profile, timed
 
 _UPDATES = 5  # of an optimizer, of which the first makes its state
 
@@ -37,6 +41,64 @@ def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] 
     """Trace and profile a model: what the planner needs; see :func:`traced`, :func:`profiled`."""
     with uncached():
         return profiled(traced(model, sample, leaves), sample, micro_batches)
+
+
+def described(
+    model: Any,
+    sample: Any,
+    methods: Mapping[str, Compressor | Local],
+    name: str = "model",
+    optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.Adam,
+) -> Profile:
+    """Measure what predictions for many ranks need: see :class:`hvdx.scaling.profile.Profile`.
+
+    The loss is not measured.
+
+    Args:
+        model: a module.
+        sample: the batch of a rank's step.
+        methods: those whose computing is measured, by name.
+        name: of the model.
+        optimizer: makes one of a list of parameters.
+    """
+    graph = measured(model, sample, 1)
+    weights = [(each, p) for each, p in model.named_parameters() if p.requires_grad]
+    if not weights:
+        raise PlanError(f"{name} has no parameter that is trained: ranks have nothing to exchange")
+    told = [
+        Parameter(each, tuple(p.shape) or (1,), str(p.dtype).rpartition(".")[2])
+        for each, p in weights
+    ]
+    adapter: Any = _Alone(weights[0][1].device)
+    batch = next((len(each) for each in _tensors(sample) if each.dim()), 1)
+    own = [torch.nn.Parameter(torch.zeros_like(p)) for _, p in weights]
+    each_byte, slots = update_seconds(optimizer, own)
+    return Profile(
+        name,
+        batch,
+        sum(unit.forward for unit in graph.units),
+        sum(unit.inputs + unit.weights for unit in graph.units),
+        each_byte * sum(p.numel() * p.element_size() for p in own),
+        tuple(told),
+        about=f"PyTorch {torch.__version__}, {adapter.device}, {torch.get_num_threads()} threads",
+        slots=round(slots, 3),
+        kept=sum(unit.kept_bytes for unit in graph.units),
+        codecs={each: timed(adapter, method, told) for each, method in methods.items()},
+        graph=graph,
+    )
+
+
+class _Alone:
+    """The little of an adapter that watching a compressor takes, without Horovod."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def from_numpy(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def to_numpy(self, tensor: torch.Tensor) -> Any:
+        return tensor.cpu().numpy()
 
 
 def profiled(
@@ -103,6 +165,7 @@ class _Taken(NamedTuple):
     backward: float
     inputs: float
     weights: float
+    adding: float = 0.0  # of backward: weights' gradients to those of other micro-batches
 
 
 def _scaled(whole: _Taken, *units: _Taken) -> list[dict[str, float]]:
@@ -121,6 +184,7 @@ def _scaled(whole: _Taken, *units: _Taken) -> list[dict[str, float]]:
             "inputs": inputs,
             "weights": back - inputs if halves else 0.0,
             "apart": max(0.0, unit.forward + halves - ahead - back),
+            "adding": backward * unit.adding,
         })  # fmt: skip
     return found
 
@@ -179,13 +243,14 @@ class _Meter:
         forward, entered, made = self._forward(units, reads, makes)
         if not made or not (entered or weights):
             return _Taken(forward, 0.0, 0.0, 0.0)
-        backward = self._backward(made, entered, weights, sums)
+        backward, adding = self._backward(made, entered, weights, sums)
         if len(units) > 1:  # the model as a whole is never split
             return _Taken(forward, backward, 0.0, 0.0)
         del made
         _, entered, made = self._forward(units, reads, makes)
-        inputs = self._backward(made, entered, (), (), retain=True)
-        return _Taken(forward, backward, inputs, self._backward(made, (), weights, sums))
+        inputs, _ = self._backward(made, entered, (), (), retain=True)
+        apart, _ = self._backward(made, (), weights, sums)
+        return _Taken(forward, backward, inputs, apart, adding)
 
     def _forward(
         self, units: Sequence[Unit], reads: Sequence[str], makes: Sequence[str]
@@ -210,18 +275,24 @@ class _Meter:
         weights: Sequence[torch.Tensor],
         sums: Sequence[torch.Tensor],
         retain: bool = False,
-    ) -> float:
-        """Find gradients, and add those of weights to ``sums``, as each micro-batch's are."""
+    ) -> tuple[float, float]:
+        """Find gradients, and add those of weights to ``sums``, as each micro-batch's are.
+
+        Returns:
+            Seconds of all, and of adding.
+        """
         wanted = [*entered, *weights]
         if not wanted:
-            return 0.0
+            return 0.0, 0.0
         given = [torch.ones_like(each) for each in made]
         start = self._now()
         found = torch.autograd.grad(made, wanted, given, retain_graph=retain, allow_unused=True)
+        middle = self._now()
         for total, gradient in zip(sums, found[len(entered) :], strict=True):
             if gradient is not None:
                 total.add_(gradient)
-        return self._now() - start
+        end = self._now()
+        return end - start, end - middle
 
     def _now(self) -> float:
         self._wait()
