@@ -1,0 +1,30 @@
+"""Run examples, one after the other, on this rank: starting processes takes longest.
+
+    hvdx run -np 2 -- python run_examples.py '[["digits_torch.py", "--epochs", "1"], ...]'
+
+Horovod starts with the first; those that declare process sets must be that. Rank 0 prints the name
+of each before what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def main() -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    for script, *arguments in json.loads(sys.argv.pop()):
+        if os.environ.get("HOROVOD_RANK") == "0":
+            print(f"--- {script} {' '.join(arguments)}", flush=True)
+        sys.argv = [str(EXAMPLES / script), *arguments]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
