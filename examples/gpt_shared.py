@@ -144,7 +144,7 @@ def share(told: argparse.Namespace) -> slice:
     return slice(hvd.rank(), None, hvd.size())
 
 
-def place(told: argparse.Namespace) -> list[Any] | None:
+def place(told: argparse.Namespace, device: str = "cpu") -> list[Any] | None:
     """Return where the stages go.
 
     None: one to each rank of the job. With replicas, which ranks have each stage: those that follow
@@ -158,4 +158,4 @@ def place(told: argparse.Namespace) -> list[Any] | None:
         raise ValueError(f"--replicas {replicas}: they do not divide {size} ranks")
     if replicas > 1:
         return [list(range(first, first + replicas)) for first in range(0, size, replicas)]
-    return None if size > 1 else ["cpu"] * told.stages
+    return None if size > 1 else [device] * told.stages

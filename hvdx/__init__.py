@@ -36,6 +36,7 @@ from hvdx.groups import Groups
 from hvdx.metrics import Metrics
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
+from hvdx.preemption import Preemption
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -101,6 +102,7 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "PlanError",
+    "Preemption",
     "Product",
     "ReduceOp",
     "StallError",

@@ -169,7 +169,7 @@ def _compressed(
                 f"compression={compressor} keeps state from step to step, which a single operation "
                 "has not: use hvd.DistributedOptimizer for it"
             )
-        ops = ops_for(type(tensor))
+        ops = ops_for(type(tensor)).beside(tensor)
         if prescale_factor != 1.0:
             tensor = ops.scale(tensor, prescale_factor)
         spec = Spec(name or "", tuple(tensor.shape), ops.dtype(tensor), adapter.ranks(process_set))

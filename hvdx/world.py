@@ -45,7 +45,8 @@ def init(
         HorovodMissingError: Horovod is not installed for the framework.
         LaunchError: the launcher's environment contradicts itself.
         HvdxError: ``HVDX_TIMEOUT`` is no number of seconds.
-        MismatchError: ranks start different frameworks (raised on every rank).
+        MismatchError: ranks start different frameworks (raised on every rank), or process sets
+            (raised on those that have others than rank 0).
     """
     from hvdx import launch
 
@@ -55,6 +56,7 @@ def init(
     fresh = [a for a in adapters if not a.horovod.is_initialized()]
     if fresh:
         launch.prepare(mpi_built=bool(fresh[0].horovod.mpi_built()))
+        launch.check_as_first("process_sets", _sets(process_sets), "the process sets")
     for adapter in adapters:
         if adapter in fresh or process_sets:
             _start(adapter, comm, process_sets, first=adapter is adapters[0])
@@ -90,6 +92,13 @@ def _start(adapter: Adapter, comm: Any, process_sets: Any, first: bool) -> None:
     for each, numbered in zip(given, known, strict=True):
         if isinstance(each, ProcessSet):
             each.register(adapter.framework, numbered)
+
+
+def _sets(process_sets: Any) -> str:
+    """Spell what ``init`` was given, for comparison."""
+    if isinstance(process_sets, str) or not process_sets:
+        return str(process_sets or "none")
+    return str([getattr(each, "ranks", each) for each in process_sets])
 
 
 def _check_frameworks(adapters: list[Adapter]) -> None:

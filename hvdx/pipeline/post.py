@@ -208,7 +208,7 @@ class PostChannel(abc.ABC):
         """
         try:
             self._understand(peer, parts)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise OSError(f"rank {peer} sent what is no message: {error}") from None
 
     def _understand(self, peer: int, parts: Sequence[Any]) -> None:
@@ -218,7 +218,7 @@ class PostChannel(abc.ABC):
         if version != VERSION:
             raise ValueError(f"version {version!r}, not {VERSION}")
         if kind == FAILURE:
-            self._failure = self._failure or Failure(**told)
+            self._failure = self._failure or _failure(told)
         elif kind == BYE:
             self._left.add(peer)
         else:
@@ -247,6 +247,14 @@ class PostChannel(abc.ABC):
         if key.kind in ("F", "B"):
             return late(key, self._seconds)
         return f"rank {self._rank} has waited {self._seconds:g} s for rank {peer} (HVDX_TIMEOUT)"
+
+
+def _failure(told: Any) -> Failure:
+    """Return what :meth:`PostChannel.fail` has sent."""
+    failure = Failure(**told)
+    if type(failure.rank) is not int or not all(type(text) is str for text in failure[1:]):
+        raise ValueError(f"no failure: {told}")
+    return failure
 
 
 def _described(told: Any, data: Any) -> Packed:
