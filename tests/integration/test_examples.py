@@ -26,6 +26,7 @@ DRIVER = Path(__file__).with_name("run_examples.py")
 SIZES = {"width": 32, "depth": 2, "heads": 2, "length": 32, "batch_size": 8}
 OPTIONS = [word for name, size in SIZES.items()
            for word in (f"--{name.replace('_', '-')}", str(size))]  # fmt: skip
+GUIDE = (EXAMPLES.parent / "docs" / "metrics.md").read_text()
 DIGITS = ["--epochs", "1", "--batch-size", "128"]
 TRIALS = [*DIGITS, "--rates", "0.1", "0.03"]
 
@@ -106,10 +107,13 @@ def test_pytorch_on_four_ranks(tmp_path):
         "compressed": [*hybrid, "--compression", "fp16"],
     }
     logs = {name: tmp_path / f"{name}.jsonl" for name in ways}
-    trials, digits, *said = said_by(
+    (guide,) = re.findall(r"```python\n(# train_measured\.py\n.*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "guide.py").write_text(guide.replace("run.jsonl", str(tmp_path / "guide.jsonl")))
+    trials, digits, measured, *said = said_by(
         4,
         ["trials_torch.py", *TRIALS, "--metrics", str(tmp_path / "trials")],
         ["digits_torch.py", *DIGITS],
+        [str(tmp_path / "guide.py")],
         *(gpt("gpt.py", logs[name], *way) for name, way in ways.items()),
     )
     assert_searched(trials, "(0, 1)", "(2, 3)")
@@ -117,6 +121,9 @@ def test_pytorch_on_four_ranks(tmp_path):
         header, *rest = read(tmp_path / "trials" / f"rate_{rate}.jsonl")
         assert (header["ranks"], header["options"]) == (2, {"rate": float(rate)}) and rest
     assert "(equal)" in digits
+    assert (
+        measured.count("samples/s on 4 ranks  communication ") == 5 and " reached after" in measured
+    )
     expected, unseen = unsplit()
     for name, log in logs.items():
         rough = 0.02 if name == "compressed" else 1e-5
