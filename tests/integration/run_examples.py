@@ -19,7 +19,13 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 def main() -> None:
     sys.path.insert(0, str(EXAMPLES))
-    for script, *arguments in json.loads(sys.argv.pop()):
+    examples = json.loads(sys.argv.pop())
+    if any(script.endswith("_keras.py") for script, *_ in examples):
+        import tensorflow as tf
+
+        # One of them does so, which is too late once another has computed.
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+    for script, *arguments in examples:
         if os.environ.get("HOROVOD_RANK") == "0":
             print(f"--- {script} {' '.join(arguments)}", flush=True)
         sys.argv = [str(EXAMPLES / script), *arguments]

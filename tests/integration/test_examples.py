@@ -55,7 +55,7 @@ def command(ranks, *examples):
 
 def said_by(ranks, *examples):
     """Run examples in one launch; return what rank 0 prints, by example."""
-    job = run(*command(ranks, *examples), env=environment())
+    job = run(*command(ranks, *examples), env=environment(), timeout=300)
     assert job.returncode == 0, job.stdout + job.stderr
     parts = re.split(r"^\[0\]<stdout>:--- .*$", job.stdout, flags=re.MULTILINE)
     return parts[1:]
