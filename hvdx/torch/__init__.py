@@ -11,6 +11,7 @@ from typing import Any
 from hvdx import frameworks
 from hvdx.errors import MismatchError, PipelineError, PlanError, StallError
 from hvdx.pipeline.dispatch import plan
+from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
 from hvdx.watchdog import patience
@@ -66,6 +67,7 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "PlanError",
+    "Rebalance",
     "StallError",
     "SyncBatchNorm",
     "TrainingReport",
