@@ -30,6 +30,8 @@ def main() -> None:
             print(f"--- {script} {' '.join(arguments)}", flush=True)
         sys.argv = [str(EXAMPLES / script), *arguments]
         runpy.run_path(sys.argv[0], run_name="__main__")
+        if "keras" in sys.modules:  # layers are called as in a process of their own
+            sys.modules["keras"].backend.clear_session(free_memory=False)
 
 
 if __name__ == "__main__":
