@@ -24,6 +24,7 @@ from hvdx.collectives import (
 from hvdx.compression import Compression
 from hvdx.errors import MismatchError, StallError
 from hvdx.frameworks import kind_of
+from hvdx.groups import Groups
 from hvdx.integrations import keras3_files
 from hvdx.integrations.keras3 import (
     DistributedOptimizer,
@@ -33,6 +34,7 @@ from hvdx.integrations.keras3 import (
 from hvdx.integrations.keras_data import DistributedDataset
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.keras import callbacks
+from hvdx.metrics import Metrics
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -75,7 +77,9 @@ __all__ = [
     "Compression",
     "DistributedDataset",
     "DistributedOptimizer",
+    "Groups",
     "Max",
+    "Metrics",
     "Min",
     "MismatchError",
     "PartialDistributedOptimizer",

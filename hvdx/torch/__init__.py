@@ -10,6 +10,8 @@ from typing import Any
 
 from hvdx import frameworks
 from hvdx.errors import MismatchError, PipelineError, PlanError, StallError
+from hvdx.groups import Groups
+from hvdx.metrics import Metrics
 from hvdx.pipeline.dispatch import plan
 from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import parameter_hash
@@ -63,6 +65,8 @@ __all__ = [
     "DistributedBatchSampler",
     "DistributedOptimizer",
     "DistributedSampler",
+    "Groups",
+    "Metrics",
     "MismatchError",
     "Pipeline",
     "PipelineError",
