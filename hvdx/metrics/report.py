@@ -263,6 +263,8 @@ def figure(found: Sequence[Run]) -> Any:
         axes.set_xlabel(panel.x, fontsize=9)
         axes.set_ylabel(panel.y, fontsize=9)
         axes.tick_params(labelsize=8)
+        if panel.x == "steps":
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if panel.ranged:
             axes.set_ylim(0, 1.12 * axes.dataLim.ymax or None)
