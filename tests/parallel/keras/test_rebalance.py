@@ -40,7 +40,7 @@ def train(path, moving, **options):
     """Move units before every second step; return moves, losses and all of a checkpoint."""
     data = models.batches(7)
     options = {"micro_batches": 4, "seed": 7, "loss": "mse", **options}
-    optimizer = alone.optimizers()["nadam"]()
+    optimizer = keras.optimizers.Nadam(0.01)
     model = models.made(alone.everything)
     pipe = hvd.Pipeline(model, data[0][0], optimizer=optimizer, **options)
     cuts, losses = list(CUTS[len(pipe.plan.place)]), []
@@ -55,7 +55,8 @@ def train(path, moving, **options):
     hvd.barrier()
     pipe.close()
     with np.load(path) as file:
-        return moves, losses, {n: file[n] for n in file.files if n != "hvdx_pipeline"}
+        numbered = "hvdx_pipeline", "optimizer/variable"  # Nadam's product has a name by number
+        return moves, losses, {n: file[n] for n in file.files if not n.startswith(numbered)}
 
 
 @pytest.mark.parametrize(
