@@ -249,6 +249,7 @@ def figure(found: Sequence[Run]) -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen
         from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise HvdxError("pictures need matplotlib: pip install 'hvdx[metrics]'") from None
     colours = [f"C{i % 10}" for i in range(len(found))]
@@ -263,6 +264,8 @@ def figure(found: Sequence[Run]) -> Any:
         axes.set_xlabel(panel.x, fontsize=9)
         axes.set_ylabel(panel.y, fontsize=9)
         axes.tick_params(labelsize=8)
+        if panel.x == "steps":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if panel.ranged:
             axes.set_ylim(0, 1.12 * axes.dataLim.ymax or None)
