@@ -22,6 +22,7 @@ from hvdx.collectives import (
 )
 from hvdx.compression import Compression
 from hvdx.errors import (
+    CheckpointError,
     HorovodMissingError,
     HvdxError,
     InstallError,
@@ -74,6 +75,8 @@ from hvdx.world import (
 if TYPE_CHECKING:
     from typing import Any as ProcessSet  # noqa: F401
 
+    from hvdx.checkpoints.files import load_state
+    from hvdx.checkpoints.saver import Checkpoints
     from hvdx.integrations import keras_callbacks as callbacks  # noqa: F401
 
     global_process_set: Any
@@ -84,6 +87,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Adasum",
     "Average",
+    "CheckpointError",
+    "Checkpoints",
     "Compression",
     "DistributedOptimizer",
     "HorovodMissingError",
@@ -126,6 +131,7 @@ __all__ = [
     "is_homogeneous",
     "is_initialized",
     "join",
+    "load_state",
     "local_rank",
     "local_size",
     "mpi_built",
@@ -146,8 +152,16 @@ __all__ = [
 ]
 
 
+_LATE = {
+    "Checkpoints": "hvdx.checkpoints.saver",
+    "load_state": "hvdx.checkpoints.files",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Load on first use what needs Horovod or Keras."""
+    """Load on first use what needs Horovod, Keras or NumPy."""
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     if name == "ProcessSet":
         return importlib.import_module("hvdx.world").process_set_class()
     if name == "global_process_set":

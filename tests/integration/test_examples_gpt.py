@@ -108,4 +108,4 @@ def test_keras_learns_the_same_by_data_and_in_stages_of_one_process(tmp_path):
     stages = ["--stages", "2", "--checkpoint", str(tmp_path / "saved")]
     told, _ = trained("gpt_keras.py", tmp_path / "stages", *small, *stages, alone=True)
     assert losses(told) == pytest.approx(losses(data), rel=1e-4)
-    assert "]<stdout>:The " in said and (tmp_path / "saved" / "stages.npz").exists()
+    assert "]<stdout>:The " in said and (tmp_path / "saved" / "stages.safetensors").exists()
