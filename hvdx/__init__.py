@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 
     from hvdx.checkpoints.files import load_state
     from hvdx.checkpoints.saver import Checkpoints
+    from hvdx.consistency import check_consistency
     from hvdx.integrations import keras_callbacks as callbacks  # noqa: F401
 
     global_process_set: Any
@@ -118,6 +119,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "ccl_built",
+    "check_consistency",
     "cross_rank",
     "cross_size",
     "cuda_built",
@@ -154,6 +156,7 @@ __all__ = [
 
 _LATE = {
     "Checkpoints": "hvdx.checkpoints.saver",
+    "check_consistency": "hvdx.consistency",
     "load_state": "hvdx.checkpoints.files",
 }
 

@@ -14,6 +14,7 @@ from hvdx.integrations.keras_schedules import (
 )
 from hvdx.integrations.keras_sync import (
     BroadcastGlobalVariablesCallback,
+    ConsistencyCallback,
     MetricAverageCallback,
     RankCallback,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "CheckpointCallback",
+    "ConsistencyCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",

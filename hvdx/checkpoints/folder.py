@@ -18,6 +18,7 @@ import contextlib
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +103,7 @@ class Folder:
         return self.path / f"step-{step:08}"
 
     def found(self) -> list[tuple[Path, Manifest | Damaged]]:
-        """Return all checkpoints, the last one that was saved first; what cannot be read, last."""
+        """Return all checkpoints, what cannot be read first, then the last that was saved."""
         known: list[tuple[Path, Manifest | Damaged]] = []
         for place in self._places():
             with contextlib.suppress(OSError):  # it has not been finished, or is gone by now
@@ -159,7 +160,7 @@ class Folder:
     def keep(self, count: int) -> None:
         """Remove all but the last ``count`` checkpoints, and what was never finished."""
         self.sweep()
-        found = self.found()
+        found = sorted(self.found(), key=lambda each: isinstance(each[1], Damaged))
         for place, _ in found[count:]:
             (place / MANIFEST).unlink(missing_ok=True)  # first, so that no half of it counts
             shutil.rmtree(place, ignore_errors=True)
@@ -169,7 +170,7 @@ class Folder:
 
 
 def _age(told: Manifest | Damaged) -> int:
-    return -told.number if isinstance(told, Manifest) else 1
+    return -told.number if isinstance(told, Manifest) else -sys.maxsize
 
 
 def damage(place: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> list[str]:

@@ -14,6 +14,7 @@ and a job that is killed after [6] has lost nothing, also if it never came to [7
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import sys
@@ -111,8 +112,9 @@ class Checkpoints:
 
     Objects are given by name, the same names to :meth:`save` and :meth:`restore`: models,
     optimizers (wrapped or not) and pipelines of PyTorch and Keras; anything with ``state_dict`` and
-    ``load_state_dict`` that is equal on all ranks, such as learning rate schedules, samplers and
-    ``GradScaler``; dictionaries of numbers, strings and arrays, which are filled in place.
+    ``load_state_dict``, such as learning rate schedules, samplers and ``GradScaler``; dictionaries
+    of numbers, strings and arrays, which are filled in place. Of these two, and of models, rank
+    0's is saved, and all ranks get it.
 
     A job of any number of ranks restores what one of another number has saved. On as many ranks,
     training goes on to the last bit.
@@ -387,6 +389,7 @@ class _Writing:
         self._problem = ""
         self._thread = threading.Thread(target=self._run, name="hvdx checkpoint")
         self._thread.start()
+        atexit.register(self._tell)
 
     # -- in the thread
 
@@ -400,10 +403,21 @@ class _Writing:
             self._problem = str(error) or type(error).__name__
             if not isinstance(error, OSError):
                 self._problem += "\n" + traceback.format_exc()
-            self._folder.undo(self._step, self._attempt)
+            self._clear_own()
         finally:
             self._wrote.set()
-        if self._problem and not threading.main_thread().is_alive():  # nobody will ask
+
+    def _clear_own(self) -> None:
+        """Remove this rank's files; others may still be writing theirs, into the same folder."""
+        if self._ranks.size == 1:
+            self._folder.undo(self._step, self._attempt)
+        for kind in ("safetensors", "json"):
+            with contextlib.suppress(OSError):
+                self._name(self._ranks.rank, kind).unlink()
+
+    def _tell(self) -> None:
+        """Print what has failed, since nobody has asked before the end of the process."""
+        if self._problem:
             print(f"{self._what}: {self._problem}", file=sys.stderr, flush=True)
 
     @property
@@ -459,6 +473,7 @@ class _Writing:
 
     def finish(self) -> None:
         """Wait, and raise on every rank what has failed on one; a collective call."""
+        atexit.unregister(self._tell)
         if self._job != _job:  # ranks have changed since: those that are new know nothing of it
             self._given_up.set()
             self._thread.join()
@@ -467,7 +482,7 @@ class _Writing:
         problems = self._ranks.everyone(self._problem)
         (self._given_up if any(problems) else self._all_wrote).set()
         self._thread.join()
-        if self._ranks.rank == 0 and any(problems):
+        if self._ranks.rank == 0 and (self._problem or any(problems)):
             self._folder.undo(self._step, self._attempt)
         committed = self._ranks.first("" if any(problems) else self._problem)
         told = spelt(problems) or (committed and f"rank 0: {committed}")

@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from hvdx import frameworks
-from hvdx.errors import MismatchError, PipelineError, PlanError, StallError
+from hvdx.checkpoints.files import load_state
+from hvdx.checkpoints.saver import Checkpoints
+from hvdx.consistency import check_consistency
+from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError, StallError
 from hvdx.pipeline.dispatch import plan
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
@@ -59,6 +62,8 @@ _UNCHANGED = [
 ]
 
 __all__ = [
+    "CheckpointError",
+    "Checkpoints",
     "DistributedBatchSampler",
     "DistributedOptimizer",
     "DistributedSampler",
@@ -73,7 +78,9 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "check_consistency",
     "elastic",
+    "load_state",
     "parameter_hash",
     "patience",
     "plan",
