@@ -13,6 +13,7 @@ parameters learn from the help texts that Python ships. examples/gpt_keras.py is
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvdx as hvd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs, hvdx's choice
+
+
+def tensors(part: Iterable[np.ndarray]) -> list[torch.Tensor]:
+    """Return what is read, and what is to be guessed, where the model is."""
+    return [torch.from_numpy(each).to(DEVICE) for each in part]
 
 
 class Block(nn.Module):
@@ -105,11 +113,11 @@ def trainer(model: nn.Module, text: Text, told: argparse.Namespace) -> Any:
         return DataParallel(model, told)
     return hvd.Pipeline(
         model,
-        torch.from_numpy(text.batch(0)[0]),
+        tensors(text.batch(0))[0],
         loss=loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, told.lr),
         stages=told.stages,
-        place=devices(told),
+        place=devices(told, DEVICE),
         schedule=told.schedule,
         micro_batches=told.micro_batches,
     )
@@ -124,7 +132,7 @@ def train(training: Any, text: Text, told: argparse.Namespace) -> None:
     if saved:
         training.steps = saved.restore(**parts) or 0
     report = Report(told, None if told.stages else training.optimizer)
-    unseen, expected = map(torch.from_numpy, text.unseen())
+    unseen, expected = tensors(text.unseen())
     while training.steps < told.steps:
         report.resume()
         losses = []
@@ -132,7 +140,7 @@ def train(training: Any, text: Text, told: argparse.Namespace) -> None:
             for optimizer in training.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = rate(training.steps, told)
-            losses.append(training.step(*map(torch.from_numpy, text.batch(training.steps))))
+            losses.append(training.step(*tensors(text.batch(training.steps))))
         report.pause()
         mean = hvd.allreduce(torch.stack(losses).mean(), name="loss").item()
         report.steps(training.steps, mean, loss(training(unseen), expected).item())
@@ -149,12 +157,13 @@ def main() -> None:
     torch.set_num_threads(1)  # the processes share the cores
     torch.manual_seed(told.seed)
     text = Text(told)
-    training = trainer(GPT(told.length, told.width, told.depth, told.heads), text, told)
+    model = GPT(told.length, told.width, told.depth, told.heads).to(DEVICE)
+    training = trainer(model, text, told)
     train(training, text, told)
     if told.timeline:
         training.timeline(told.timeline)
     if told.generate:
-        said = written(lambda row: training(torch.from_numpy(np.asarray(row))), told)
+        said = written(lambda text: training(*tensors((text,))).cpu(), told)
         if hvd.rank() == 0:
             print(f"\n{said}", flush=True)
 

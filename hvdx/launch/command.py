@@ -14,6 +14,7 @@ from hvdx.launch.processes import Start, run_ranks
 from hvdx.launch.remote import survey
 from hvdx.launch.rendezvous import Rendezvous, stays_open
 from hvdx.launch.shell import local_script, remote_script
+from hvdx.preemption import grace_seconds
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -28,6 +29,7 @@ def run_command(arguments: Sequence[str]) -> int:
     if options.use_mpi or options.use_jsrun:
         _hand_over(asked)
     say = _say if options.verbose else _say_nothing
+    grace = grace_seconds()
     places = _hosts.assign(_hosts_of(options), options.num_proc)
     found = survey(dict.fromkeys(place.host for place in places), options)
     say(f"the job talks over {found.reason}")
@@ -66,7 +68,10 @@ def run_command(arguments: Sequence[str]) -> int:
         starts.append(start)
     try:
         ended = run_ranks(
-            starts, folder=options.output_filename, timestamps=options.prefix_output_with_timestamp
+            starts,
+            folder=options.output_filename,
+            timestamps=options.prefix_output_with_timestamp,
+            grace=grace,
         )
     finally:
         rendezvous.close()
@@ -79,6 +84,9 @@ def run_command(arguments: Sequence[str]) -> int:
     print(f"hvdx run: {first}; the job was ended.", file=sys.stderr)
     for other in others:
         print(f"hvdx run: {other} after that.", file=sys.stderr)
+    if ended.finished:  # perhaps too early: the others may have waited for them
+        told = ", ".join(map(str, ended.finished))
+        print(f"hvdx run: before that rank {told} had ended, with code 0.", file=sys.stderr)
     return first.status
 
 

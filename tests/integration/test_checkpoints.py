@@ -9,14 +9,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
 import hvdx as hvd
 from hvdx.checkpoints.folder import Folder
 
-pytest.importorskip("horovod")
+sys.path.insert(0, str(Path(__file__).parent))
 from launching import HVDX_RUN, run
+
+pytest.importorskip("horovod")
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SECONDS = 120
