@@ -184,22 +184,19 @@ class Checkpoints:
         """
         self.wait()
         ranks = _Ranks()
-        with watchdog.patience(_PATIENCE):
-            what = f"step {step} cannot be saved to {str(self.folder)!r}"
-            made = ranks.alike(what, lambda: self._parts(step, parts))
-            for part in made.values():
-                part.settle()
-            snapshot = ranks.alike(what, lambda: _Snapshot.of(made, ranks.rank))
-            told = ranks.first(self._begin(step) if ranks.rank == 0 else None)
-            everyone = ranks.everyone((step, snapshot.kinds))
+        what = f"step {step} cannot be saved to {str(self.folder)!r}"
+        made = ranks.alike(what, lambda: self._parts(step, parts))
+        everyone = ranks.everyone((step, {name: part.kind for name, part in made.items()}))
+        if any(each != everyone[0] for each in everyone):
+            each = ", ".join(f"rank {r}: {s}, {list(k)}" for r, (s, k) in enumerate(everyone))
+            raise CheckpointError(f"ranks save different steps or parts ({each})")
+        for part in made.values():
+            part.settle()
+        snapshot = ranks.alike(what, lambda: _Snapshot.of(made, ranks.rank))
+        told = ranks.first(self._begin(step) if ranks.rank == 0 else None)
         if isinstance(told, str):
             raise CheckpointError(f"{what}: rank 0: {told}")
         attempt, number = told
-        if any(each != everyone[0] for each in everyone):
-            if ranks.rank == 0:
-                self._folder.undo(step, attempt)
-            each = ", ".join(f"rank {r}: {s}, {list(k)}" for r, (s, k) in enumerate(everyone))
-            raise CheckpointError(f"ranks save different steps or parts ({each})")
         self._writing = _Writing(self._folder, step, attempt, number, self.keep, ranks, snapshot)
         if not self.asynchronous:
             self.wait()
@@ -237,22 +234,20 @@ class Checkpoints:
         """
         writing, self._writing = self._writing, None
         if writing is not None:
-            with watchdog.patience(_PATIENCE):
-                writing.finish()
+            writing.finish()
 
     # -- restoring
 
     def latest(self) -> int | None:
         """Return the step of the last checkpoint that is whole; None if there is none.
 
-        Reads all of it to make sure; so :meth:`restore` need not be asked to do so again.
+        Reads all of it to make sure.
 
         Raises:
             CheckpointError: there are checkpoints, but all are damaged.
         """
         self.wait()
-        with watchdog.patience(_PATIENCE):
-            chosen = self._chosen(_Ranks(), None)
+        chosen = self._chosen(_Ranks(), None)
         return None if chosen is None else chosen[1].step
 
     def restore(self, step: int | None = None, /, **parts: Any) -> int | None:
@@ -275,23 +270,23 @@ class Checkpoints:
         """
         self.wait()
         ranks = _Ranks()
-        with watchdog.patience(_PATIENCE):
-            chosen = self._chosen(ranks, step)
-            if chosen is None:
-                return None
-            place, manifest = chosen
-            what = f"the checkpoint {str(place)!r}"
-            given = ranks.alike(what, lambda: self._prepared(parts))
-            if _RANDOM not in manifest.parts:
-                given.pop(_RANDOM, None)
-            opened: dict[int, File] = {}
-            saved = {
-                name: SavedPart(place, manifest, name, opened)
-                for name in given
-                if name in manifest.parts
-            }
-            ranks.alike(f"{what} does not fit", lambda: _check(given, saved, manifest))
-            for name, part in given.items():
+        chosen = self._chosen(ranks, step)
+        if chosen is None:
+            return None
+        place, manifest = chosen
+        what = f"the checkpoint {str(place)!r}"
+        given = ranks.alike(what, lambda: self._prepared(parts))
+        if _RANDOM not in manifest.parts:
+            given.pop(_RANDOM, None)
+        opened: dict[int, File] = {}
+        saved = {
+            name: SavedPart(place, manifest, name, opened)
+            for name in given
+            if name in manifest.parts
+        }
+        ranks.alike(f"{what} does not fit", lambda: _check(given, saved, manifest))
+        for name, part in given.items():
+            with watchdog.patience(_PATIENCE):
                 ranks.alike(f"{what}: {name}", lambda n=name, p=part: p.load(saved[n], ranks))
         return manifest.step
 
@@ -307,7 +302,8 @@ class Checkpoints:
                 raise CheckpointError(f"there is no checkpoint of step {step} in {self.folder}")
         for place, manifest in found:
             if isinstance(manifest, Manifest):
-                own = damage(place, manifest, ranks.rank, ranks.size)
+                with watchdog.patience(_PATIENCE):
+                    own = damage(place, manifest, ranks.rank, ranks.size)
                 told = [each for rank in ranks.everyone(own) for each in rank]
                 if not told:
                     return place, manifest
@@ -431,6 +427,7 @@ class _Writing:
         """Write this rank's file, and beside it what the manifest is to say of it."""
         rank, snapshot = self._ranks.rank, self._snapshot
         path = self._name(rank)
+        self._place.mkdir(parents=True, exist_ok=True)  # shared file systems may be late
         written = write(path, snapshot.tensors, snapshot.outlines)
         told = {
             "name": path.name,
@@ -478,13 +475,14 @@ class _Writing:
             self._given_up.set()
             self._thread.join()
             return
-        self._wrote.wait()
+        with watchdog.patience(_PATIENCE):
+            self._wrote.wait()
         problems = self._ranks.everyone(self._problem)
         (self._given_up if any(problems) else self._all_wrote).set()
-        self._thread.join()
-        if self._ranks.rank == 0 and (self._problem or any(problems)):
-            self._folder.undo(self._step, self._attempt)
+        with watchdog.patience(_PATIENCE):
+            self._thread.join()
         committed = self._ranks.first("" if any(problems) else self._problem)
         told = spelt(problems) or (committed and f"rank 0: {committed}")
         if told:
+            self._folder.undo(self._step, self._attempt)  # no rank writes any more
             raise CheckpointError(f"{self._what}: {told}")

@@ -151,8 +151,7 @@ def _outline(value: Any, path: str, tensors: dict[str, Stored]) -> Any:
         return _put(value, path, tensors)
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        entries = enumerate(value)
-        return {kind: [_outline(each, f"{path}/{place}", tensors) for place, each in entries]}
+        return {kind: [_outline(each, f"{path}/{i}", tensors) for i, each in enumerate(value)]}
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, (str, int)):

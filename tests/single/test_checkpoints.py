@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -260,6 +261,21 @@ def test_manifests_may_be_anything(tmp_path, data):
         damage(place, found)
     else:
         assert isinstance(found, Damaged) and MANIFEST in str(found)
+
+
+def test_the_guide_reads_a_model_without_hvdx(tmp_path, monkeypatch):
+    guide = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+    script = guide.read_text().split("```python\n")[-1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    model = {"layer.weight": np.ones((2, 3)), "layer.bias": np.zeros(2, np.float32)}
+    with hvd.Checkpoints("saved", random=False) as checkpoints:
+        checkpoints.save(1, model=Part(**model), told={"x": np.ones(1)})
+    found = {}
+    exec(script, found)
+    assert same(dict(sorted(found["model"].items())), dict(sorted(model.items())))
+    told = dict(found["manifest"])
+    text = json.dumps({k: v for k, v in told.items() if k != "checksum"}, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest() == told["checksum"]
 
 
 # --- a disk that fails
