@@ -50,6 +50,11 @@ def tensor(value: Stored) -> torch.Tensor:
     return made
 
 
+def narrow(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """Return an array as a tensor of a type that NumPy may not have."""
+    return torch.from_numpy(np.array(array)).to(getattr(torch, dtype))
+
+
 def generators() -> dict[str, Any]:
     """Return the states of PyTorch's generators: the CPU's, and that of the GPU in use."""
     found = {"torch": torch.get_rng_state()}
@@ -211,22 +216,27 @@ class Optimizer(Part):
         elif isinstance(self._reducer, ServedReducer) and cut == self._cut():
             given = saved.own(crew.rank)["part"]
         else:
-            return self._whole([saved.own(rank)["part"] for rank in range(saved.ranks)])
+            names = [name for name, _ in saved.shared["parameters"]]  # those of parts
+            return self._whole([saved.own(rank)["part"] for rank in range(saved.ranks)], names)
         return mapped(given)  # type: ignore[no-any-return]
 
-    def _whole(self, everyone: list[Tree]) -> dict[str, Any]:
+    def _whole(self, everyone: list[Tree], names: list[str]) -> dict[str, Any]:
         """Put together, on the CPU, the state that a plain optimizer would have."""
         states, owed = {}, {}
-        for number, (name, parameter) in enumerate(self._parameters()):
+        for number, (name, (own, parameter)) in enumerate(
+            zip(names, self._parameters(), strict=True)
+        ):
             state: dict[str, Any] = {}
             for key, value in _everything(everyone, number, name):
                 if isinstance(value, Stored) and value.shape and key not in state:
                     pieces = dict(_pieces(everyone, number, name, key))
+                    if key != _OWED and sum(map(len, pieces.values())) != parameter.numel():
+                        raise ValueError(f"not all parts of {key!r} of {name!r} are there")
                     state[key] = _joined(pieces, parameter, tensor(value).dtype)
                 elif key not in state:
                     state[key] = mapped(value)
             if _OWED in state:
-                owed[name] = state.pop(_OWED)
+                owed[own] = state.pop(_OWED)
             if state:
                 states[number] = state
         first = everyone[0]

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hvdx.checkpoints.tree import Stored, Tree, mapped
+from hvdx.checkpoints.tree import Stored, Tree, mapped, narrow, wide
 from hvdx.comm import in_step
 from hvdx.compression.portable import PORTABLE, pooled
 from hvdx.compression.state import Leaf
 from hvdx.frameworks import kind_of
-from hvdx.ops import ops_for
+from hvdx.ops import NumpyOps
 
 
 class Saved(Protocol):
@@ -268,9 +268,7 @@ def compression_state(saved: Saved, crew: Crew, now: str) -> Tree | None:
         return mapped(saved.own(crew.rank if saved.ranks == crew.size else 0)["compression"])
     told = None
     if crew.rank == 0:
-        told = brought_together(
-            [mapped(saved.own(rank)["compression"]) for rank in range(saved.ranks)]
-        )
+        told = brought_together([saved.own(rank)["compression"] for rank in range(saved.ranks)])
     return crew.first(told)
 
 
@@ -279,17 +277,21 @@ def _compression_of(own: Tree) -> Any:
 
 
 def brought_together(everyone: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Make of what every rank's ``compression_state()`` has returned what is portable."""
-    together = {}
-    for name, first in everyone[0]["parameters"].items():
-        kinds = everyone[0]["kinds"]
+    """Make of what every rank's ``compression_state()`` has returned what is portable.
+
+    Args:
+        everyone: by rank, with :class:`Stored` for tensors. They are added up in NumPy.
+    """
+    first, together = everyone[0], {}
+    for name, own in first["parameters"].items():
+        kinds = first["kinds"]
         kinds = kinds[name] if isinstance(kinds.get(name), dict) else kinds
         held = [
-            [Leaf(path, each, kinds[path]) for path, each in own["parameters"][name].items()]
-            for own in everyone
+            [Leaf(path, wide(each), kinds[path]) for path, each in rank["parameters"][name].items()]
+            for rank in everyone
         ]
-        ops = ops_for(type(next(iter(first.values()))))
-        together[name] = in_step([pooled(ops, own) for own in held])[0]
-    portable = {**everyone[0], "rank": PORTABLE[0], "ranks": PORTABLE[1], "parameters": together}
+        found = in_step([pooled(NumpyOps(), leaves) for leaves in held])[0]
+        together[name] = {path: narrow(array, own[path]) for path, array in found.items()}
+    portable = {**first, "rank": PORTABLE[0], "ranks": PORTABLE[1], "parameters": together}
     portable.pop("sent", None)  # of parts of parameters, which others have now
     return portable

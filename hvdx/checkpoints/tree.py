@@ -104,6 +104,22 @@ def array(value: Stored) -> np.ndarray:
     return made
 
 
+def wide(value: Stored) -> np.ndarray:
+    """Return what was stored as an array that NumPy calculates with: bfloat16 as float32."""
+    if value.dtype != "bfloat16":
+        return array(value)
+    halves = array(value._replace(dtype="uint16"))
+    return (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(value: np.ndarray, like: Stored) -> Any:
+    """Return an array as what ``like`` was, in its type."""
+    if like.form == "torch":
+        module = importlib.import_module("hvdx.integrations.pytorch_checkpoint")
+        return module.narrow(value, like.dtype)
+    return value.astype(array(like._replace(shape=(0,), data=b"")).dtype)
+
+
 def mapped(tree: Tree, change: Callable[[Stored], Any] = tensor) -> Tree:
     """Copy a tree with every :class:`Stored` in it changed."""
     if isinstance(tree, Stored):
