@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import itertools
 import sys
 import threading
@@ -287,7 +288,7 @@ class Checkpoints:
         ranks.alike(f"{what} does not fit", lambda: _check(given, saved, manifest))
         for name, part in given.items():
             with watchdog.patience(_PATIENCE):
-                ranks.alike(f"{what}: {name}", lambda n=name, p=part: p.load(saved[n], ranks))
+                ranks.alike(f"{what}: {name}", functools.partial(part.load, saved[name], ranks))
         return manifest.step
 
     def _chosen(self, ranks: _Ranks, step: int | None) -> tuple[Path, Manifest] | None:
