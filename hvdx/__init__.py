@@ -37,6 +37,7 @@ from hvdx.groups import Groups
 from hvdx.metrics import Metrics
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
+from hvdx.pipeline.rebalance import Rebalance
 from hvdx.preemption import Preemption
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
@@ -110,6 +111,7 @@ __all__ = [
     "PlanError",
     "Preemption",
     "Product",
+    "Rebalance",
     "ReduceOp",
     "StallError",
     "Sum",

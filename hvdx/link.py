@@ -231,7 +231,7 @@ def gradient(adapter: Adapter, spec: Spec) -> tuple[Ops, Any]:
     random = np.random.default_rng(0).standard_normal(min(math.prod(spec.shape), 2**20))
     values = np.resize(random.astype(np.float32), spec.shape)
     tensor = adapter.from_numpy(values)
-    ops = ops_for(type(tensor))
+    ops = ops_for(type(tensor)).beside(tensor)
     return ops, ops.cast(tensor, spec.dtype)
 
 

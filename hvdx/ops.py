@@ -585,7 +585,7 @@ class TorchOps:
 
         A magnitude and, below it, its index counted from the end are one number: no two are equal.
         """
-        places = self._torch.arange(len(bits), device=bits.device)
+        places = self._torch.arange(len(bits), dtype=self._torch.int32, device=bits.device)
         keys = (bits.long() << 32).add_(places, alpha=-1)
         return keys.topk(count, sorted=False).indices.sort().values.int()
 

@@ -44,6 +44,7 @@ class Unit:
         makes: values that it makes: tensors, then masks, then the sum of the losses.
         tensors: value -> ``id`` of the tensor in the model's graph, of those that are no masks.
         params: name in the model -> variable to train.
+        owned: the same as it was at first: what has been frozen since has an optimizer, too.
         generators: of random numbers.
         regularized: those of the variables whose regularizers count here, once for the model.
         adds: by training or not, the losses that a call adds: True for a sum over rows, False for
@@ -60,6 +61,7 @@ class Unit:
     makes: list[str]
     tensors: dict[str, int]
     params: dict[str, Any] = field(default_factory=dict)
+    owned: dict[str, Any] = field(default_factory=dict)
     generators: list[Any] = field(default_factory=list)
     regularized: list[Any] = field(default_factory=list)
     adds: dict[bool, list[bool]] = field(default_factory=lambda: {False: [], True: []})
@@ -180,8 +182,11 @@ class Unit:
         flags = [self.layer.trainable, *(v.trainable for v in self.layer.variables)]
         if flags == self.flags:
             return False
+        first = not self.flags
         self.flags = flags
         self.params = {names[id(v)]: v for v in self.layer.trainable_variables}
+        if first:
+            self.owned = dict(self.params)
         self.cache.clear()  # what a layer computes may depend on it
         return True
 

@@ -11,7 +11,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ from hvdx.checkpoints.files import read_tree, write_tree
 from hvdx.checkpoints.parts import differences
 from hvdx.checkpoints.tree import mapped, merged
 from hvdx.errors import PlanError
+from hvdx.integrations import keras3_moves as moves
 from hvdx.integrations.keras3_checkpoint import SEED, array, assign, slots
 from hvdx.integrations.keras3_checkpoint import told as described
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
@@ -36,9 +37,11 @@ from hvdx.integrations.keras3_trace import traced
 from hvdx.integrations.keras_loss_scale import LossScale
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.pipeline import ir
-from hvdx.pipeline.base import BasePipeline, Told, check_options, rows_of, settled
+from hvdx.pipeline.base import Told, check_options, rows_of, settled
 from hvdx.pipeline.channel import Key
+from hvdx.pipeline.moves import MovingPipeline
 from hvdx.pipeline.plan import Plan
+from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import broadcast_parameters
 
 _BACKENDS = {  # of Keras: who computes stages, and who measures units
@@ -50,7 +53,7 @@ _MEASURED = 1 << 26  # bytes of variables on which the optimizer is measured, an
 _UPDATES = 5  # of an optimizer, to measure it; the first makes its functions
 
 
-class Pipeline(BasePipeline):
+class Pipeline(MovingPipeline):
     """A model whose layers are spread over devices of this process, or over the ranks of the job.
 
     Every rank calls the same lines with the same batch: the first stage reads ``x``, the last
@@ -105,12 +108,16 @@ class Pipeline(BasePipeline):
         channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
             else.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
+        rebalance: ``"auto"``, or a :class:`hvdx.Rebalance`: units move to other stages while
+            training where that makes steps quicker; see :meth:`rebalance`, which does it at once.
+            Default: never by themselves.
 
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
         steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizer: of this process' stages.
+        moves: how often units have moved to other stages.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
         skipped: whether the last step changed no variable, since a gradient under loss scaling
             was not finite.
@@ -149,6 +156,7 @@ class Pipeline(BasePipeline):
         batchnorm: str = "deferred",
         channel: str = "zmq",
         seed: int | None = None,
+        rebalance: Rebalance | str | None = None,
         **others: Any,
     ) -> None:
         self._stages_of, self._profile_of = _backend()
@@ -163,6 +171,7 @@ class Pipeline(BasePipeline):
             compression=compression,
             batchnorm=batchnorm,
             channel=channel,
+            rebalance=rebalance,
         )
         with self._alike():
             check_options(told.micro_batches, place, clip_norm, told.checkpoint, batchnorm, channel)
@@ -181,12 +190,7 @@ class Pipeline(BasePipeline):
                 )  # fmt: skip
             self.plan = self._planned(sample, stages, told, by, None, target)
             self._stages = self._make_stages()
-            self._params = {
-                name: variable
-                for _, first, stop in self._own_stages()
-                for unit in self._graph.units[first:stop]
-                for name, variable in unit.params.items()
-            }
+            self._params = self._own_params()
             self.optimizer = self._checked(optimizer)
             self._compressor = self._checked_compression(
                 {self.optimizer.name: self.optimizer.get_config()} if self.optimizer else {}
@@ -348,9 +352,13 @@ class Pipeline(BasePipeline):
     # --- making one
 
     def _profile(
-        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+        self,
+        sample: Any,
+        micro_batches: int,
+        runs: int = 5,
+        of: Callable[[Iterable[float]], float] = min,
     ) -> ir.Graph:
-        line = self._profile_of.profiled(self._graph, sample, micro_batches, of=of)
+        line = self._profile_of.profiled(self._graph, sample, micro_batches, runs, of)
         return line  # type: ignore[no-any-return]  # of a module that is loaded by name
 
     def _trains_with(self) -> bool:
@@ -396,12 +404,10 @@ class Pipeline(BasePipeline):
         made: Pipeline = self._again(optimizer=optimizer, stages=plan, compression=compression)
         return made
 
-    def _make_stages(self) -> dict[int, Any]:
-        stages: dict[int, Any] = {}
-        split = self.plan.order().splits
-        edges = self.plan.edges(self._line)
+    def _check_cut(self, plan: Plan) -> None:
+        """Refuse what training changes in two stages, or together with ranks of other stages."""
         owner: dict[str, int] = {}
-        for number, (first, stop) in enumerate(edges):
+        for number, (first, stop) in enumerate(plan.edges(self._line)):
             for name in self._graph.untrained(self._graph.units[first:stop]):
                 if owner.setdefault(name, number) != number:
                     raise PlanError(
@@ -414,6 +420,11 @@ class Pipeline(BasePipeline):
                     f"layer {unit.name!r} is a SyncBatchNormalization, which waits for all ranks, "
                     "but those of other stages do not have it: use keras.layers.BatchNormalization"
                 )
+
+    def _make_stages(self) -> dict[int, Any]:
+        self._check_cut(self.plan)
+        stages: dict[int, Any] = {}
+        split = self.plan.order().splits
         devices = [self._stages_of.device(each) for each in self._devices or ()]
         for number, first, stop in self._own_stages():
             stages[number] = self._stages_of.KerasStage(
@@ -426,6 +437,51 @@ class Pipeline(BasePipeline):
                 split=split,
             )
         return stages
+
+    def _own_params(self) -> dict[str, Any]:
+        """Return by name the variables that this process trains."""
+        units = [unit for _, first, stop in self._own_stages()
+                 for unit in self._graph.units[first:stop]]  # fmt: skip
+        return {name: variable for unit in units for name, variable in unit.owned.items()}
+
+    def _weights(self, unit: int) -> Mapping[str, Any]:
+        return self._graph.units[unit].owned
+
+    # --- moving units
+
+    def _trained(self, anew: bool = False) -> tuple[float, ...]:
+        if anew:
+            self._graph.refresh()
+        return moves.trained(self._graph)
+
+    def _about(self, unit: int) -> None:
+        return None
+
+    def _prepared(self, plan: Plan, about: Mapping[int, Any]) -> None:
+        self._check_cut(plan)
+
+    @property
+    def _inner(self) -> Any:
+        """Return the optimizer without a loss scale around it."""
+        return self._scale.inner if self._scale else self.optimizer
+
+    def _packed(self, unit: int, known: Sequence[int]) -> dict[str, Any]:
+        return moves.packed(self._graph, unit, known, self._inner)
+
+    def _rebuild(self, prepared: None, arrived: Mapping[int, dict[str, Any]]) -> None:
+        variables, optimizer = self._all_variables(), self._inner
+        self._stages.update(self._make_stages())
+        for parcel in arrived.values():
+            moves.assign(variables, parcel["model"])
+        before, self._params = self._params, self._own_params()
+        if optimizer is None or self._params.keys() == before.keys():
+            return
+        states = moves.slots_of(optimizer, before) if before else {}
+        for parcel in arrived.values():
+            states.update(parcel["optimizer"])
+        moves.rebuild(optimizer, self._params, states)
+        for parcel in arrived.values():
+            moves.single(optimizer, parcel["single"])
 
     def _checked(self, told: Any) -> Any:
         """Return the optimizer, built for this process' variables."""
@@ -485,11 +541,12 @@ class Pipeline(BasePipeline):
                 self._scale.update(self.skipped)
             self._step += 1
             self.steps += 1
+        self._step_done()
         return found
 
     def _apply(self, totals: dict[str, Any]) -> None:
         """Step the optimizer with the gradients there are."""
-        optimizer = self._scale.inner if self._scale else self.optimizer
+        optimizer = self._inner
         names = [name for name in self._params if name in totals]
         if names:
             variables = [self._params[name] for name in names]

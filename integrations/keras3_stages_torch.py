@@ -92,8 +92,8 @@ class _Graph:
                 unit.name,
                 unit.reads,
                 unit.makes,
-                {name: v.value for name, v in unit.params.items()},
-                tied.intersection(unit.params),
+                {name: v.value for name, v in unit.owned.items()},
+                tied.intersection(unit.owned),
                 bool(unit.generators),
                 unit,
                 index,
@@ -219,13 +219,13 @@ class KerasStage(TorchStage):
             yield
 
 
-def profiled(graph: keras3.Graph, sample: Any, micro_batches: int, **options: Any) -> ir.Graph:
+def profiled(graph: keras3.Graph, sample: Any, micro_batches: int, *options: Any) -> ir.Graph:
     """Return ``graph.line`` with times and bytes per micro-batch; variables stay as they are."""
     states = [v for v in graph.model.variables if not v.trainable]
     before = [v.value.detach().clone() for v in states]
     try:
         whole: Any = _Graph(graph)
-        return pytorch_profile.profiled(whole, sample, micro_batches, **options)
+        return pytorch_profile.profiled(whole, sample, micro_batches, *options)
     finally:
         for variable, value in zip(states, before, strict=True):
             variable.assign(value)

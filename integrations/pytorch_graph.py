@@ -129,6 +129,25 @@ class Graph:
         """Compute a unit; see :func:`perform`. Modules know their mode themselves."""
         perform(self, unit, values, aliases)
 
+    def entries(self, unit: Unit) -> dict[str, Any]:
+        """Return by name what ``unit`` uses of the model's state, and its other buffers."""
+        held = dict(self.model.named_buffers(remove_duplicate=False))
+        held.update(self.model.state_dict(keep_vars=True))
+        own = {id(p) for p in unit.params.values()}
+        return {
+            name: value for name, value in held.items()
+            if id(value) in own or any(_within(name, node) for node in unit.nodes)
+        }  # fmt: skip
+
+    def load(self, entries: Mapping[str, Any]) -> None:
+        """Take values of such entries, of the same model elsewhere."""
+        saved = self.model.state_dict().keys()
+        told = {name: value for name, value in entries.items() if name in saved}
+        self.model.load_state_dict(told, strict=False)
+        with torch.no_grad():
+            for name in entries.keys() - saved:
+                self.model.get_buffer(name).copy_(entries[name])
+
     def owner(self, name: str) -> int:
         """Return the first unit that uses an entry of the model's ``state_dict()``; 0 if none."""
         held = self.model.state_dict(keep_vars=True)[name]

@@ -71,6 +71,7 @@ class Kept:
         self._origin: Origin | None = None  # of the states and what waits; None at the start
         self._loaded = False
         self._met = False
+        self._home = torch.device("cpu")
         self._adapter: Adapter | None = None
         self._place, self.ranks = PORTABLE
         self._savings = 0
@@ -104,7 +105,8 @@ class Kept:
         assert self._adapter is not None
         first = not self._met
         if first and self._asked.prepare is not None:
-            with _devices_of(parameters):  # what it measures shall lie there
+            self._home = next((each.device for each in parameters.values()), self._home)
+            with self._at_home():
                 self.compressor = self._asked.prepare(self._adapter, list(specs), self._process_set)
         self._chosen.update({spec.name: self.compressor.of(spec) for spec in specs})
         self._specs.update({spec.name: spec for spec in specs})
@@ -121,6 +123,10 @@ class Kept:
         waiting = {name: self._waiting.pop(name) for name in made if name in self._waiting}
         self.states.update({name: _filled(made[name], waiting.get(name)) for name in made})
         self._met = True
+
+    def _at_home(self) -> contextlib.AbstractContextManager[Any]:
+        """Have what is measured be made where the first parameter is."""
+        return self._home if self._home.type != "cpu" else contextlib.nullcontext()
 
     def _agreed(self, made: dict[str, Any]) -> dict[str, Any]:
         """Return ``made``, with what waits in it if that does not fit ranks as they are now."""
@@ -190,7 +196,8 @@ class Kept:
         for clock in self._clocks:
             self._clocks[clock] -= 1
             if not self._clocks[clock]:
-                self._clocks[clock] = clock.review(self._delivered)
+                with self._at_home():
+                    self._clocks[clock] = clock.review(self._delivered)
                 due.append(clock)
         return bool(due)
 
@@ -312,12 +319,6 @@ class Kept:
                     f"the saved state has parameter {name!r}, which this optimizer has not: it "
                     "is that of another model"
                 )
-
-
-def _devices_of(parameters: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """Have tensors be made on the device of the first parameter, unless that is a CPU."""
-    first = next(iter(parameters.values()), None)
-    return contextlib.nullcontext() if first is None or first.is_cpu else first.device
 
 
 def _beside(held: Sequence[Leaf]) -> Ops:

@@ -7,7 +7,7 @@ import copy
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hvdx.agreement import next_name
 from hvdx.checkpoints.files import read_tree, write_tree
 from hvdx.checkpoints.tree import mapped, merged
 from hvdx.errors import PlanError
+from hvdx.integrations import pytorch_moves as moves
 from hvdx.integrations.pytorch import on_host
 from hvdx.integrations.pytorch_channel import (
     BACKENDS,
@@ -42,16 +43,18 @@ from hvdx.integrations.pytorch_profile import profiled, update_seconds
 from hvdx.integrations.pytorch_stages import Batch, TorchStage, usable_device
 from hvdx.integrations.pytorch_sync_batch_norm import SyncBatchNorm
 from hvdx.pipeline import ir
-from hvdx.pipeline.base import BasePipeline, Told, check_options, rows_of, settled
+from hvdx.pipeline.base import Told, check_options, rows_of, settled
 from hvdx.pipeline.channel import Key
+from hvdx.pipeline.moves import MovingPipeline
 from hvdx.pipeline.plan import Plan
 from hvdx.pipeline.post import PostChannel
+from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import broadcast_parameters
 
 _MEASURED = 1 << 26  # bytes of parameters on which the optimizer is measured, and the one more
 
 
-class Pipeline(BasePipeline):
+class Pipeline(MovingPipeline):
     """A model whose layers are spread over devices of this process, or over the ranks of the job.
 
     Every rank calls the same lines with the same batch: the first stage reads ``x``, the last
@@ -104,12 +107,16 @@ class Pipeline(BasePipeline):
             else; ``"nccl"``, from GPU to GPU by ``torch.distributed``, or its ``"gloo"``.
         leaves: classes, or paths, of modules to be kept whole.
         seed: of dropout and the like; default ``torch.initial_seed()`` of rank 0.
+        rebalance: ``"auto"``, or a :class:`hvdx.Rebalance`: units move to other stages while
+            training where that makes steps quicker; see :meth:`rebalance`, which does it at once.
+            Default: never by themselves.
 
     Attributes:
         plan: cuts, places and schedule; ``plan.save(path)`` keeps it.
         units: names of all units, in order.
         steps: batches that the model has been trained on, before a :meth:`load`, too.
         optimizers: those of this process, by stage: for learning-rate schedulers.
+        moves: how often units have moved to other stages.
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
         skipped: whether the last step changed no parameter, since a gradient under ``scaler``
             was not finite.
@@ -125,7 +132,7 @@ class Pipeline(BasePipeline):
         ...     loss = pipe.step(x, y)
     """
 
-    channels = (*BasePipeline.channels, *BACKENDS)
+    channels = (*MovingPipeline.channels, *BACKENDS)
     _graph: Graph
 
     def __init__(
@@ -150,6 +157,7 @@ class Pipeline(BasePipeline):
         channel: str = "zmq",
         leaves: Sequence[Any] = (),
         seed: int | None = None,
+        rebalance: Rebalance | str | None = None,
     ) -> None:
         told = settled(Told(micro_batches, schedule, checkpoint), place, stages)
         super().__init__(
@@ -162,6 +170,7 @@ class Pipeline(BasePipeline):
             compression=compression,
             batchnorm=batchnorm,
             channel=channel,
+            rebalance=rebalance,
         )
         self._loss, self._optimizer = loss, optimizer
         with self._alike(), uncached():
@@ -184,11 +193,8 @@ class Pipeline(BasePipeline):
                 self._scaler_given = scaler
             self.plan = self._planned(sample, stages, told, by, memory, target)
             self._stages = self._make_stages()
-            self._params = self._shares()
-            self.optimizers = {
-                number: optimizer(list(params.values()))
-                for number, params in self._params.items() if params and optimizer
-            }  # fmt: skip
+            self._params = self._shares(self.plan)
+            self.optimizers = self._first_optimizers()
             self._compressor = self._checked_compression(
                 {type(each).__name__: each.defaults for each in self.optimizers.values()}
             )
@@ -218,6 +224,7 @@ class Pipeline(BasePipeline):
             self._update(scale)
             self._step += 1
             self.steps += 1
+        self._step_done()
         return total
 
     def __call__(self, x: Any) -> Any:
@@ -261,9 +268,13 @@ class Pipeline(BasePipeline):
     # --- making one
 
     def _profile(
-        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+        self,
+        sample: Any,
+        micro_batches: int,
+        runs: int = 5,
+        of: Callable[[Iterable[float]], float] = min,
     ) -> ir.Graph:
-        return profiled(self._graph, sample, micro_batches, of=of)
+        return profiled(self._graph, sample, micro_batches, runs, of)
 
     def _trains_with(self) -> bool:
         return self._loss is not None and self._optimizer is not None
@@ -314,42 +325,39 @@ class Pipeline(BasePipeline):
         return next((p.device for p in self._graph.model.parameters()), torch.device("cpu"))
 
     def _make_stages(self) -> dict[int, TorchStage]:
-        graph = self._graph
-        split = self.plan.order().splits
-        home = self._home
-        devices = [*map(usable_device, self._devices or [])]
+        self._check_cut(self.plan)
+        devices = self._stage_devices()
         stages: dict[int, TorchStage] = {}
-        at: dict[int, torch.device] = {}  # parameter: where it is needed
-        self._check_buffers()
+        split = self.plan.order().splits
         for number, first, stop in self._own_stages():
-            device = devices[self.plan.place[number]] if devices else home
-            for unit in graph.units[first:stop]:
-                for name, p in unit.params.items():
-                    if at.setdefault(id(p), device) != device:
-                        raise PlanError(
-                            f"parameter {name!r} is used on {at[id(p)]} and, by unit "
-                            f"{unit.name!r}, on {device}: cut so that one device has both, or use "
-                            "zbv, whose first and last stage share a device"
-                        )
-                if device != home:
-                    graph.move(unit, device)
+            for unit in self._graph.units[first:stop] if devices else ():
+                self._graph.move(unit, devices[number])
             stages[number] = TorchStage(
-                graph,
+                self._graph,
                 first,
                 stop,
                 loss=self._loss,
-                device=device,
+                device=devices.get(number, self._home),
                 seed=self._seed,
                 split=split,
                 deferred=self._batchnorm == "deferred",
             )
         return stages
 
-    def _check_buffers(self) -> None:
-        """Refuse what forward changes in two stages, or together with ranks of other stages."""
+    def _stage_devices(self) -> dict[int, torch.device]:
+        """Return by stage the device that ``place`` names; across ranks none."""
+        devices = [*map(usable_device, self._devices or [])]
+        return {stage: devices[row] for stage, row in enumerate(self.plan.place) if devices}
+
+    def _check_cut(self, plan: Plan) -> None:
+        """Refuse what forward changes in two stages, or together with ranks of other stages.
+
+        And weights that two devices would need.
+        """
         graph = self._graph
         owner: dict[str, int] = {}
-        for number, (first, stop) in enumerate(self.plan.edges(self._line)):
+        edges = plan.edges(self._line)
+        for number, (first, stop) in enumerate(edges):
             for name in graph.written(graph.units[first:stop]):
                 if owner.setdefault(name, number) != number:
                     raise PlanError(
@@ -362,18 +370,85 @@ class Pipeline(BasePipeline):
                     f"layer {name!r} is a SyncBatchNorm, which waits for all ranks, but those of "
                     "other stages do not have it: use nn.BatchNorm"
                 )
+        at: dict[int, torch.device] = {}  # parameter: where it is needed
+        for number, device in self._stage_devices().items():
+            for unit in graph.units[slice(*edges[number])]:
+                for name, p in unit.params.items():
+                    if at.setdefault(id(p), device) != device:
+                        raise PlanError(
+                            f"parameter {name!r} is used on {at[id(p)]} and, by unit "
+                            f"{unit.name!r}, on {device}: cut so that one device has both, or use "
+                            "zbv, whose first and last stage share a device"
+                        )
 
-    def _shares(self) -> dict[int, dict[str, nn.Parameter]]:
+    def _shares(self, plan: Plan) -> dict[int, dict[str, nn.Parameter]]:
         """Return by stage of this process the parameters it updates; a tied one's first does."""
         shares: dict[int, dict[str, nn.Parameter]] = {}
         taken: set[str] = set()
-        edges = self.plan.edges(self._line)
-        for number in self._stages:
-            units = self._graph.units[slice(*edges[number])]
+        for number, first, stop in self._own_stages(plan):
+            units = self._graph.units[first:stop]
             held = {name: p for unit in units for name, p in unit.params.items()}
             shares[number] = {name: p for name, p in held.items() if name not in taken}
             taken.update(held)
         return shares
+
+    def _made_optimizers(
+        self, shares: dict[int, dict[str, nn.Parameter]]
+    ) -> dict[int, torch.optim.Optimizer]:
+        """Make an optimizer for each stage of this process that has parameters."""
+        return {
+            number: self._optimizer(list(params.values()))
+            for number, params in shares.items() if params and self._optimizer
+        }  # fmt: skip
+
+    def _first_optimizers(self) -> dict[int, torch.optim.Optimizer]:
+        """Make all stages' optimizers; units that move may bring parameters to any stage.
+
+        Where there are none yet, schedulers of learning rates get an optimizer with empty groups.
+        """
+        every = list(self._graph.model.parameters())
+        made = self._made_optimizers(self._params)
+        if every and self._optimizer is not None:
+            for number in self._params.keys() - made.keys():
+                made[number] = self._optimizer(every)
+                for group in made[number].param_groups:
+                    group["params"] = []
+        return dict(sorted(made.items()))
+
+    # --- moving units
+
+    def _trained(self, anew: bool = False) -> tuple[float, ...]:
+        return moves.trained(self._graph)
+
+    def _about(self, unit: int) -> dict[str, Any]:
+        return moves.options_of(self._graph.units[unit], self._optimizer_states())
+
+    def _prepared(self, plan: Plan, about: Mapping[int, Any]) -> dict[int, torch.optim.Optimizer]:
+        self._check_cut(plan)
+        shares = self._shares(plan)
+        made = self._made_optimizers(shares)
+        told = {name: entry["options"] for name, entry in self._optimizer_states().items()}
+        told.update({name: each for unit in about.values() for name, each in unit.items()})
+        moves.check_groups(self.optimizers, made, shares, told)
+        return made
+
+    def _packed(self, unit: int, known: Sequence[int]) -> dict[str, Any]:
+        return moves.packed(self._graph, unit, known, self._optimizer_states())
+
+    def _rebuild(
+        self,
+        prepared: dict[int, torch.optim.Optimizer],
+        arrived: Mapping[int, dict[str, Any]],
+    ) -> None:
+        states = self._optimizer_states()
+        self._stages.update(self._make_stages())
+        came: dict[str, Any] = {}
+        for parcel in arrived.values():
+            came.update(parcel["model"])
+            states.update(moves.copied(parcel["optimizer"]))
+        self._graph.load(came)
+        self._params = self._shares(self.plan)
+        moves.rehome(self.optimizers, prepared, self._params, states)
 
     def _agree(self) -> None:
         """Compare the ranks' pipelines, and begin with rank 0's parameters."""
@@ -492,16 +567,21 @@ class Pipeline(BasePipeline):
             for name, value in self._graph.model.state_dict().items()
             if stages[self._graph.owner(name)] in self._stages
         }
-        states: dict[str, Any] = {}
+        states = self._optimizer_states()
+        own = {"model": model, "optimizer": states, "compression": {"parameters": kept}}
+        return merged([common, own if kept else {**own, "compression": {}}])  # type: ignore[no-any-return]
+
+    def _optimizer_states(self) -> dict[str, dict[str, Any]]:
+        """Return by parameter of this process what its optimizer keeps, and its options."""
+        states: dict[str, dict[str, Any]] = {}
         for number, optimizer in self.optimizers.items():
+            names = {id(p): name for name, p in self._params[number].items()}
             for group in optimizer.param_groups:
                 options = {key: value for key, value in group.items() if key != "params"}
-                names = {id(p): name for name, p in self._params[number].items()}
                 for p in group["params"]:
                     state = dict(optimizer.state.get(p, {}))
                     states[names[id(p)]] = {"state": state, "options": options}
-        own = {"model": model, "optimizer": states, "compression": {"parameters": kept}}
-        return merged([common, own if kept else {**own, "compression": {}}])  # type: ignore[no-any-return]
+        return states
 
     def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
         """Collect all ranks' parts on rank 0."""

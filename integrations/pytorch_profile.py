@@ -165,6 +165,7 @@ class _Taken(NamedTuple):
     backward: float
     inputs: float
     weights: float
+    adding: float = 0.0  # of backward: weights' gradients to those of other micro-batches
 
 
 def _scaled(whole: _Taken, *units: _Taken) -> list[dict[str, float]]:
@@ -183,6 +184,7 @@ def _scaled(whole: _Taken, *units: _Taken) -> list[dict[str, float]]:
             "inputs": inputs,
             "weights": back - inputs if halves else 0.0,
             "apart": max(0.0, unit.forward + halves - ahead - back),
+            "adding": backward * unit.adding,
         })  # fmt: skip
     return found
 
@@ -241,13 +243,14 @@ class _Meter:
         forward, entered, made = self._forward(units, reads, makes)
         if not made or not (entered or weights):
             return _Taken(forward, 0.0, 0.0, 0.0)
-        backward = self._backward(made, entered, weights, sums)
+        backward, adding = self._backward(made, entered, weights, sums)
         if len(units) > 1:  # the model as a whole is never split
             return _Taken(forward, backward, 0.0, 0.0)
         del made
         _, entered, made = self._forward(units, reads, makes)
-        inputs = self._backward(made, entered, (), (), retain=True)
-        return _Taken(forward, backward, inputs, self._backward(made, (), weights, sums))
+        inputs, _ = self._backward(made, entered, (), (), retain=True)
+        apart, _ = self._backward(made, (), weights, sums)
+        return _Taken(forward, backward, inputs, apart, adding)
 
     def _forward(
         self, units: Sequence[Unit], reads: Sequence[str], makes: Sequence[str]
@@ -272,18 +275,24 @@ class _Meter:
         weights: Sequence[torch.Tensor],
         sums: Sequence[torch.Tensor],
         retain: bool = False,
-    ) -> float:
-        """Find gradients, and add those of weights to ``sums``, as each micro-batch's are."""
+    ) -> tuple[float, float]:
+        """Find gradients, and add those of weights to ``sums``, as each micro-batch's are.
+
+        Returns:
+            Seconds of all, and of adding.
+        """
         wanted = [*entered, *weights]
         if not wanted:
-            return 0.0
+            return 0.0, 0.0
         given = [torch.ones_like(each) for each in made]
         start = self._now()
         found = torch.autograd.grad(made, wanted, given, retain_graph=retain, allow_unused=True)
+        middle = self._now()
         for total, gradient in zip(sums, found[len(entered) :], strict=True):
             if gradient is not None:
                 total.add_(gradient)
-        return self._now() - start
+        end = self._now()
+        return end - start, end - middle
 
     def _now(self) -> float:
         self._wait()

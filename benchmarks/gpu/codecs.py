@@ -107,6 +107,9 @@ def main() -> None:
     calls = {"cast to float16": (x.half, 6 * size), **coding(ops, x, lambda call: call)}
     if told.compile:
         quick = coding(ops, x, lambda call: torch.compile(call, dynamic=False))
+        for name, (call, _) in quick.items():
+            if not torch.equal(call(), calls[name][0]()):
+                raise AssertionError(f"{name}: compiled, it gives other numbers")
         calls |= {f"{name}, compiled": call for name, call in quick.items()}
     calls |= reducing(ops, x)
     rows = [{"what": "copy", "ms": copy * 1e3, "GB/s": 8 * size / copy / 1e9,

@@ -71,6 +71,7 @@ class BasePipeline(abc.ABC):
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
         skipped: whether the last step changed no parameter, since a scaled gradient was not
             finite.
+        compared: what ``place="auto"`` has chosen from, see :class:`hvdx.planner.auto.Compared`.
         busy_seconds: for which this process' stages have computed in training steps; of several
             threads, in mean.
         schedule_seconds: that the schedules of these steps took; the rest of them is bubble.
@@ -80,8 +81,9 @@ class BasePipeline(abc.ABC):
     plan: Plan
     gradient_norm: float | None = None
     skipped: bool = False
+    compared: Sequence[Any] = ()
     _graph: Any  # of the framework; its ``line`` is what the planner sees
-    _stages: Mapping[int, Any]
+    _stages: dict[int, Any]
     _again: Any = None  # makes such a pipeline, of another plan
 
     def __init__(
@@ -169,9 +171,13 @@ class BasePipeline(abc.ABC):
 
     @abc.abstractmethod
     def _profile(
-        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+        self,
+        sample: Any,
+        micro_batches: int,
+        runs: int = 5,
+        of: Callable[[Iterable[float]], float] = min,
     ) -> Graph:
-        """Return the line with what its units cost here; ``of`` takes one of several times."""
+        """Return the line with what its units cost here; ``of`` takes one of the runs' times."""
 
     @abc.abstractmethod
     def _tensor(self, numbers: Sequence[float]) -> Any:
@@ -192,6 +198,10 @@ class BasePipeline(abc.ABC):
     @abc.abstractmethod
     def _finite(self, gradients: Sequence[Any]) -> bool:
         """Tell whether all numbers in them are finite."""
+
+    def _weights(self, unit: int) -> Mapping[str, Any]:
+        """Return by name the parameters of a unit, frozen or not."""
+        return self._graph.units[unit].params  # type: ignore[no-any-return]  # of Any
 
     def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
         """Put another rank's gradient of a weight on the device where this rank's is."""
@@ -248,8 +258,8 @@ class BasePipeline(abc.ABC):
         return list(self._core.allgather_object(value, next_name("pipeline"), None))
 
     @contextlib.contextmanager
-    def _alike(self) -> Iterator[None]:
-        """Raise on every rank what one of them raises inside."""
+    def _alike(self, what: str = "make the pipeline") -> Iterator[None]:
+        """Raise on every rank what one of them raises inside, where it does ``what``."""
         problem: Exception | None = None
         try:
             yield
@@ -265,7 +275,7 @@ class BasePipeline(abc.ABC):
             raise problem
         for rank, each in enumerate(everyone):
             if each:
-                raise PlanError(f"rank {rank} cannot make the pipeline: {each}")
+                raise PlanError(f"rank {rank} cannot {what}: {each}")
 
     def _agree_on(self, **options: Any) -> None:
         """Compare what the ranks ask for, before they do by it what takes all of them.
@@ -345,9 +355,10 @@ class BasePipeline(abc.ABC):
             raise PlanError("place='auto' tries steps of training: give loss= and optimizer=")
         found = choose(self, Asked(sample, target, *given, memory, self._asked))
         self._again = None  # it has the sample
-        self._graph.line, self._times = found.line, found.times
-        self._checkpoint, self._asked = found.plan.checkpoint, found.compression
-        return found.plan
+        plan, self.compared = found.prediction.plan, found.compared
+        self._graph.line, self._times = found.line, found.prediction.times
+        self._checkpoint, self._asked = plan.checkpoint, found.compression
+        return plan
 
     def _profiled(self, sample: Any, micro_batches: int) -> tuple[Graph, Link]:
         """Return what rank 0 measures, on every rank: the units and a hop."""
@@ -368,10 +379,11 @@ class BasePipeline(abc.ABC):
             link = measure_link(channel, self._rank, lambda size: self._tensor([0.0] * (size // 8)))
         return told, self._from_first(link)
 
-    def _own_stages(self) -> Iterator[tuple[int, int, int]]:
+    def _own_stages(self, plan: Plan | None = None) -> Iterator[tuple[int, int, int]]:
         """Yield the number, the first unit and the one after the last of this process' stages."""
-        for number, (first, stop) in enumerate(self.plan.edges(self._line)):
-            if not self._across or self._rank in self.plan.row(number):
+        plan = plan or self.plan
+        for number, (first, stop) in enumerate(plan.edges(self._line)):
+            if not self._across or self._rank in plan.row(number):
                 yield number, first, stop
 
     def _check_agreed(self, units: dict[str, str]) -> None:
@@ -448,7 +460,7 @@ class BasePipeline(abc.ABC):
                     name, tuple(p.shape), str(p.dtype).removeprefix("torch."), len(self._row.ranks)
                 )
                 for index in range(first, stop)
-                for name, p in self._graph.units[index].params.items()
+                for name, p in self._weights(index).items()
             }
             for index, name in uses[stage]:
                 first_use = index == tied.get(name, (index,))[0]

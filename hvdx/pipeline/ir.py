@@ -32,6 +32,7 @@ class Unit:
         inputs: for the gradients of what it reads; 0 if none is needed.
         weights: for those of its parameters; 0 if they are frozen.
         apart: more, under schedules that split backward into these two.
+        adding: of ``weights``, for adding gradients to those of earlier micro-batches.
         uses_rng: whether it draws random numbers.
         joined: whether it must be in the stage of the unit before it (it changes a value of
             that stage in place, say).
@@ -47,6 +48,7 @@ class Unit:
     inputs: float = 0.0
     weights: float = 0.0
     apart: float = 0.0
+    adding: float = 0.0
     uses_rng: bool = False
     joined: bool = False
     run: Any = None

@@ -351,7 +351,7 @@ class Link(NamedTuple):
         rate, scale, unit, latency, times = found.groups()
         bits = 8 if unit == "bit" else 1
         bandwidth = float(rate) * {"k": 1e3, "m": 1e6, "g": 1e9}[scale] / bits
-        return cls(float(latency) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[times], bandwidth)
+        return cls(float(latency) / {"us": 1e6, "ms": 1e3, "s": 1.0}[times], bandwidth)
 
 
 @dataclass(frozen=True)

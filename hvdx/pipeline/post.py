@@ -13,6 +13,7 @@ import abc
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,7 @@ from hvdx.pipeline.channel import Failure, Key, Tensors, holder, late, rows_of_r
 VERSION = 1
 MAX_HEADER = 1 << 20
 MAX_PART = 1 << 34  # bytes of one tensor
+_DTYPE = re.compile(r"[<>=|]?[A-Za-z]\d{0,9}")  # np.dtype() takes whole expressions
 FAILURE, BYE = "fail", "bye"  # kinds besides those of keys
 
 
@@ -61,6 +63,8 @@ class NumpyCodec:
 
     def unpack(self, packed: Packed) -> Any:
         """See :meth:`Codec.unpack`."""
+        if not (isinstance(packed.dtype, str) and _DTYPE.fullmatch(packed.dtype)):
+            raise ValueError(f"no dtype {packed.dtype!r}")
         try:
             dtype = np.dtype(packed.dtype)
         except TypeError:

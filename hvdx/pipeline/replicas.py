@@ -314,15 +314,36 @@ class Sums:
 
     # --- checkpoints
 
-    def saved(self, step: int) -> dict[str, dict[str, Any]]:
+    def saved(self, step: int, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         """Return what compressors keep, by parameter and path, for any number of replicas.
 
-        All ranks of the row call it, and get the same.
+        Of the states of these ``names``, or of all. All ranks of the row call it, and get the same.
         """
-        held = {name: leaves(state) for name, state in sorted(self._states.items())}
+        wanted = self._states.keys() if names is None else self._states.keys() & set(names)
+        held = {name: leaves(self._states[name]) for name in sorted(wanted)}
         works = [pooled(self.row.ops, own) for own in held.values()]
         found = self.row.start(together(works, self.row.ops), Key("owed", step, 0, 0)).finish()
         return {name: tensors for name, tensors in zip(held, found, strict=True) if tensors}
+
+    def of_units(
+        self, units: Iterable[int], step: int | None = None
+    ) -> dict[int, dict[str, dict[str, Any]]]:
+        """Return by unit and parameter what :meth:`load` takes, for the units' next ranks.
+
+        Args:
+            units: of this row.
+            step: None: for the replica of this rank's number in a row as long, to the bit. Else
+                for any number of replicas; then all ranks of the row call it.
+        """
+        names = {unit: [name for weight, name in self._names.items() if weight[0] == unit]
+                 for unit in units}  # fmt: skip
+        if step is None:
+            states = {name: {leaf.path: leaf.tensor for leaf in leaves(state)}
+                      for name, state in self._states.items()}  # fmt: skip
+        else:
+            states = self.saved(step, [name for own in names.values() for name in own])
+        return {unit: {name: states[name] for name in own if name in states}
+                for unit, own in names.items()}  # fmt: skip
 
     def load(self, saved: Mapping[str, Mapping[str, Any]], steps: int) -> None:
         """Go on from what :meth:`saved` returned of all rows.

@@ -30,10 +30,8 @@ from hvdx.link import Line
 from hvdx.ops import ops_for
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.ir import Graph
-from hvdx.pipeline.plan import Plan
 from hvdx.pipeline.probe import THREADS, measure_link
 from hvdx.pipeline.replicas import Row
-from hvdx.pipeline.simulator import Times
 from hvdx.planner.costs import Candidate, Prediction
 from hvdx.planner.facts import Codec, Job, Network, Profile, faster, seconds_of
 from hvdx.planner.search import Wanted, candidates, ranked, to_measure
@@ -45,7 +43,9 @@ if TYPE_CHECKING:
 
 _WHOLE = "gpipe", "1f1b", "1f1b-slack", "interleaved"  # schedules that teach about whole backwards
 _TRIED = 3  # of the best
-_WARM, _STEPS = 2, 5  # of a trial
+_WARM, _STEPS, _LEAST = 2, 7, 3  # steps of a trial, the least where they take long
+_LONG = 0.5  # seconds of a step
+_RUNS = 3  # of which units' times are the median
 _SIZES = 1 << 12, 1 << 23  # bytes of gradients for which sums are measured
 _ROUNDS = 6  # of which the first does not count
 _CROWDED = 1.05  # ranks of a host slow each other down by more than chance
@@ -74,20 +74,34 @@ class Asked(NamedTuple):
     compression: Any = None
 
 
+class Compared(NamedTuple):
+    """A plan that the planner has looked at.
+
+    Attributes:
+        prediction: of it.
+        measured: seconds of a step; None: it was not tried.
+        taught: whether these steps have trimmed the predictions.
+    """
+
+    prediction: Prediction
+    measured: float | None
+    taught: bool
+
+
 class Choice(NamedTuple):
     """What has been chosen.
 
     Attributes:
-        plan: the quickest.
-        times: of its stages.
+        prediction: of the plan.
         line: the model's units with what its micro-batches take.
         compression: for the pipeline.
+        compared: all plans, the one predicted to be quickest first.
     """
 
-    plan: Plan
-    times: Times
+    prediction: Prediction
     line: Graph
     compression: Any
+    compared: list[Compared]
 
 
 class _Ranking(NamedTuple):
@@ -121,7 +135,8 @@ def choose(pipe: BasePipeline, asked: Asked) -> Choice:
         trials = [_tried(pipe, each, asked, methods) for each in _plain(first)]
         job = job._replace(trim=trimmed(trials, profile, job))
         found = _agreed(pipe, every, profile, job)
-        measured = {trial.prediction.candidate: trial.seconds for trial in trials}
+        taught = {trial.prediction.candidate: trial.seconds for trial in trials}
+        measured = dict(taught)
         for each in _best(found):
             if each.candidate not in measured:
                 measured[each.candidate] = _tried(pipe, each, asked, methods).seconds
@@ -136,7 +151,10 @@ def choose(pipe: BasePipeline, asked: Asked) -> Choice:
             file=sys.stderr,
         )
     line = profile.at(chosen.micro_batches)
-    return Choice(made.plan, made.times, line, methods.get(chosen.compression, none))
+    compared = [
+        Compared(each, measured.get(each.candidate), each.candidate in taught) for each in found
+    ]
+    return Choice(made, line, methods.get(chosen.compression, none), compared)
 
 
 _PATIENCE = 1800.0
@@ -291,14 +309,14 @@ def _looked(pipe: BasePipeline, sample: Any, numbers: Sequence[int], hosts: Sequ
     lines = []
     for count in numbers:
         pipe._everyones(None)  # begin together
-        lines.append(pipe._profile(sample, count, of=statistics.median))
+        lines.append(pipe._profile(sample, count, _RUNS, statistics.median))
     pipe._everyones(None)
     update = pipe._measured_update()
     pipe._everyones(None)
     middle, alone = len(numbers) // 2, 0.0
     own = hosts[pipe._rank]
     if hosts.count(own) > 1 and hosts.index(own) == pipe._rank:
-        alone = seconds_of(pipe._profile(sample, numbers[middle], of=statistics.median))
+        alone = seconds_of(pipe._profile(sample, numbers[middle], _RUNS, statistics.median))
     pipe._everyones(None)
     return _Seen(lines, update, seconds_of(lines[middle]), alone)
 
@@ -316,6 +334,7 @@ def _median(lines: Sequence[Graph]) -> Graph:
             inputs=middle("inputs", number),
             weights=middle("weights", number),
             apart=middle("apart", number),
+            adding=middle("adding", number),
         )
         for number, unit in enumerate(lines[0].units)
     )
@@ -413,8 +432,10 @@ def _tried(
     taken: list[float] = []
     with contextlib.closing(twin):
         target = asked.target if asked.target is not None else twin(asked.sample)
-        for _ in range(_WARM + _STEPS):
-            pipe._everyones(None)
+        steps = _WARM + _STEPS
+        while len(taken) < steps:
+            if max(pipe._everyones(max(taken[1:], default=0.0))) > _LONG:
+                steps = _WARM + _LEAST
             start = time.perf_counter()
             try:
                 twin.step(asked.sample, target)
@@ -427,7 +448,7 @@ def _tried(
                     f"target=, a batch of what step() gets as y. {error}"
                 ) from error
             taken.append(time.perf_counter() - start)
-        spans = [row for _, _, rows in list(twin._measured)[-_STEPS:] for row in rows]
+        spans = [row for _, _, rows in list(twin._measured)[_WARM - steps :] for row in rows]
     own: dict[tuple[str, int], list[float]] = {}
     for action, start, end in (span for row in spans for span in row):
         own.setdefault((action.kind, action.stage), []).append(end - start)

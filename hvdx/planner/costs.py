@@ -25,6 +25,8 @@ from hvdx.pipeline.simulator import Times
 from hvdx.planner.clock import Need, Taken, Task, clock
 from hvdx.planner.facts import Codec, Job, Profile
 
+_TIGHT = 0.9  # of ranks' memory, where cuts that roughly keep within it take more
+
 
 class Candidate(NamedTuple):
     """A way to train that may be tried.
@@ -83,9 +85,9 @@ def predict(candidate: Candidate, profile: Profile, job: Job) -> Prediction:
     """
     graph = profile.at(candidate.micro_batches)
     problem: PlanError | None = None
-    for by, bounded in (("time", False), ("time", True), ("memory", False)):
+    for by, room in (("time", 0.0), ("time", 1.0), ("time", _TIGHT), ("memory", 0.0)):
         try:
-            plan = _cut(candidate, graph, profile, job, by, bounded)
+            plan = _cut(candidate, graph, profile, job, by, room)
         except PlanError as error:
             problem = problem or error
             continue
@@ -104,7 +106,7 @@ def leanest(candidate: Candidate, profile: Profile, job: Job) -> Prediction:
     """Predict for the cuts that need least memory, whether or not they fit."""
     graph = profile.at(candidate.micro_batches)
     tries = [
-        priced(candidate, _cut(candidate, graph, profile, job, by, False), graph, profile, job)
+        priced(candidate, _cut(candidate, graph, profile, job, by), graph, profile, job)
         for by in ("time", "memory")
     ]
     return min(tries, key=lambda each: overfull(each.plan.memory, job))
@@ -131,24 +133,25 @@ def described(candidate: Candidate) -> str:
     return ", ".join(told)
 
 
-def _means(candidate: Candidate, profile: Profile, job: Job, bounded: bool) -> Means:
+def _means(candidate: Candidate, profile: Profile, job: Job, room: float = 0.0) -> Means:
+    """Return the ranks; cuts are to keep within ``room`` of their memory, roughly; 0: not."""
     rows = tuple(tuple(row) for row in candidate.mesh)
     plain = rows == tuple((rank,) for rank in range(job.ranks))
     return Means(
         job.ranks,
         job.network.link,
         speeds=job.speeds or None,
-        memory=job.memory if bounded else None,
-        copies=2.0 + profile.slots,
-        recompute=bounded and candidate.checkpoint != "never",
+        memory=[room * each for each in job.memory] if room and job.memory else None,
+        copies=(4.0 if any(len(row) > 1 for row in rows) else 3.0) + profile.slots,
+        recompute=room > 0.0 and candidate.checkpoint != "never",
         mesh=() if plain else rows,
     )
 
 
 def _cut(
-    candidate: Candidate, graph: Graph, profile: Profile, job: Job, by: str, bounded: bool
+    candidate: Candidate, graph: Graph, profile: Profile, job: Job, by: str, room: float = 0.0
 ) -> Plan:
-    means = _means(candidate, profile, job, bounded)
+    means = _means(candidate, profile, job, room)
     return make(graph, means, candidate.micro_batches, schedule=candidate.schedule, by=by)
 
 
@@ -156,7 +159,7 @@ def priced(
     candidate: Candidate, plan: Plan, graph: Graph, profile: Profile, job: Job
 ) -> Prediction:
     """Predict a step and memory for a plan whose cuts are given."""
-    means = _means(candidate, profile, job, False)
+    means = _means(candidate, profile, job)
     edges = plan.edges(graph)
     times = _trimmed(stage_times(graph, means, plan.order(), edges), job)
     order = plan.order(times)
@@ -183,7 +186,7 @@ def tasks_of(found: Prediction, profile: Profile, job: Job) -> list[list[Task]]:
     """Return by rank the tasks of a step that was predicted, as ``job`` trims them."""
     graph = profile.at(found.candidate.micro_batches)
     edges = found.plan.edges(graph)
-    means = _means(found.candidate, profile, job, False)
+    means = _means(found.candidate, profile, job)
     times = _trimmed(stage_times(graph, means, found.plan.order(), edges), job)
     order = found.plan.order(found.times)
     costs = _Costs(found.candidate, order, times, edges, graph, profile, job)
@@ -233,6 +236,9 @@ class _Costs:
         self._codec = _codec(candidate, profile, len(graph.units))
         self._coded = candidate.compression != "none"
         self._rows = -(-profile.rows // candidate.micro_batches)
+        back = job.trim.backward
+        self._adding = [back * sum(unit.adding for unit in graph.units[slice(*edge)])
+                        for edge in edges]  # fmt: skip
 
     # --- time
 
@@ -245,11 +251,16 @@ class _Costs:
         lost: dict[int, Need] = {}  # rank of the last stage: when it has its last loss
         for rank, actions in enumerate(order.rows):
             last = {action.stage: place for place, action in enumerate(actions)}
+            summed: set[int] = set()  # stages that have gradients to add more to
             for place, action in enumerate(actions):
                 where[action.gives] = Need(rank, len(rows[rank]))
                 if action.stage == order.stages - 1 and action.kind != "W":
                     lost[rank] = where[action.gives]
-                rows[rank].append(Task(self._seconds(action), action=action))
+                seconds = self._seconds(action)
+                if action.kind in "BW" and action.stage not in summed:
+                    summed.add(action.stage)
+                    seconds = max(0.0, seconds - self._adding[action.stage])
+                rows[rank].append(Task(seconds, action=action))
                 if last[action.stage] == place:
                     rows[rank] += self._coding(action.stage)
                     ends[action.stage, rank] = Need(rank, len(rows[rank]) - 1)
@@ -303,6 +314,7 @@ class _Costs:
             start, stop = self._edges[stage]
             sent = self._codec.sent(start, stop, len(mates))
             seconds = self._job.network.sum_seconds(len(mates), sent, self._codec.rounds)
+            seconds *= self._job.trim.sums
             met += [ends[stage, mate]._replace(seconds=seconds) for mate in mates
                     if mate != rank and (stage, mate) in ends]  # fmt: skip
         hop = self._job.network.link.latency
@@ -329,7 +341,10 @@ class _Costs:
         held = 0.0
         if self._coded:
             held = sum(sum(self._codec.held[slice(*self._edges[stage])]) for stage in own)
-        step = max(self._worked(rank), _summed(trained, mates, self._coded))
+        largest = max(self._trained(own).values(), default=0)
+        summed = _summed(trained, mates, self._coded)
+        update = min(summed, 2.0 * trained) + round(self._profile.slots) * largest
+        step = max(self._worked(rank), summed, update)
         return weights + self._profile.slots * trained + held + step
 
     def _worked(self, rank: int) -> float:
@@ -337,7 +352,10 @@ class _Costs:
         graph, edges = self._graph, self._edges
         entering = graph.live_bytes()
         kept = [sum(unit.kept_bytes for unit in graph.units[slice(*edge)]) for edge in edges]
-        fresh = [sum(self._trained([stage]).values()) for stage in range(len(edges))]
+        weights = [self._trained([stage]).values() for stage in range(len(edges))]
+        fresh = [sum(sizes) for sizes in weights]
+        # The second gradient is added to the first in new memory: autograd may use both elsewhere.
+        beside = {stage: max(sizes, default=0) for stage, sizes in enumerate(weights)}
         now = peak = gradients = 0.0
         summed: set[int] = set()
         for kind, stage, micro_batch in self._order.rows[rank]:
@@ -347,7 +365,10 @@ class _Costs:
                 peak = max(peak, now + gradients)
                 continue
             # A backward sets free what it has used while it makes gradients, all at once.
-            most = max(now - less + kept[stage], now - less + fresh[stage] * (kind != "I"))
+            made = fresh[stage] * (kind != "I")
+            if made and stage in summed:
+                made += beside.pop(stage, 0)
+            most = max(now - less + kept[stage], now - less + made)
             peak = max(peak, most + gradients)
             if kind == "I":
                 now += kept[stage] - less

@@ -94,6 +94,7 @@ def faster(line: Graph, factor: float) -> Graph:
             inputs=unit.inputs / factor,
             weights=unit.weights / factor,
             apart=unit.apart / factor,
+            adding=unit.adding / factor,
         )
         for unit in line.units
     )
@@ -120,6 +121,7 @@ def _between(first: Graph, second: Graph, mix: Callable[[float, float], float]) 
             inputs=mix(a.inputs, b.inputs),
             weights=mix(a.weights, b.weights),
             apart=mix(a.apart, b.apart),
+            adding=mix(a.adding, b.adding),
         )
         for a, b in zip(first.units, second.units, strict=True)
     )
@@ -159,6 +161,7 @@ class Trim(NamedTuple):
         action: seconds more for each action.
         loss: seconds for each row of a micro-batch, in the last stage's forward.
         back_loss: in its backward.
+        sums: factor of adding up gradients over replicas.
         step: seconds more for a step.
     """
 
@@ -167,6 +170,7 @@ class Trim(NamedTuple):
     action: float = 0.0
     loss: float = 0.0
     back_loss: float = 0.0
+    sums: float = 1.0
     step: float = 0.0
 
 

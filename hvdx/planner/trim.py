@@ -19,6 +19,9 @@ from hvdx.planner.facts import Job, Profile, Trim
 
 _NOISE = 0.03  # of a measured action
 _FACTOR = 0.3  # by which factors may differ from 1 before that counts as much as noise does
+_TURNS = 4
+_SHOWS = 0.02  # of a step that sums must be, to learn about them
+_SUMS = 0.3, 3.0  # what they may be found to take, times what was measured alone
 _REMAINDER = 0.1  # share of a typical action that remainders may be
 
 
@@ -47,12 +50,34 @@ class _Point(NamedTuple):
 
 
 def trimmed(trials: Sequence[Trial], profile: Profile, job: Job) -> Trim:
-    """Return what explains the trials best."""
-    plain = job._replace(trim=Trim())
-    points = [point for trial in trials for point in _points(trial, profile, plain)]
-    found = _fitted(points) if points else Trim()
-    late = [trial.seconds - _step(trial, profile, job._replace(trim=found)) for trial in trials]
-    return found._replace(step=max(0.0, statistics.median(late))) if late else found
+    """Return what explains the trials best: actions first, then steps, then replicas' sums."""
+    found = Trim()
+    for _ in range(_TURNS):  # how far ranks slow each other down depends on what is found
+        slowed = job._replace(trim=found)
+        points = [point for trial in trials for point in _points(trial, profile, slowed)]
+        found = _fitted(points) if points else found
+
+    def late(trial: Trial) -> float:
+        return trial.seconds - _step(trial, profile, job._replace(trim=found))
+
+    shared = [trial for trial in trials if _shares(trial)]
+    alone = [late(trial) for trial in trials if not _shares(trial)]
+    alone = alone or [late(trial) for trial in shared]
+    found = found._replace(step=max(0.0, statistics.median(alone))) if alone else found
+    factors = []
+    for trial in shared:
+        free = _step(trial, profile, job._replace(trim=found._replace(sums=0.0)))
+        whole = _step(trial, profile, job._replace(trim=found))
+        if whole - free > _SHOWS * whole:
+            factors.append((trial.seconds - free) / (whole - free))
+    if factors:
+        low, high = _SUMS
+        found = found._replace(sums=min(high, max(low, statistics.median(factors))))
+    return found
+
+
+def _shares(trial: Trial) -> bool:
+    return any(len(row) > 1 for row in trial.prediction.candidate.mesh)
 
 
 def _step(trial: Trial, profile: Profile, job: Job) -> float:
@@ -63,28 +88,35 @@ def _step(trial: Trial, profile: Profile, job: Job) -> float:
 def _points(trial: Trial, profile: Profile, job: Job) -> list[_Point]:
     """Return what can be learnt of each stage's forward and whole backward.
 
-    Ranks that share cores are slowed down by each other, as predicted: that is taken out.
+    Ranks that share cores slow each other down, as ``job`` predicts: that is taken out.
     """
     candidate, plan, times = trial.prediction[:3]
     order = plan.order(times)
+    plain = tasks_of(trial.prediction, profile, job._replace(trim=Trim()))
     rows = tasks_of(trial.prediction, profile, job)
     ran = clock(rows, job.lanes, job.hosts)
-    slowed: dict[tuple[str, int], list[float]] = {}
-    for actions, tasks, taken in zip(order.rows, rows, ran, strict=True):
+    slowed: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for actions, known, tasks, taken in zip(order.rows, plain, rows, ran, strict=True):
         places = [place for place, task in enumerate(tasks) if task.action is not None]
         for action, place in zip(actions, places, strict=True):
-            if tasks[place].seconds:
-                span = taken[place].end - taken[place].start
-                slowed.setdefault(action[:2], []).append(span / tasks[place].seconds)
+            span = taken[place].end - taken[place].start
+            alone = known[place].seconds, tasks[place].seconds
+            slowed.setdefault(action[:2], []).append((*alone, span))
     size, points = -(-profile.rows // candidate.micro_batches), []
     for (kind, stage), seconds in trial.actions.items():
-        factor = statistics.median(slowed.get((kind, stage), [1.0]))
+        several = slowed[kind, stage]
+        own = statistics.median(each[0] for each in several)
+        factor = (
+            statistics.median(span / alone for _, alone, span in several if alone)
+            if any(each[1] for each in several)
+            else 1.0
+        )
+        measured = seconds / factor
         loss = float(size) if stage == order.stages - 1 else 0.0
         if kind == "F":
-            points.append(_Point(seconds / factor, times.forward[stage], 0.0, loss, 0.0))
+            points.append(_Point(measured, own, 0.0, loss, 0.0))
         elif kind == "B":
-            back = times.inputs[stage] + times.weights[stage]
-            points.append(_Point(seconds / factor, 0.0, back, 0.0, loss))
+            points.append(_Point(measured, 0.0, own, 0.0, loss))
     return points
 
 

@@ -95,8 +95,12 @@ class OutlineOps:
     finite = positive = _as("bool")
     abs_bits, from_bits = _as("int32"), _as("float32")
 
+    def beside(self, x: Outline) -> OutlineOps:
+        """Return these: there is no device. What verbs mean is said in :class:`hvdx.ops.Ops`."""
+        return self
+
     def dtype(self, x: Outline) -> str:
-        """See :meth:`hvdx.ops.Ops.dtype`, as for all verbs below."""
+        """Name the dtype."""
         return x.dtype
 
     def cast(self, x: Any, dtype: str) -> Outline:

@@ -155,13 +155,8 @@ def _averaged(profile: Profile, cluster: Cluster, way: Way) -> Prediction:
         each = sum(exchange.codec + exchange.network for _, exchange in found)
         step = profile.alone + each / way.every
     else:
-        step = (
-            profile.forward
-            + profile.update
-            + overlapped(
-                [(_backward(profile, bucket) + each.codec, each.network) for bucket, each in found]
-            )
-        )
+        pieces = [(_backward(profile, bucket) + each.codec, each.network) for bucket, each in found]
+        step = profile.forward + overlapped(pieces) + profile.update
     sent = sum(exchange.sent for _, exchange in found) / way.every
     state = 0 if cluster.ranks == 1 else _state(profile.parameters, way, cluster.ranks)
     memory = (2 + profile.slots) * profile.bytes + profile.kept + state
@@ -197,17 +192,19 @@ def _served(profile: Profile, cluster: Cluster, way: Way) -> Prediction:
     for bucket in laid_out(profile.specs, buckets.limit_bytes()):
         size = sum(Form.of(spec).bytes for spec in bucket)
         pieces.append((_backward(profile, bucket), _pushed(link, cluster, size, servers)))
-        pulled += link.alpha("allgather") + link.beta("allgather") * size * _others(ranks, servers)
+        pulled += link.alpha("allgather") + link.beta("allgather") * size * _passed_on(
+            ranks, servers
+        )
     late = waiting(ranks, profile.jitter) * profile.alone
     step = profile.forward + overlapped(pieces) + profile.update / servers + pulled + late
     # A worker pushes what it does not own itself; a server's part goes round the ring.
     sent = profile.bytes * (1 - 1 / ranks if servers == ranks else 1.0)
-    sent += profile.bytes * _others(ranks, servers)
+    sent += profile.bytes * _passed_on(ranks, servers)
     memory = (2 + profile.slots / servers) * profile.bytes + profile.kept
     return _prediction(profile, cluster, way, step, sent, memory)
 
 
-def _others(ranks: int, servers: int) -> float:
+def _passed_on(ranks: int, servers: int) -> float:
     """Return the share of the parameters that each rank passes on in a pull."""
     return 1 - 1 / ranks if servers == ranks else 1.0
 
@@ -225,7 +222,7 @@ def _pushed(link: Link, cluster: Cluster, size: int, servers: int) -> float:
     of_host = -(-servers // cluster.hosts)  # servers are on as many hosts as there are
     inside = (cluster.per_host - 1) * part / cluster.inner.bandwidth
     received = of_host * (ranks - cluster.per_host) * part / cluster.outer.bandwidth
-    given = cluster.per_host * size / cluster.outer.bandwidth if cluster.hosts > 1 else 0.0
+    given = link.beta("alltoall") * link.sent("alltoall", size)
     return link.alpha("alltoall") + max(inside, received, given)
 
 

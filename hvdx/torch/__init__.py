@@ -14,6 +14,7 @@ from hvdx.checkpoints.saver import Checkpoints
 from hvdx.consistency import check_consistency
 from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError, StallError
 from hvdx.pipeline.dispatch import plan
+from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import parameter_hash
 from hvdx.reporting import TrainingReport
 from hvdx.watchdog import patience
@@ -71,6 +72,7 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "PlanError",
+    "Rebalance",
     "StallError",
     "SyncBatchNorm",
     "TrainingReport",

@@ -1,6 +1,6 @@
 """Run training scripts, one after the other, on this rank; report on each (test_migration.py).
 
-    hvdx run -np 2 -- python run_scripts.py folder script.py [script.py ...] -- [arguments]
+    hvdx run -np 2 -- python run_scripts.py folder -- script.py [arguments] [-- script.py ...]
 
 Ranks draw different weights, so that they end alike only if the script broadcasts and averages.
 Rank 0 prints a line of JSON per script: its losses, and the ranks' parameter hashes.
@@ -18,10 +18,8 @@ import hvdx
 
 
 def main() -> None:
-    cut = sys.argv.index("--")
-    folder, *scripts = sys.argv[1:cut]
-    arguments = sys.argv[cut + 1 :]
-    for script in scripts:
+    (folder,), *runs = parts(sys.argv[1:])
+    for script, *arguments in runs:
         name = Path(script).stem
         seed(name, int(os.environ["HOROVOD_RANK"]))
         Path(folder, name).mkdir(exist_ok=True)
@@ -32,6 +30,17 @@ def main() -> None:
         told = {"script": name, "losses": done["losses"], "hashes": hashes}
         if hvdx.rank() == 0:
             print(f"report {json.dumps(told)}", flush=True)
+
+
+def parts(words: list[str]) -> list[list[str]]:
+    """Cut ``words`` at each ``--``."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "--":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
 
 
 def seed(name: str, rank: int) -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("horovod")
 torch = pytest.importorskip("torch")
 
 SAVED, KILLED = 10, 15
-STEPS = int(os.environ.get("RESUMED_STEPS", "50"))  # after the checkpoint
+STEPS = int(os.environ.get("RESUMED_STEPS", "15"))  # after the checkpoint
 METHODS = ["onebit", "powersgd"]
 
 #: What the jobs share. Each trains one model with each method.

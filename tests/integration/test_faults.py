@@ -32,7 +32,7 @@ pytest.importorskip("horovod")
 ALL = os.environ.get("HVDX_FAULTS") == "all"
 TIMEOUT = 4  # HVDX_TIMEOUT of these jobs
 SECONDS = 10  # that a job may take to end, and after the timeout where that must pass first
-SLACK = 20  # more, on a busy machine
+SLACK = 60  # more, on a busy machine
 LIMIT = 240  # of a job that does not end: the test then fails
 SCRIPT = Path(__file__).with_name("faulty.py")
 BOTH = ("torch", "keras")
@@ -53,6 +53,7 @@ class Fault(NamedTuple):
     gloo: int = 10  # HOROVOD_GLOO_TIMEOUT_SECONDS
     frameworks: tuple[str, ...] = BOTH
     lean: tuple[str, ...] = ()  # frameworks for which it is always run
+    theirs: str = "__autograph_generated_file"  # begins names of files that TensorFlow leaves
 
 
 KILLED = "rank 1 on localhost was killed by signal 9 (SIGKILL)"
@@ -187,7 +188,8 @@ FAULTS = {
         ("rank0 fine", "rank1 fine"), status=0, rank=None, steps=40, lean=(TORCH,)),
     "the disk is full, Keras checkpoint": Fault(
         "options", "options.update(width=20_000, checkpoints=str(FOLDER / 'small'))",
-        ("OSError", "No space left on device"), rank=None, frameworks=(KERAS,)),
+        ("OSError", "No space left on device"), rank=None, frameworks=(KERAS,),
+        theirs="tmp"),  # Keras' archive
     "the disk is full, pipeline checkpoint": Fault(
         "options", "options.update(width=20_000, checkpoints=str(FOLDER / 'small'))",
         ("OSError: the pipeline cannot be saved",), rank=None, frameworks=(TORCH,), **PIPE),
@@ -281,7 +283,7 @@ def run_job(folder: Path, framework: str, fault: Fault) -> Ended:
     if fault.point == "options":  # in effect from the first step, or at the end
         since = min([float(note.read_text().split()[0]) for note in notes], default=since)
     files = [str(path) for part in ("tmp", "cwd") for path in (folder / part).glob("*")]
-    files = [path for path in files if "__autograph_generated_file" not in path]  # TensorFlow's
+    files = [path for path in files if not Path(path).name.startswith(fault.theirs)]
     return Ended(status, said, ended - since, [" ".join(p.cmdline()) for p in left], files)
 
 
@@ -342,10 +344,18 @@ def jobs(tmp_path_factory, request):
 
 
 def table(done: dict[tuple[str, str], Ended]) -> str:
-    """Write what was measured, as Markdown."""
-    lines = ["| fault | framework | ended after (s) | status |", "| --- | --- | --- | --- |"]
-    for (name, framework), ended in done.items():
-        lines.append(f"| {name} | {framework} | {ended.seconds:.1f} | {ended.status} |")
+    """Write what was measured, as Markdown: one line per fault."""
+    lines = [
+        "| fault | PyTorch (s) | Keras (s) | said, among other things |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, fault in FAULTS.items():
+        measured = [done.get((name, framework)) for framework in BOTH]
+        if any(measured):
+            seconds = " | ".join(f"{each.seconds:.1f}" if each else "" for each in measured)
+            said = "; ".join(text.split("|")[0] for text in fault.told)
+            ends = f"`{said}`" if fault.status else "it goes on"
+            lines.append(f"| {name} | {seconds} | {ends if said else ''} |")
     return "\n".join(lines) + "\n"
 
 

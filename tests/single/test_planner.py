@@ -1,18 +1,22 @@
 """The planner: its clock, what a step costs, what ranks keep, and what it chooses."""
 
 import itertools
+import statistics
 
 import pytest
 
 from hvdx.errors import PlanError
 from hvdx.link import Line
 from hvdx.pipeline.ir import Graph, Unit
-from hvdx.pipeline.plan import SCHEDULES, Link, schedule_of, stage_times
+from hvdx.pipeline.partition import size_of
+from hvdx.pipeline.plan import SCHEDULES, Link, Means, schedule_of, stage_times
 from hvdx.pipeline.simulator import simulate
 from hvdx.planner.clock import Need, Task, clock
-from hvdx.planner.costs import Candidate, predict
+from hvdx.planner.costs import Candidate, predict, tasks_of
 from hvdx.planner.facts import Codec, Job, Network, Profile, Trim
-from hvdx.planner.search import Wanted, candidates, counts, meshes, ranked
+from hvdx.planner.search import Wanted, candidates, counts, meshes, ranked, to_measure
+from hvdx.planner.table import advice, table
+from hvdx.planner.trim import Trial, trimmed
 
 MB = 1 << 20
 
@@ -140,12 +144,12 @@ def test_costs_between_measured_numbers_of_rows_follow_a_line():
 def test_memory_is_what_is_kept_and_what_training_needs():
     given, weights, kept = profile(), 4 * MB, 4 * 10_000 * 4  # of half the units; 4 rows
     found = predict(Candidate(((0,), (1,)), 8), given, Job(2)).plan.memory
-    # Weights, two slots of Adam, gradients, what a micro-batch has just added, 2 and 1 kept.
-    assert found[0] == pytest.approx(4 * weights + max(2 * kept, kept + weights))
-    assert found[1] == pytest.approx(4 * weights + weights)
+    # Weights, two slots of Adam, gradients, those of a micro-batch and the first new sum; kept.
+    assert found[0] == pytest.approx(4 * weights + max(2 * kept, kept + weights + MB))
+    assert found[1] == pytest.approx(4 * weights + weights + MB)
     # The first backward has no sums to add to yet.
     gpipe = predict(Candidate(((0,), (1,)), 8, "gpipe"), given, Job(2)).plan.memory
-    assert gpipe[0] == pytest.approx(4 * weights + max(7 * kept, 6 * kept + weights))
+    assert gpipe[0] == pytest.approx(4 * weights + max(7 * kept, 6 * kept + weights + MB))
     again = predict(Candidate(((0,), (1,)), 8, "gpipe", "always"), given, Job(2)).plan.memory
     assert again[0] < gpipe[0]
 
@@ -213,14 +217,8 @@ def test_every_candidate_can_be_scheduled():
         mesh = found.plan.mesh
         made = schedule_of(each.schedule, len(each.mesh), each.micro_batches, mesh=mesh)
         assert made.ranks == 3 and len(found.plan.memory) == 3
-        assert sum(stage_times(given.at(each.micro_batches), _means(found), made,
+        assert sum(stage_times(given.at(each.micro_batches), Means(3, mesh=found.plan.mesh), made,
                                found.plan.edges(given.lines[0][1])).forward) > 0  # fmt: skip
-
-
-def _means(found):
-    from hvdx.pipeline.plan import Means
-
-    return Means(3, mesh=found.plan.mesh)
 
 
 def test_small_models_are_replicated_and_large_ones_cut():
@@ -229,3 +227,87 @@ def test_small_models_are_replicated_and_large_ones_cut():
     large = ranked(candidates(2, 32), profile(parameters=16 * MB), Job(2, network))
     assert small[0].candidate.shape == "2x1"
     assert large[0].candidate.shape == "1x2"
+
+
+def test_five_numbers_of_micro_batches_are_measured_at_most():
+    told = to_measure(candidates(4, 64), 64)
+    assert told == [16, 8, 4, 2]
+    assert len(to_measure(candidates(8, 4096), 4096)) == 5
+
+
+# --- what steps teach
+
+
+TRUTH = Trim(1.2, 0.9, action=2e-4, loss=1e-4, back_loss=3e-4, sums=1.5, step=1e-3)
+
+
+def ran(candidate, given, job):
+    """A trial of a candidate whose steps take exactly what ``TRUTH`` makes of them."""
+    prediction = predict(candidate, given, job)
+    rows = tasks_of(prediction, given, job._replace(trim=TRUTH))
+    taken = clock(rows, job.lanes, job.hosts)
+    actions = {}
+    for row, spans in zip(rows, taken, strict=True):
+        for task, span in zip(row, spans, strict=True):
+            if task.action is not None:
+                actions.setdefault(task.action[:2], []).append(span.end - span.start)
+    medians = {key: statistics.median(each) for key, each in actions.items()}
+    return Trial(prediction, max(each[-1].end for each in taken), medians)
+
+
+@pytest.mark.parametrize("lanes", [2, float("inf")])
+def test_trials_of_three_plans_mend_the_predictions_of_all(lanes):
+    given, job = profile(), Job(4, Network(Link(1e-4, 1e8)), lanes=lanes)
+    row = tuple((rank,) for rank in range(4))
+    teachers = [Candidate(row, 8), Candidate(row, 16), Candidate(((0, 1, 2, 3),), 4)]
+    trim = trimmed([ran(each, given, job) for each in teachers], given, job)
+    errors = {"plain": [], "trimmed": []}
+    for each in candidates(4, 32, Wanted(schedules=("gpipe", "1f1b", "interleaved"))):
+        true = predict(each, given, job._replace(trim=TRUTH)).step
+        for name, own in (("plain", Trim()), ("trimmed", trim)):
+            found = predict(each, given, job._replace(trim=own)).step
+            errors[name].append(abs(found / true - 1))
+    assert max(errors["trimmed"]) < 0.05 < statistics.median(errors["plain"])
+
+
+# --- in words
+
+
+def test_the_table_marks_what_is_taken_and_says_why():
+    given = profile(parameters=100)
+    found = ranked(candidates(4, 32), given, Job(4, Network(Link(2e-4, 1e8))))
+    best, other = found[0].candidate, found[-1].candidate
+    told = table(found, best, {best: 0.5, other: 0.7}).splitlines()
+    assert told[0].split()[:3] == ["replicas", "micro-batches", "schedule"]
+    assert [line.split()[1] for line in told if line.startswith("*")] == ["4x1"]
+    assert sum("500.00" in line or "700.00" in line for line in told) == 2
+    assert len({line.strip("* ").split()[0] for line in told[1:]}) == 5  # all meshes are shown
+    line = advice(found, best, 800.0, {best: 0.5})
+    assert line.startswith("data parallel (4x1) 500.00 ms; stages (1x4) ")
+    assert "; hybrid (" in line and "take data parallel, where adding up 800 B of" in line
+
+
+def test_where_data_parallel_does_not_fit_the_advice_says_so():
+    given, wanted = profile(parameters=4 * MB), Wanted(8, ("1f1b",))
+    room = (6 * 4 * 4 * MB,) * 2
+    found = ranked(candidates(2, 32, wanted), given, Job(2, memory=room))
+    line = advice(found, found[0].candidate, 32.0 * MB)
+    assert line.startswith("data parallel does not fit; stages (1x2) ")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2G", 2 << 30), ("500M", 500 << 20), ("0.5", 1 << 29), ("10 KiB", 10240)]
+)
+def test_sizes_are_read(text, size):
+    assert size_of(text) == size
+
+
+def test_links_are_read():
+    assert Link.parse("100mbit,200us") == Link(200e-6, 12.5e6)
+    assert Link.parse("3 GB, 0.5ms") == Link(0.5e-3, 3e9)
+    for wrong in ("100mbit", "0gbit,1us", "fast"):
+        with pytest.raises(PlanError, match="give bandwidth and latency, such as 100mbit,200us"):
+            Link.parse(wrong)
+    for wrong in ("0", "much", "-1G"):
+        with pytest.raises(PlanError, match="give a size such as 500M or 2G"):
+            size_of(wrong)

@@ -11,8 +11,8 @@ from hvdx.compression.base import Spec
 from hvdx.compression.plans import Form
 from hvdx.compression.state import leaves
 from hvdx.link import messages
-from hvdx.ops import NumpyOps
-from hvdx.scaling.outline import asked, kept
+from hvdx.ops import NumpyOps, Ops
+from hvdx.scaling.outline import OutlineOps, asked, kept
 from hvdx.scaling.ways import METHODS, read_way
 
 METHODS = [name for name in METHODS if name not in ("local_sgd", "diloco")]
@@ -59,3 +59,8 @@ def test_a_thousand_ranks():
     assert first.payload == 1024 * second.payload == 4096 * 1024 * 257 // 256
     (only,) = asked(read_way("topk=0.01").compressor, form, 1024)
     assert only.kind == "allreduce float32" and only.payload == form.bytes
+
+
+def test_every_verb_is_there():
+    verbs = {name for name in vars(Ops) if not name.startswith("_")}
+    assert {name for name in verbs if not callable(getattr(OutlineOps, name, None))} == set()

@@ -1,0 +1,306 @@
+"""How well the planner predicts: steps and memory of many plans, and the plan that it takes.
+
+    python benchmarks/planner.py --json planner.json
+    python benchmarks/planner.py --ranks 2 --model wide
+
+On 2 and on 4 ranks, for a model of many parameters and for a deep one of few, ``place="auto"``
+measures, predicts and chooses. Then a dozen of the plans that it has predicted, the quickest ones
+and some of each mesh, are run for real, in turns, each step begun by all ranks together. Plans
+whose steps have trimmed the predictions are not graded. Memory is what tensors hold at the
+worst moment of a step, counted as they are made and set free, with parameters and the
+optimizer's state.
+
+    % of error      |predicted / measured - 1| of a step: 5 % in the median, 15 % at most
+    chosen          its step over that of the quickest measured: 1.05 at most
+    memory          |predicted / counted - 1| on the fullest rank: 10 % at most
+
+Bars are for a machine on which nothing else runs; four ranks on fewer cores are predicted to share
+them, and graded alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import statistics
+import sys
+import time
+import weakref
+from typing import Any
+
+import harness
+
+MODELS = "wide", "deep"
+PLANS = 12  # to run, of each model and number of ranks
+BATCH = 64
+Rows = list[harness.Row]
+
+
+def wide() -> Any:
+    """Return a model that is heavy in parameters: 34 MB."""
+    from torch import nn
+
+    widths = [512, 2048, 2048, 1024, 1024, 512]
+    return nn.Sequential(*(nn.Sequential(nn.Linear(*pair), nn.ReLU())
+                           for pair in itertools.pairwise(widths)))  # fmt: skip
+
+
+def deep() -> Any:
+    """Return blocks as of a GPT of 2 MB, over 64 positions of 128 numbers."""
+    from torch import nn
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed, self.out = nn.Linear(128, 384), nn.Linear(128, 128)
+
+        def forward(self, x: Any) -> Any:
+            q, k, v = (each.unflatten(-1, (4, 32)).transpose(1, 2)
+                       for each in self.mixed(x).chunk(3, -1))  # fmt: skip
+            found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(found.transpose(1, 2).flatten(2))
+
+    class Beside(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(128), inner
+
+        def forward(self, x: Any) -> Any:
+            return x + self.inner(self.norm(x))
+
+    def block() -> list[Any]:
+        dense = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
+        return [Beside(Attention()), Beside(dense)]
+
+    return nn.Sequential(*(part for _ in range(4) for part in block()))
+
+
+SHAPES = {"wide": (512,), "deep": (64, 128)}
+
+
+def build(name: str) -> Any:
+    """Return the model; the same on every rank."""
+    import torch
+
+    torch.manual_seed(0)
+    return {"wide": wide, "deep": deep}[name]()
+
+
+def adam(params: Any) -> Any:
+    """Return the optimizer of all plans."""
+    import torch
+
+    return torch.optim.Adam(params, 1e-4)
+
+
+def slowest(step: Any) -> float:
+    """Return milliseconds of a step that all ranks begin together, on the slowest of them."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    start = time.perf_counter()
+    step()
+    taken = torch.tensor((time.perf_counter() - start) * 1e3)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return float(taken)
+
+
+def to_run(compared: list[Any], chosen: Any) -> list[Any]:
+    """Return the chosen plan, the quickest, and of each mesh some; none that has taught."""
+    found = [each for each in compared
+             if not each.taught or each.prediction.candidate == chosen]  # fmt: skip
+    by_mesh: dict[Any, list[Any]] = {}
+    for each in found:
+        by_mesh.setdefault(each.prediction.candidate.mesh, []).append(each)
+    spread = [of[len(of) * part // 3] for part in range(3) for of in by_mesh.values()]
+    own = [each for each in found if each.prediction.candidate == chosen]
+    return list(dict.fromkeys(map(found.index, [*own, *found[:3], *spread]))), found  # type: ignore
+
+
+def live_bytes() -> Any:
+    """Return a mode in which all memory of tensors is counted as it comes and goes."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Live(TorchDispatchMode):
+        """Counts storages that are met for the first time; those ``known`` do not count."""
+
+        def __init__(self, known: list[Any]) -> None:
+            super().__init__()
+            self.now = self.peak = 0
+            self._met = {each.untyped_storage()._cdata for each in known}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            made = func(*args, **(kwargs or {}))
+            for each in tree_leaves((args, kwargs, made)):
+                if isinstance(each, torch.Tensor):
+                    self._note(each.untyped_storage())
+            return made
+
+        def _note(self, storage: Any) -> None:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._met:
+                self._met.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key, size).atexit = False
+
+        def _gone(self, key: int, size: int) -> None:
+            self._met.discard(key)
+            self.now -= size
+
+    return Live
+
+
+def counted(pipe: Any, x: Any, y: Any) -> float:
+    """Return the bytes that this rank's stages hold in a step, at most."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    own = {id(p): p for params in pipe._params.values() for p in params.values()}
+    states = [tree_leaves(dict(each.state)) for each in pipe.optimizers.values()]
+    states = [each for leaves in states for each in leaves if isinstance(each, torch.Tensor)]
+    known = [*own.values(), *states]
+    model = pipe._graph.model
+    others = [*model.parameters(), *model.buffers(), x, y]
+    with live_bytes()([*known, *others]) as live:
+        pipe.step(x, y)
+    return live.peak + sum(each.numel() * each.element_size() for each in known)
+
+
+def grade(name: str, runs: int) -> Rows:
+    """Predict, choose, measure and compare; all ranks call it."""
+    import torch
+
+    import hvdx as hvd
+
+    draw = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(BATCH, *SHAPES[name], generator=draw) for _ in range(2))
+    loss = torch.nn.functional.mse_loss
+    make = functools.partial(hvd.Pipeline, build(name), x, loss, adam, seed=0)
+    begun = time.perf_counter()
+    auto = make(place="auto", target=y)
+    planned = time.perf_counter() - begun
+    chosen = next(each.prediction.candidate for each in auto.compared
+                  if each.prediction.plan == auto.plan)  # fmt: skip
+    auto.close()
+    places, found = to_run(auto.compared, chosen)
+    run = [found[place] for place in places[: PLANS + 1]]
+    steps, predicted, memory = {}, {}, {}
+    for each in run:
+        candidate = each.prediction.candidate
+        told = f"{candidate.shape}, {candidate.micro_batches} x {candidate.schedule}"
+        pipe = make(stages=each.prediction.plan)
+        pipe._times = each.prediction.times
+        for _ in range(2):
+            pipe.step(x, y)
+        held = hvd.allgather_object(counted(pipe, x, y))
+        memory[told] = max(held), max(each.prediction.plan.memory)
+        steps[told], predicted[told] = functools.partial(pipe.step, x, y), each.prediction.step
+    variants = {told: functools.partial(slowest, step) for told, step in steps.items()}
+    harness.interleave(variants, 1)
+    samples = harness.interleave(variants, runs)
+    taught = [each.prediction.candidate == chosen and each.taught for each in run]
+    return table(f"{name}, {hvd.size()} ranks", samples, predicted, memory, taught, planned)
+
+
+def table(
+    case: str,
+    samples: dict[str, list[float]],
+    predicted: dict[str, float],
+    memory: dict[str, tuple[float, float]],
+    taught: list[bool],
+    planned: float,
+) -> Rows:
+    """Return a row for each plan, for its memory, and for each bar; the chosen plan is first."""
+    rows, errors = [], []
+    for (told, taken), known in zip(samples.items(), taught, strict=True):
+        value, expected = statistics.median(taken), predicted[told] * 1e3
+        errors += [] if known else [abs(expected / value - 1) * 100]
+        rows.append(harness.Row(case, f"{told}, step ms", value, "predicted", expected,
+                                expected / value, len(taken), harness.spread(taken)))  # fmt: skip
+    excess = []
+    for told, (held, expected) in memory.items():
+        excess.append(abs(expected / held - 1) * 100)
+        rows.append(harness.Row(case, f"{told}, MB", held / 1e6, "predicted", expected / 1e6,
+                                expected / held, 1, 0.0))  # fmt: skip
+    first = next(iter(samples))
+    best = min(samples, key=lambda told: statistics.median(samples[told]))
+    over = [c / b for c, b in zip(samples[first], samples[best], strict=True)]
+    bars = {
+        "% of error of a step, median": (statistics.median(errors), 5.0),
+        "% of error of a step, largest": (max(errors), 15.0),
+        f"chosen ({first}) over the quickest ({best})": (statistics.median(over), 1.05),
+        "% of error of memory, largest": (max(excess), 10.0),
+    }
+    rows += [
+        harness.Row(case, what, value, "bar", bar, harness.within(bar, value), 1, 0.0)
+        for what, (value, bar) in bars.items()
+    ]
+    return [*rows, harness.Row(case, "s of planning", planned, "", planned, 1.0, 1, 0.0)]
+
+
+def work(file: str, name: str, runs: int) -> None:
+    """Grade on one rank; rank 0 leaves the rows."""
+    import tempfile
+
+    import torch
+    import torch.distributed
+
+    import hvdx as hvd
+
+    torch.set_num_threads(1)
+    hvd.init(framework="torch")
+    rendezvous = hvd.broadcast_object(tempfile.mktemp())
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("HOROVOD_GLOO_IFACE", "lo"))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=hvd.rank(), world_size=hvd.size()
+    )
+    rows = grade(name, runs)
+    if hvd.rank() == 0:
+        harness.leave(rows, file)
+        os.unlink(rendezvous)
+    hvd.barrier()
+    torch.distributed.destroy_process_group()
+    hvd.shutdown()
+
+
+def verdict(rows: Rows) -> None:
+    """Say which bars are met."""
+    judged = [row for row in rows if row.baseline == "bar"]
+    for row in judged:
+        word = "met   " if row.ratio >= 1 else "MISSED"
+        print(f"{word}  {row.case}: {row.metric}: {row.value:.4g} (bar {row.baseline_value:.4g})")
+    print(f"{sum(row.ratio >= 1 for row in judged)} of {len(judged)} bars met")
+
+
+def main() -> int:
+    """Print the table."""
+    parser = harness.options(__doc__)
+    parser.add_argument("--ranks", type=int, action="append", help="only so many; repeat it")
+    parser.add_argument("--model", action="append", choices=MODELS, help="only this; repeat it")
+    parser.add_argument("--runs", type=int, help="turns of each plan")
+    told = parser.parse_args()
+    runs = told.runs or (2 if told.short else 15)
+    if told.worker:
+        work(told.worker, told.model[0], runs)
+        return 0
+    # Before any framework counts the cores: each rank computes with one thread.
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    rows: Rows = []
+    numbers = told.ranks or ([2] if told.short else [2, 4])
+    for ranks, model in itertools.product(numbers, told.model or MODELS[: 1 + (not told.short)]):
+        start, before = time.monotonic(), os.getloadavg()[0]
+        rows += harness.launch(__file__, ranks, ["--model", model, "--runs", str(runs)])
+        print(f"{model}, {ranks} ranks: {time.monotonic() - start:.0f} s; load {before:.1f} before",
+              flush=True)  # fmt: skip
+        harness.report(rows, told.json)
+    verdict(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
