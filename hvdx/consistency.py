@@ -96,7 +96,7 @@ def _parameters(model: Any) -> Any:
     if library == "keras" and hasattr(model, "trainable_variables"):
         return list(model.trainable_variables)
     if library == "torch" and hasattr(model, "named_parameters"):
-        return dict(model.named_parameters())
+        return list(model.named_parameters())
     return model
 
 
