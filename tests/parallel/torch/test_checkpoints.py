@@ -108,6 +108,7 @@ def test_a_disk_that_is_full_on_one_rank_is_told_on_all(shared):
     model, last = nn.Linear(300, 300), hvd.size() - 1
     checkpoints = hvd.Checkpoints(shared / "saved")
     checkpoints.save(1, model=model)
+    checkpoints.wait()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if hvd.rank() == last:  # the others' writing succeeds
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
