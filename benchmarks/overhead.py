@@ -1,4 +1,4 @@
-"""What hvdx adds to a call of Horovod, and what importing it costs.
+"""What hvdx adds to a call of Horovod, what importing it costs, and what recording metrics does.
 
     python benchmarks/overhead.py --json overhead.json
 
@@ -108,6 +108,36 @@ def watch(short: bool) -> list[harness.Row]:
     return rows
 
 
+def recording(short: bool) -> list[harness.Row]:
+    """Time what metrics cost: per step, and per collective that is counted.
+
+    The bar is 1 % of a step of 5 ms with ten collectives; a meeting every ten seconds adds less.
+    """
+    import torch
+
+    import hvdx as hvd
+    from hvdx import world
+
+    metrics, loss = hvd.Metrics(every=10**9, quiet=True), torch.ones((), requires_grad=True)
+    core, tensor = world.core(), torch.ones(1000)
+
+    def step(calls: int = 1000) -> float:
+        start = time.thread_time()
+        for _ in range(calls):
+            metrics.step(32, loss=loss)
+            for _ in range(10):
+                core.count("allreduce", tensor, 4)
+        return (time.thread_time() - start) / calls * 1e6
+
+    runs = 10 if short else 100
+    samples = [step() for _ in range(runs)]
+    value = statistics.median(samples)
+    return [
+        harness.Row("metrics with a loss, 10 collectives", "us per step (bar: 50)", value, "bar",
+                    50.0, harness.within(50.0, value), runs, harness.spread(samples))
+    ]  # fmt: skip
+
+
 def imports(short: bool) -> list[harness.Row]:
     """Time ``import hvdx`` in fresh interpreters."""
     probe = (
@@ -160,7 +190,7 @@ def consistency(short: bool) -> list[harness.Row]:
 def main() -> None:
     """Print the table."""
     told = harness.options(__doc__).parse_args()
-    rows = [*imports(told.short), *calls(told.short), *watch(told.short)]
+    rows = [*imports(told.short), *calls(told.short), *watch(told.short), *recording(told.short)]
     harness.report([*rows, *consistency(told.short)], told.json)
 
 

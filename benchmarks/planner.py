@@ -47,7 +47,7 @@ def wide() -> Any:
 
 
 def deep() -> Any:
-    """Return blocks as of a GPT of 2 MB, over 64 positions of 128 numbers."""
+    """Return blocks as of a GPT of 2 MB, over 32 positions of 128 numbers."""
     from torch import nn
 
     class Attention(nn.Module):
@@ -76,7 +76,7 @@ def deep() -> Any:
     return nn.Sequential(*(part for _ in range(4) for part in block()))
 
 
-SHAPES = {"wide": (512,), "deep": (64, 128)}
+SHAPES = {"wide": (512,), "deep": (32, 128)}
 
 
 def build(name: str) -> Any:
@@ -108,15 +108,19 @@ def slowest(step: Any) -> float:
 
 
 def to_run(compared: list[Any], chosen: Any) -> list[Any]:
-    """Return the chosen plan, the quickest, and of each mesh some; none that has taught."""
-    found = [each for each in compared
-             if not each.taught or each.prediction.candidate == chosen]  # fmt: skip
+    """Return the chosen plan, the quickest, and a spread of each mesh; no others that taught."""
+    own = [each for each in compared if each.prediction.candidate == chosen]
+    found = [each for each in compared if not each.taught and each not in own]
     by_mesh: dict[Any, list[Any]] = {}
     for each in found:
         by_mesh.setdefault(each.prediction.candidate.mesh, []).append(each)
-    spread = [of[len(of) * part // 3] for part in range(3) for of in by_mesh.values()]
-    own = [each for each in found if each.prediction.candidate == chosen]
-    return list(dict.fromkeys(map(found.index, [*own, *found[:3], *spread]))), found  # type: ignore
+    run = [*own, *found[:3]]
+    for part in range(PLANS):
+        for several in by_mesh.values():
+            each = several[len(several) * part // PLANS]
+            if each not in run and len(run) < PLANS + len(own):
+                run.append(each)
+    return run
 
 
 def live_bytes() -> Any:
@@ -187,8 +191,7 @@ def grade(name: str, runs: int) -> Rows:
     chosen = next(each.prediction.candidate for each in auto.compared
                   if each.prediction.plan == auto.plan)  # fmt: skip
     auto.close()
-    places, found = to_run(auto.compared, chosen)
-    run = [found[place] for place in places[: PLANS + 1]]
+    run = to_run(list(auto.compared), chosen)
     steps, predicted, memory = {}, {}, {}
     for each in run:
         candidate = each.prediction.candidate
@@ -284,7 +287,7 @@ def main() -> int:
     parser.add_argument("--model", action="append", choices=MODELS, help="only this; repeat it")
     parser.add_argument("--runs", type=int, help="turns of each plan")
     told = parser.parse_args()
-    runs = told.runs or (2 if told.short else 15)
+    runs = told.runs or (2 if told.short else 9)
     if told.worker:
         work(told.worker, told.model[0], runs)
         return 0

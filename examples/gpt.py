@@ -3,8 +3,10 @@
     hvdx run -np 2 -- python examples/gpt.py --generate               # writes like Python's manual
     hvdx run -np 2 -- python examples/gpt.py --compression powersgd   # for slow networks
     hvdx run -np 2 -- python examples/gpt.py --stages 2               # half of the model on each
+    hvdx run -np 4 -- python examples/gpt.py --stages 2 --replicas 2  # both
     python examples/gpt.py --stages 2 --timeline run.html             # on each of two threads
     hvdx run -np 2 -- python examples/gpt.py --checkpoint saved       # kill it, and start it again
+    hvdx run -np 2 -- python examples/gpt.py --metrics run.jsonl      # for `hvdx report run.jsonl`
 
 Whichever way it is spread, the same batches teach it the same: compare the losses. 1.3 million
 parameters learn from the help texts that Python ships. examples/gpt_keras.py is the same in Keras.
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from compression_sweep import method
-from gpt_shared import SYMBOLS, Report, Text, devices, options, rate, share, written
+from gpt_shared import SYMBOLS, Text, options, place, rate, recorded, share, tokens, written
 from torch import nn
 from torch.nn import functional as F
 
@@ -117,7 +119,8 @@ def trainer(model: nn.Module, text: Text, told: argparse.Namespace) -> Any:
         loss=loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, told.lr),
         stages=told.stages,
-        place=devices(told, DEVICE),
+        place=place(told, DEVICE),
+        compression=method(told.compression) if told.replicas > 1 else None,
         schedule=told.schedule,
         micro_batches=told.micro_batches,
     )
@@ -131,23 +134,23 @@ def train(training: Any, text: Text, told: argparse.Namespace) -> None:
     saved = told.checkpoint and hvd.Checkpoints(told.checkpoint)
     if saved:
         training.steps = saved.restore(**parts) or 0
-    report = Report(told, None if told.stages else training.optimizer)
+    source = training if told.stages else training.optimizer
+    metrics = hvd.Metrics(told.metrics, source, start=training.steps, **recorded(told))
     unseen, expected = tensors(text.unseen())
     while training.steps < told.steps:
-        report.resume()
-        losses = []
         for _ in range(told.every):
             for optimizer in training.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = rate(training.steps, told)
-            losses.append(training.step(*tensors(text.batch(training.steps))))
-        report.pause()
-        mean = hvd.allreduce(torch.stack(losses).mean(), name="loss").item()
-        report.steps(training.steps, mean, loss(training(unseen), expected).item())
-        if saved:
-            saved.save(training.steps, **parts)
+            found = training.step(*tensors(text.batch(training.steps)))
+            metrics.step(tokens(told), loss=found)
+        with metrics.paused():
+            metrics.evaluated(val_loss=loss(training(unseen), expected))
+            if saved:
+                saved.save(training.steps, **parts)
     if saved:
         saved.wait()
+    metrics.close()
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     hvdx run -np 2 -- python examples/gpt_keras.py --generate
     hvdx run -np 2 -- python examples/gpt_keras.py --compression powersgd
     hvdx run -np 2 -- python examples/gpt_keras.py --stages 2
+    hvdx run -np 4 -- python examples/gpt_keras.py --stages 2 --replicas 2
     hvdx run -np 2 -- python examples/gpt_keras.py --checkpoint saved  # kill it, start it again
 
 On TensorFlow; examples/gpt.py is the same in PyTorch, and says more.
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import keras
 import tensorflow as tf
 from compression_sweep import method
-from gpt_shared import SYMBOLS, Report, Text, devices, options, rate, share, written
+from gpt_shared import SYMBOLS, Text, options, place, rate, recorded, share, tokens, written
 from keras import layers
 
 import hvdx as hvd
@@ -93,27 +94,6 @@ class Batches(keras.utils.PyDataset):
         return x[self._rows], y[self._rows]
 
 
-class Lines(keras.callbacks.Callback):
-    """Prints a line per epoch, and times training alone."""
-
-    def __init__(self, report: Report) -> None:
-        super().__init__()
-        self._report = report
-
-    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Start the clock."""
-        self._report.resume()
-
-    def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Stop the clock."""
-        self._report.pause()
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Print."""
-        found, done = logs or {}, int(self.model.optimizer.iterations)
-        self._report.steps(done, float(found["loss"]), float(found["val_loss"]))
-
-
 class Save(keras.callbacks.Callback):
     """Saves a pipeline after each epoch, on all ranks."""
 
@@ -136,11 +116,7 @@ def data_parallel(model: Any, text: Text, told: argparse.Namespace) -> Any:
         sparse_as_dense=True,  # the head gives each row of the shared weight a gradient
     )
     model.compile(optimizer, loss=loss())
-    callbacks = [
-        hvd.callbacks.BroadcastGlobalVariablesCallback(0),
-        hvd.callbacks.MetricAverageCallback(),
-        *shared_callbacks(Report(told, optimizer), told),
-    ]
+    callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
     if told.checkpoint:
         callbacks.append(hvd.callbacks.CheckpointCallback(told.checkpoint / "whole"))
     model.fit(
@@ -149,7 +125,7 @@ def data_parallel(model: Any, text: Text, told: argparse.Namespace) -> Any:
         shuffle=False,
         verbose=0,
         validation_data=text.unseen(),
-        callbacks=callbacks,
+        callbacks=[*callbacks, *shared_callbacks(told)],
     )
     return model.predict_on_batch
 
@@ -162,11 +138,12 @@ def in_stages(model: Any, text: Text, told: argparse.Namespace) -> Any:
         loss=loss(),
         optimizer=keras.optimizers.AdamW(told.lr),
         stages=told.stages,
-        place=devices(told),
+        place=place(told),
+        compression=method(told.compression) if told.replicas > 1 else None,
         schedule=told.schedule,
         micro_batches=told.micro_batches,
     )
-    callbacks = shared_callbacks(Report(told), told)
+    callbacks = shared_callbacks(told)
     if told.checkpoint:
         saved = told.checkpoint / "stages.safetensors"
         if saved.exists():
@@ -190,8 +167,8 @@ def loss() -> Any:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def shared_callbacks(report: Report, told: argparse.Namespace) -> list[Any]:
-    """Return those of both ways: learning rates and lines."""
+def shared_callbacks(told: argparse.Namespace) -> list[Any]:
+    """Return those of both ways: learning rates and metrics."""
     rates = hvd.callbacks.LearningRateScheduleCallback(
         told.lr,
         lambda epoch: rate(round(epoch * told.every), told) / told.lr,
@@ -199,7 +176,8 @@ def shared_callbacks(report: Report, told: argparse.Namespace) -> list[Any]:
         momentum_correction=False,
         steps_per_epoch=told.every,
     )
-    return [rates, Lines(report)]
+    metrics = hvd.callbacks.MetricsCallback(told.metrics, batch_size=tokens(told), **recorded(told))
+    return [rates, metrics]
 
 
 def main() -> None:

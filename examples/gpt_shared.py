@@ -1,14 +1,12 @@
-"""What the two GPT examples share: English text, options, progress, and how a model writes."""
+"""What the two GPT examples share: English text, options, and how a model writes."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -68,37 +66,14 @@ def rate(step: int, told: argparse.Namespace) -> float:
     return told.lr * (1 + math.cos(math.pi * (step - rising) / (told.steps - rising))) / 2
 
 
-class Report(hvd.TrainingReport):
-    """Lines of bits per byte and tokens per second: on rank 0, for people and for programs.
+def recorded(told: argparse.Namespace) -> dict[str, Any]:
+    """Return how metrics are recorded: a line when a few steps are done."""
+    return {"every": told.every, "unit": "tokens", "options": vars(told)}
 
-    Args:
-        told: the options.
-        optimizer: that averages gradients, if one does.
-    """
 
-    def __init__(self, told: argparse.Namespace, optimizer: Any = None) -> None:
-        super().__init__(optimizer or SimpleNamespace(communication_seconds=0.0))
-        self._told, self._averages = told, optimizer is not None
-
-    def steps(self, done: int, loss: float, unseen: float) -> None:
-        """Print the line after ``done`` steps; losses are in nats, as frameworks have them."""
-        self.batch(self._told.every * self._told.batch_size * self._told.length / hvd.size())
-        self.epoch(step=done, loss=loss / math.log(2), unseen=unseen / math.log(2))
-        self.pause()
-
-    def line(self, samples_per_second: float, share: float, metrics: dict[str, float]) -> None:
-        """Print a line; samples are tokens here."""
-        waited = f"  communication {share:.1%}" if self._averages else ""
-        print(
-            f"step {metrics['step']}/{self._told.steps}  {metrics['loss']:.3f} bits/byte"
-            f"  unseen {metrics['unseen']:.3f}  {samples_per_second:,.0f} tokens/s"
-            f" on {hvd.size()} ranks{waited}",
-            flush=True,
-        )
-        if self._told.log:
-            told = {**metrics, "tokens_per_second": samples_per_second, "communication": share}
-            with open(self._told.log, "a") as file:
-                file.write(json.dumps(told) + "\n")
+def tokens(told: argparse.Namespace) -> int:
+    """Return how many bytes this rank trains on in a step."""
+    return told.batch_size * told.length // (1 if told.stages else hvd.size())  # type: ignore[no-any-return]
 
 
 def written(logits: Callable[[np.ndarray], Any], told: argparse.Namespace) -> str:
@@ -137,17 +112,22 @@ def options(description: str | None) -> argparse.Namespace:
     add("--compression", default="none", metavar="METHOD", help="of gradients: a name in "
         "hvd.Compression, with options if you like: topk:density=0.05")  # fmt: skip
     add("--stages", type=int, metavar="N", help="cut the model, instead of the batch")
+    add("--replicas", type=int, default=1, metavar="N", help="ranks that share each stage's work")
     add("--schedule", default="1f1b", help="of the stages, as hvd.Pipeline takes it")
     add("--micro-batches", type=int, default=4, help="of the stages")
     add("--timeline", metavar="FILE", help="draw the last steps of the stages: .html, .png, .json")
     add("--checkpoint", type=Path, metavar="FOLDER", help="go on from there; write to it")
-    add("--log", metavar="FILE", help="JSON lines are added to it")
+    add("--metrics", type=Path, metavar="FILE", help="of JSON lines, for hvdx report")
     add("--generate", nargs="?", const="The ", metavar="PROMPT", help="let the model write")
     told = parser.parse_args()
     if told.steps % told.every:
         parser.error(f"--steps {told.steps} is no multiple of --every {told.every}")
-    if told.stages and told.compression != "none":
-        parser.error("--compression is for data parallel training: give no --stages")
+    if told.replicas > 1 and not told.stages:
+        parser.error(
+            "--replicas are of stages: give --stages, or neither for data parallel training"
+        )
+    if told.stages and told.replicas == 1 and told.compression != "none":
+        parser.error("--compression is of gradients that ranks average: give --replicas, too")
     if told.timeline and not told.stages:
         parser.error("--timeline shows stages: give --stages")
     return told
@@ -164,6 +144,18 @@ def share(told: argparse.Namespace) -> slice:
     return slice(hvd.rank(), None, hvd.size())
 
 
-def devices(told: argparse.Namespace, device: str = "cpu") -> list[str] | None:
-    """Return where the stages go: None, to the ranks of the job, or threads of a lone process."""
-    return None if hvd.size() > 1 else [device] * told.stages
+def place(told: argparse.Namespace, device: str = "cpu") -> list[Any] | None:
+    """Return where the stages go.
+
+    None: one to each rank of the job. With replicas, which ranks have each stage: those that follow
+    each other, since replicas have the most to say to each other. Threads of a lone process.
+
+    Raises:
+        ValueError: ranks would be left over.
+    """
+    size, replicas = hvd.size(), told.replicas
+    if size % replicas:
+        raise ValueError(f"--replicas {replicas}: they do not divide {size} ranks")
+    if replicas > 1:
+        return [list(range(first, first + replicas)) for first in range(0, size, replicas)]
+    return None if size > 1 else [device] * told.stages

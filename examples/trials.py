@@ -49,11 +49,15 @@ def groups(text: str) -> hvd.Groups:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def recorder(rate: float, optimizer: Any, told: argparse.Namespace) -> hvd.Metrics:
-    """Return what records a trial; its group calls this."""
-    path = told.metrics and told.metrics / f"rate_{rate:g}.jsonl"
-    every = {"every": 10, "quiet": True, "options": {"rate": rate}}
-    return hvd.Metrics(path, optimizer, process_set=told.groups.mine, **every)
+def recorded(rate: float, told: argparse.Namespace) -> dict[str, Any]:
+    """Return how the metrics of a trial are recorded: by its group, into a file of its own."""
+    return {
+        "path": told.metrics and told.metrics / f"rate_{rate:g}.jsonl",
+        "process_set": told.groups.mine,
+        "every": 10,
+        "options": {"rate": rate},
+        "quiet": True,
+    }
 
 
 def search(

@@ -12,24 +12,12 @@ import argparse
 
 from digits import load_shard
 from digits_keras import make_model  # sets the backend: before keras
-from trials import options, recorder, search
+from trials import options, recorded, search
 
 # isort: split
 import keras
 
 import hvdx as hvd
-
-
-class Record(keras.callbacks.Callback):
-    """Counts steps for what records the trial."""
-
-    def __init__(self, metrics: hvd.Metrics, batch_size: int) -> None:
-        super().__init__()
-        self._metrics, self._batch_size = metrics, batch_size
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Count one."""
-        self._metrics.step(self._batch_size, loss=(logs or {})["loss"])
 
 
 def train(rate: float, told: argparse.Namespace) -> tuple[float, float]:
@@ -43,15 +31,14 @@ def train(rate: float, told: argparse.Namespace) -> tuple[float, float]:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
     hvd.broadcast_parameters(model, group[0], process_set=told.groups.mine)
-    with recorder(rate, optimizer, told) as metrics:
-        model.fit(
-            images,
-            labels,
-            batch_size=told.batch_size,
-            epochs=told.epochs,
-            verbose=0,
-            callbacks=[Record(metrics, told.batch_size)],
-        )
+    model.fit(
+        images,
+        labels,
+        batch_size=told.batch_size,
+        epochs=told.epochs,
+        verbose=0,
+        callbacks=[hvd.callbacks.MetricsCallback(**recorded(rate, told))],
+    )
     found = model.evaluate(*test, batch_size=len(test[0]), verbose=0, return_dict=True)
     return found["loss"], found["accuracy"]
 

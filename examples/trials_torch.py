@@ -15,7 +15,7 @@ import torch
 from digits import load_shard
 from digits_torch import Net
 from torch import nn
-from trials import options, recorder, search
+from trials import options, recorded, search
 
 import hvdx as hvd
 
@@ -24,17 +24,18 @@ def train(rate: float, told: argparse.Namespace) -> tuple[float, float]:
     """Train with one learning rate on the ranks of this group; return test loss and accuracy."""
     group = told.groups.ranks
     train, test = load_shard(group.index(hvd.rank()), len(group), told.seed)
-    images, labels = (torch.from_numpy(part) for part in train)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs, hvdx's choice
+    images, labels = (torch.from_numpy(part).to(device) for part in train)
     images = images.permute(0, 3, 1, 2)
 
     torch.manual_seed(told.seed)  # all trials begin alike
-    model = Net()
+    model = Net().to(device)
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     optimizer = hvd.DistributedOptimizer(optimizer, model, process_set=told.groups.mine)
     hvd.broadcast_parameters(model, group[0], process_set=told.groups.mine)
 
     shuffle = torch.Generator().manual_seed(told.seed)
-    with recorder(rate, optimizer, told) as metrics:
+    with hvd.Metrics(source=optimizer, **recorded(rate, told)) as metrics:
         for _ in range(told.epochs):
             for batch in torch.randperm(len(images), generator=shuffle).split(told.batch_size):
                 optimizer.zero_grad()
@@ -44,7 +45,7 @@ def train(rate: float, told: argparse.Namespace) -> tuple[float, float]:
                 metrics.step(len(batch), loss=loss)
 
     model.eval()
-    test_images, test_labels = (torch.from_numpy(part) for part in test)
+    test_images, test_labels = (torch.from_numpy(part).to(device) for part in test)
     with torch.no_grad():
         logits = model(test_images.permute(0, 3, 1, 2))
     loss = nn.functional.cross_entropy(logits, test_labels)

@@ -31,6 +31,7 @@ class MetricsCallback(RankCallback):
         unit: what samples are.
         batch_size: of this rank's steps, for models with a ``train_step`` of their own, whose loss
             does not tell it.
+        process_set: the ranks that train together, if not all do.
         quiet: print nothing.
 
     Attributes:
@@ -52,6 +53,7 @@ class MetricsCallback(RankCallback):
         options: Mapping[str, Any] | None = None,
         unit: str = "samples",
         batch_size: int | None = None,
+        process_set: Any = None,
         quiet: bool = False,
     ) -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class MetricsCallback(RankCallback):
             "tensorboard": tensorboard,
             "options": options,
             "unit": unit,
+            "process_set": process_set,
             "quiet": quiet,
         }
 

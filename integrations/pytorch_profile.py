@@ -239,7 +239,7 @@ class _Meter:
 
     def _take(self, units: Sequence[Unit], reads: Sequence[str], makes: Sequence[str]) -> _Taken:
         weights = [p for unit in units for p in unit.params.values() if p.requires_grad]
-        sums = [torch.zeros_like(each) for each in weights]
+        sums = [torch.ones_like(each) for each in weights]  # zeros get their memory when written to
         forward, entered, made = self._forward(units, reads, makes)
         if not made or not (entered or weights):
             return _Taken(forward, 0.0, 0.0, 0.0)

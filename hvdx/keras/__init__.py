@@ -27,6 +27,7 @@ from hvdx.compression import Compression
 from hvdx.consistency import check_consistency
 from hvdx.errors import CheckpointError, MismatchError, StallError
 from hvdx.frameworks import kind_of
+from hvdx.groups import Groups
 from hvdx.integrations import keras3_files
 from hvdx.integrations.keras3 import (
     DistributedOptimizer,
@@ -36,6 +37,7 @@ from hvdx.integrations.keras3 import (
 from hvdx.integrations.keras_data import DistributedDataset
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.keras import callbacks
+from hvdx.metrics import Metrics
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -80,7 +82,9 @@ __all__ = [
     "Compression",
     "DistributedDataset",
     "DistributedOptimizer",
+    "Groups",
     "Max",
+    "Metrics",
     "Min",
     "MismatchError",
     "PartialDistributedOptimizer",

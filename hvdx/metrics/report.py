@@ -247,12 +247,11 @@ def figure(found: Sequence[Run]) -> Any:
         HvdxError: matplotlib is missing.
     """
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen
         from matplotlib.lines import Line2D
     except ImportError:
         raise HvdxError("pictures need matplotlib: pip install 'hvdx[metrics]'") from None
-    colours = [colormaps["tab10"](i % 10) for i in range(len(found))]
+    colours = [f"C{i % 10}" for i in range(len(found))]
     wanted = [panel for panel in panels(found) if _has(panel, found)]
     lines = -(-len(wanted) // 2)
     picture = Figure(figsize=(11, 2.6 * lines + 0.6), layout="constrained")

@@ -78,7 +78,8 @@ class MovingPipeline(BasePipeline):
 
     def __init__(self, *args: Any, rebalance: Any = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._rebalance, self._balancer = rebalance, None  # type: Any, Balancer | None
+        self._rebalance = rebalance
+        self._balancer: Balancer | None = None
         self._link = Link()
         self._measured_with: tuple[float, ...] = ()  # shares trained when units were measured
         # Of the last steps with these cuts: shares trained, seconds by rank of this process.

@@ -183,10 +183,10 @@ class Plan:
                     f"place={list(self.place)} has rank {rank}, but numbers ranks "
                     f"from 0 to at most {len(self.place) - 1}"
                 )
-        if not 1 <= self.micro_batches * len(self.place) <= _MOST_ACTIONS:
+        if self.micro_batches * len(self.place) > _MOST_ACTIONS:
             raise PlanError(
-                f"micro_batches={self.micro_batches} in {len(self.place)} stages: give "
-                f"at least 1, and at most {_MOST_ACTIONS} in all stages"
+                f"micro_batches={self.micro_batches}: give at most "
+                f"{_MOST_ACTIONS // len(self.place)} for {len(self.place)} stages"
             )
         if self.mesh:
             check_mesh(self.mesh)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hvdx import link, watchdog
 from hvdx.comm import sent_share
 from hvdx.compression import CompressionError, Compressor, Spec, as_compressor, none
+from hvdx.compression.auto import BUDGETS
 from hvdx.compression.methods import candidates as methods_named
 from hvdx.compression.plans import Form
 from hvdx.errors import MismatchError, PipelineError, PlanError
@@ -169,7 +170,8 @@ def _methods(told: Any) -> Mapping[str, Compressor]:
     if compressor is none:
         return {}
     if compressor.prepare is None:
-        return {compressor.name: compressor}
+        known = {methods_named([name])[name].name: name for name in BUDGETS["bold"]}
+        return {known.get(compressor.name, compressor.name): compressor}
     methods = getattr(compressor.prepare, "methods", None)
     if methods is None:
         raise CompressionError(
@@ -263,11 +265,12 @@ def _measured(
     names = pipe._everyones(socket.gethostname())
     hosts = tuple(names.index(name) for name in names)
     seen = pipe._everyones(_looked(pipe, asked.sample, numbers, hosts))
+    most = max(map(hosts.count, hosts))
     crowd = max([1.0, *(each.crowded / each.alone for each in seen if each.alone)])
+    crowd = min(crowd, float(most))  # more than taking turns is the work of others
+    lanes = most / crowd
     if crowd <= _CROWDED:
         crowd, lanes = 1.0, math.inf
-    else:
-        lanes = max(map(hosts.count, hosts)) / crowd
     free = [[faster(line, crowd) for line in each.lines] for each in seen]
     sizes = [-(-rows // count) for count in numbers]
     lines = tuple(zip(sizes, map(_median, zip(*free, strict=True)), strict=True))
@@ -388,6 +391,9 @@ def _sum_seconds(pipe: BasePipeline, row: Row, size: int) -> float:
 
 def _codec(pipe: BasePipeline, compressor: Compressor) -> Codec:
     """Watch a compressor on each form of gradient that the model has."""
+    if not pipe._across:  # it has nobody to send to, and little choice
+        nothing = (0.0,) * len(pipe._line.units)
+        return Codec(nothing, nothing, nothing, 1, nothing)
     units = [[Spec(name, shape, dtype, max(2, pipe._size))
               for name, (shape, dtype) in pipe._shapes(number).items()]
              for number in range(len(pipe._line.units))]  # fmt: skip
@@ -432,10 +438,10 @@ def _tried(
     taken: list[float] = []
     with contextlib.closing(twin):
         target = asked.target if asked.target is not None else twin(asked.sample)
-        steps = _WARM + _STEPS
-        while len(taken) < steps:
+        count = _WARM + _STEPS
+        while len(taken) < count:
             if max(pipe._everyones(max(taken[1:], default=0.0))) > _LONG:
-                steps = _WARM + _LEAST
+                count = _WARM + _LEAST
             start = time.perf_counter()
             try:
                 twin.step(asked.sample, target)
@@ -448,7 +454,7 @@ def _tried(
                     f"target=, a batch of what step() gets as y. {error}"
                 ) from error
             taken.append(time.perf_counter() - start)
-        spans = [row for _, _, rows in list(twin._measured)[_WARM - steps :] for row in rows]
+        spans = [row for _, _, rows in list(twin._measured)[_WARM - count :] for row in rows]
     own: dict[tuple[str, int], list[float]] = {}
     for action, start, end in (span for row in spans for span in row):
         own.setdefault((action.kind, action.stage), []).append(end - start)

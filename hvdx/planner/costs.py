@@ -350,8 +350,18 @@ class _Costs:
     def _worked(self, rank: int) -> float:
         """Return what gradients and micro-batches take while the schedule runs, at most."""
         graph, edges = self._graph, self._edges
-        entering = graph.live_bytes()
-        kept = [sum(unit.kept_bytes for unit in graph.units[slice(*edge)]) for edge in edges]
+        live = graph.live_bytes()
+        live[-1] = self._outputs()
+        # What leaves a stage is kept with what it was made of, and while backward comes in two
+        # parts so is its gradient; backward itself holds two gradients of a value at a time.
+        leaving = [live[stop] for _, stop in edges]
+        kept = [sum(unit.kept_bytes for unit in graph.units[slice(*edge)]) + out
+                for edge, out in zip(edges, leaving, strict=True)]  # fmt: skip
+        flow = [
+            2.0
+            * max((v for unit in graph.units[slice(*edge)] for v in unit.makes.values()), default=0)
+            for edge in edges
+        ]
         weights = [self._trained([stage]).values() for stage in range(len(edges))]
         fresh = [sum(sizes) for sizes in weights]
         # The second gradient is added to the first in new memory: autograd may use both elsewhere.
@@ -359,7 +369,7 @@ class _Costs:
         now = peak = gradients = 0.0
         summed: set[int] = set()
         for kind, stage, micro_batch in self._order.rows[rank]:
-            less = entering[edges[stage][0]] if micro_batch in self._again[stage] else kept[stage]
+            less = live[edges[stage][0]] if micro_batch in self._again[stage] else kept[stage]
             if kind == "F":
                 now += less
                 peak = max(peak, now + gradients)
@@ -369,15 +379,22 @@ class _Costs:
             if made and stage in summed:
                 made += beside.pop(stage, 0)
             most = max(now - less + kept[stage], now - less + made)
-            peak = max(peak, most + gradients)
+            peak = max(peak, most + gradients + flow[stage])
             if kind == "I":
-                now += kept[stage] - less
+                now += kept[stage] - less + leaving[stage]
                 continue
-            now -= kept[stage] if kind == "W" else less
+            now -= kept[stage] + leaving[stage] if kind == "W" else less
             if stage not in summed:
                 summed.add(stage)
                 gradients += fresh[stage]
         return peak
+
+    def _outputs(self) -> int:
+        """Return the bytes of what the model returns for a micro-batch."""
+        sizes = dict(self._graph.inputs)
+        for unit in self._graph.units:
+            sizes.update(unit.makes)
+        return sum(sizes[name] for name in dict.fromkeys(self._graph.outputs))
 
     def _owned(self, stages: Sequence[int]) -> dict[str, int]:
         """Return the parameters of some stages and their bytes; tied ones once."""

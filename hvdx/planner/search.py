@@ -79,10 +79,14 @@ def _rows(lengths: Sequence[int]) -> Mesh:
 
 
 def counts(mesh: Mesh, rows: int) -> list[int]:
-    """Return numbers of micro-batches that replicas can share out evenly, up to one per row."""
+    """Return numbers of micro-batches that replicas can share out evenly.
+
+    Micro-batches have two rows at least, of which batch normalization can take a variance, unless
+    the batch is too small for that.
+    """
     even = math.lcm(*map(len, mesh))
-    most = max(_MOST_PIECES * sum(map(len, mesh)), even)
-    return [even * pieces for pieces in _PIECES if even * pieces <= min(rows, most)]
+    most = min(_MOST_PIECES * sum(map(len, mesh)), rows // 2)
+    return [even * pieces for pieces in _PIECES if even * pieces <= most] or [even] * (even <= rows)
 
 
 ANY = Wanted()

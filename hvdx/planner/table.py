@@ -94,6 +94,8 @@ def advice(
         elif len(chosen.mesh) > 1 and kind == "data parallel":
             steps.append("data parallel does not fit")
     best = next(each for each in found if each.candidate == chosen)
+    if kind_of(chosen) == "alone":
+        return f"one rank, which keeps {size_text(max(best.plan.memory))}"
     why = {
         "data parallel": f"adding up {size_text(size)} of gradients keeps ranks waiting for "
         f"{1e3 * best.sums:.2f} ms of a step",
@@ -101,9 +103,8 @@ def advice(
         f"ranks idle {best.plan.bubble:.1%} of a step",
         "hybrid": f"replicas wait {1e3 * best.sums:.2f} ms for gradients of a part of "
         f"{size_text(size)}, and ranks idle {best.plan.bubble:.1%} of a step",
-        "alone": "there is one rank",
     }[kind_of(chosen)]
-    return f"{'; '.join(steps) or 'one rank'}: take {kind_of(chosen)}, where {why}"
+    return f"{'; '.join(steps)}: take {kind_of(chosen)}, where {why}"
 
 
 def kind_of(candidate: Candidate) -> str:

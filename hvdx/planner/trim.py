@@ -63,7 +63,8 @@ def trimmed(trials: Sequence[Trial], profile: Profile, job: Job) -> Trim:
     shared = [trial for trial in trials if _shares(trial)]
     alone = [late(trial) for trial in trials if not _shares(trial)]
     alone = alone or [late(trial) for trial in shared]
-    found = found._replace(step=max(0.0, statistics.median(alone))) if alone else found
+    if alone:  # the least: what else the machine does only adds
+        found = found._replace(step=max(0.0, min(alone)))
     factors = []
     for trial in shared:
         free = _step(trial, profile, job._replace(trim=found._replace(sums=0.0)))

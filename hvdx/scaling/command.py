@@ -140,12 +140,14 @@ def show(made: Curves, speed: float = 1.0) -> None:
 
     profile, cluster = made.profile, made.cluster
     console = Console(width=100, highlight=False)
+    between = f"{cluster.hosts} hosts; {_told(cluster.outer)} between hosts, "
+    if cluster.hosts == 1:
+        between = "one host; "
     faster = f", computing {speed:g} times as fast as measured" if speed != 1 else ""
     console.print(
         f"{profile.name}: {size_text(profile.bytes)} of parameters, {profile.batch} samples a rank "
         f"in {1e3 * profile.alone:.4g} ms{faster}\n"
-        f"{cluster.ranks} ranks on {cluster.hosts} hosts; {_told(cluster.outer)} between hosts, "
-        f"{_told(cluster.inner)} within"
+        f"{cluster.ranks} ranks on {between}{_told(cluster.inner)} within"
     )
     console.print(_table(made), _growing(made))
     for row in made.found.values():

@@ -20,6 +20,8 @@ from hvdx.collectives import barrier
 from hvdx.compression import as_compressor
 from hvdx.errors import MismatchError, StallError
 from hvdx.frameworks import kind_of
+from hvdx.groups import Groups
+from hvdx.metrics import Metrics
 from hvdx.reduce_op import ReduceOp
 from hvdx.replicas import allgather_object as _allgather_object
 from hvdx.replicas import broadcast_object as _broadcast_object
@@ -49,6 +51,8 @@ __all__ = [
     "Compression",
     "DistributedGradientTape",
     "DistributedOptimizer",
+    "Groups",
+    "Metrics",
     "MismatchError",
     "PartialDistributedGradientTape",
     "ProcessSet",

@@ -13,6 +13,8 @@ from hvdx.checkpoints.files import load_state
 from hvdx.checkpoints.saver import Checkpoints
 from hvdx.consistency import check_consistency
 from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError, StallError
+from hvdx.groups import Groups
+from hvdx.metrics import Metrics
 from hvdx.pipeline.dispatch import plan
 from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import parameter_hash
@@ -68,6 +70,8 @@ __all__ = [
     "DistributedBatchSampler",
     "DistributedOptimizer",
     "DistributedSampler",
+    "Groups",
+    "Metrics",
     "MismatchError",
     "Pipeline",
     "PipelineError",

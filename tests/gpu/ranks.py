@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
 from torch import nn
@@ -11,9 +12,11 @@ import hvdx as hvd
 import hvdx.torch
 
 
-def reduce_once(device: str) -> None:
-    """One allreduce, to be seen in Horovod's timeline."""
-    total = hvd.allreduce(torch.ones(1000, device=device), op=hvd.Sum, name="seen")
+def reduce_often(device: str) -> None:
+    """Reduce, to be seen in Horovod's timeline: the end of that is lost when a process ends."""
+    for _ in range(100):
+        total = hvd.allreduce(torch.ones(1000, device=device), op=hvd.Sum, name="seen")
+    time.sleep(1)
     assert total.sum().item() == 1000 * hvd.size()
     print(f"nccl {bool(hvdx.torch.nccl_built())}", flush=True)
 
@@ -79,4 +82,4 @@ def train(device: str) -> None:
 
 if __name__ == "__main__":
     hvd.init(framework="torch")
-    {"allreduce": reduce_once, "train": train}[sys.argv[1]](sys.argv[2])
+    {"allreduce": reduce_often, "train": train}[sys.argv[1]](sys.argv[2])

@@ -354,7 +354,7 @@ def table(done: dict[tuple[str, str], Ended]) -> str:
         if any(measured):
             seconds = " | ".join(f"{each.seconds:.1f}" if each else "" for each in measured)
             said = "; ".join(text.split("|")[0] for text in fault.told)
-            ends = f"`{said}`" if fault.status else "it goes on"
+            ends = "nothing: it goes on" if fault.status == 0 else said and f"`{said}`"
             lines.append(f"| {name} | {seconds} | {ends if said else ''} |")
     return "\n".join(lines) + "\n"
 

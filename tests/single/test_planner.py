@@ -142,14 +142,15 @@ def test_costs_between_measured_numbers_of_rows_follow_a_line():
 
 
 def test_memory_is_what_is_kept_and_what_training_needs():
-    given, weights, kept = profile(), 4 * MB, 4 * 10_000 * 4  # of half the units; 4 rows
+    given, weights, value = profile(), 4 * MB, 4000  # of half the units; 4 rows
+    kept, flow = 4 * 10_000 * 4 + value, 2 * value  # with what the stage makes; gradients of values
     found = predict(Candidate(((0,), (1,)), 8), given, Job(2)).plan.memory
     # Weights, two slots of Adam, gradients, those of a micro-batch and the first new sum; kept.
-    assert found[0] == pytest.approx(4 * weights + max(2 * kept, kept + weights + MB))
-    assert found[1] == pytest.approx(4 * weights + weights + MB)
+    assert found[0] == pytest.approx(4 * weights + max(2 * kept, kept + weights + MB) + flow)
+    assert found[1] == pytest.approx(4 * weights + weights + MB + flow)
     # The first backward has no sums to add to yet.
     gpipe = predict(Candidate(((0,), (1,)), 8, "gpipe"), given, Job(2)).plan.memory
-    assert gpipe[0] == pytest.approx(4 * weights + max(7 * kept, 6 * kept + weights + MB))
+    assert gpipe[0] == pytest.approx(4 * weights + max(7 * kept, 6 * kept + weights + MB) + flow)
     again = predict(Candidate(((0,), (1,)), 8, "gpipe", "always"), given, Job(2)).plan.memory
     assert again[0] < gpipe[0]
 

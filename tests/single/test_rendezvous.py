@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
-from hvdx.errors import LaunchError
-from hvdx.launch.client import ask, check_open, report_up
+import hvdx.launch.client
+from hvdx.errors import LaunchError, MismatchError
+from hvdx.launch.client import ask, check_as_first, check_open, report_up
 from hvdx.launch.rendezvous import HEAD_BYTES, MAX_UNFINISHED, Rendezvous
 
 
@@ -17,6 +18,7 @@ from hvdx.launch.rendezvous import HEAD_BYTES, MAX_UNFINISHED, Rendezvous
 def fresh_process(monkeypatch):
     """No rank of this process has reported yet."""
     monkeypatch.setattr("hvdx.launch.client._reported", False)
+    monkeypatch.setattr("hvdx.launch.client._compared", False)
 
 
 @pytest.fixture
@@ -184,6 +186,39 @@ def test_a_second_init_after_closing_is_told_why(rendezvous):
     report_up(environ)
     with pytest.raises(LaunchError, match=r"rank 1: .*--keep-rendezvous"):
         check_open(environ)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_rank_that_has_something_else_than_rank_0_is_told(rendezvous, monkeypatch, late):
+    def compare(rank: str, own: str) -> None:
+        monkeypatch.setattr("hvdx.launch.client._compared", False)
+        environ = {**rendezvous.environment(), "HOROVOD_RANK": rank}
+        check_as_first("sets", own, "the process sets", environ)
+
+    first = threading.Timer(0.2 if late else 0, compare, ("0", "[[0, 1]]"))
+    first.start()
+    if not late:
+        first.join()
+    compare("1", "[[0, 1]]")
+    with pytest.raises(MismatchError, match=r"sets: rank 0 has \[\[0, 1\]\], rank 1 has none"):
+        compare("1", "none")
+    compare("0", "x" * 100_000)  # more than a value may have
+    compare("1", "x" * 100_000)
+    with pytest.raises(MismatchError, match="sha256"):
+        compare("1", "x" * 100_001)
+    first.join()
+
+
+def test_ranks_compare_once_and_only_where_hvdx_serves():
+    check_as_first("sets", "none", "the process sets", {})
+    nobody = {
+        "HVDX_RENDEZVOUS": "closes",
+        "HOROVOD_RANK": "1",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1:1/t",
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": "1",
+    }
+    check_as_first("sets", "none", "the process sets", nobody)  # Horovod will say so
+    assert hvdx.launch.client._compared
 
 
 def test_report_up_outside_hvdx_does_nothing():

@@ -138,6 +138,7 @@ def test_a_silent_rank():
     told = known.stalled(130)
     assert "but rank 1 has not been heard of" in told
     assert "rank 1: not heard of for 30 s" in told
+    assert known.silent(130) == [1] and known.silent(101) == []
 
 
 def test_a_rank_that_has_left():

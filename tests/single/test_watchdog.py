@@ -12,7 +12,7 @@ import pytest
 
 import hvdx as hvd
 from hvdx import watchdog
-from hvdx.errors import HvdxError
+from hvdx.errors import HvdxError, StallError
 from hvdx.watchdog import describe, waiting, watched
 
 
@@ -54,6 +54,20 @@ def test_an_error_ends_the_wait():
     with pytest.raises(KeyError), waiting("allreduce"):
         raise KeyError
     assert threading.get_ident() not in watchdog._waiting
+
+
+def test_who_is_silent_is_named_where_horovod_ends_before_the_verdict(monkeypatch):
+    own = watchdog.Watch(1, 2, 30.0, {}, lambda: None)
+    monkeypatch.setattr(watchdog, "_watch", own)
+    monkeypatch.setattr(watchdog, "_NEWS_SECONDS", 0.01)
+    ended = RuntimeError("Horovod has been shut down. This was caused by ...")
+    with pytest.raises(RuntimeError, match="Horovod has been"), waiting("allreduce", "loss"):
+        raise ended  # heard of a moment ago: the cause is not known
+    own._heard -= 100
+    told = r"rank 1 waits for allreduce 'loss' .* can never finish: rank 0 not heard of"
+    with pytest.raises(StallError, match=told), waiting("allreduce", "loss"):
+        raise ended
+    own.abandon()
 
 
 def test_watched_methods():

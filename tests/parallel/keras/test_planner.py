@@ -20,10 +20,10 @@ def made():
     keras.utils.set_random_seed(3)
     return keras.Sequential([
         keras.Input((12,)),
-        *(keras.layers.Dense(12, activation="tanh") for _ in range(3)),
-        keras.layers.BatchNormalization(),
-        keras.layers.Dropout(0.1, seed=1),
-        keras.layers.Dense(3),
+        *(keras.layers.Dense(12, activation="tanh", name=f"d{number}") for number in range(3)),
+        keras.layers.BatchNormalization(name="norm"),
+        keras.layers.Dropout(0.1, seed=1, name="drop"),
+        keras.layers.Dense(3, name="head"),
     ])  # fmt: skip
 
 
