@@ -155,11 +155,43 @@ def imports(short: bool) -> list[harness.Row]:
     ]  # fmt: skip
 
 
+def consistency(short: bool) -> list[harness.Row]:
+    """Time ``hvd.check_consistency`` every 100 steps of a model of 1.3 million parameters."""
+    import torch
+
+    import hvdx as hvd
+
+    hvd.init(framework="torch")
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(5)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    batch = torch.randn(64, 512)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    runs = 10 if short else 100
+    samples = harness.interleave(
+        {
+            "step": lambda: per_call(lambda _: step(), None, 5),
+            "check": lambda: per_call(hvd.check_consistency, model, 5),
+        },
+        runs,
+    )
+    value = statistics.median(samples["check"]) / statistics.median(samples["step"])
+    return [
+        harness.Row("check_consistency, 1.3 M parameters, 1 rank",
+                    "% of step time at every=100 (bar: 1)", value, "bar", 1.0,
+                    harness.within(1.0, value), runs, harness.spread(samples["check"]))
+    ]  # fmt: skip
+
+
 def main() -> None:
     """Print the table."""
     told = harness.options(__doc__).parse_args()
     rows = [*imports(told.short), *calls(told.short), *watch(told.short), *recording(told.short)]
-    harness.report(rows, told.json)
+    harness.report([*rows, *consistency(told.short)], told.json)
 
 
 if __name__ == "__main__":

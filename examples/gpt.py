@@ -15,9 +15,7 @@ parameters learn from the help texts that Python ships. examples/gpt_keras.py is
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,33 +108,6 @@ class DataParallel:
         """Compute logits."""
         return self.model(x)
 
-    def save(self, path: Path) -> None:
-        """Write one file, on rank 0.
-
-        What compression owes to training is each rank's own. All of it goes into this file: of
-        one file per rank, some could be older than others when the job is killed.
-        """
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "owed": hvd.allgather_object(self.optimizer.compression_state()),
-            "owed_by_any": self.optimizer.portable_compression_state(),
-            "steps": self.steps,
-        }
-        if hvd.rank() == 0:
-            torch.save(state, f"{path}.partial")
-            os.replace(f"{path}.partial", path)
-
-    def load(self, path: Path) -> None:
-        """Go on from what :meth:`save` wrote: on as many ranks to the last bit, or on others."""
-        state = torch.load(path, map_location=DEVICE)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        alike = len(state["owed"]) == hvd.size()
-        owed = state["owed"][hvd.rank()] if alike else state["owed_by_any"]
-        self.optimizer.load_compression_state(owed)
-        self.steps = state["steps"]
-
 
 def trainer(model: nn.Module, text: Text, told: argparse.Namespace) -> Any:
     """Return what trains ``model``, in the way that is asked for."""
@@ -157,9 +128,12 @@ def trainer(model: nn.Module, text: Text, told: argparse.Namespace) -> Any:
 
 def train(training: Any, text: Text, told: argparse.Namespace) -> None:
     """Train to the end, from where the last run was killed."""
-    saved = told.checkpoint and told.checkpoint / ("stages.pt" if told.stages else "whole.pt")
-    if saved and saved.exists():
-        training.load(saved)
+    parts: dict[str, Any] = {"model": training}
+    if not told.stages:
+        parts = {"model": training.model, "optimizer": training.optimizer}
+    saved = told.checkpoint and hvd.Checkpoints(told.checkpoint)
+    if saved:
+        training.steps = saved.restore(**parts) or 0
     source = training if told.stages else training.optimizer
     metrics = hvd.Metrics(told.metrics, source, start=training.steps, **recorded(told))
     unseen, expected = tensors(text.unseen())
@@ -173,8 +147,9 @@ def train(training: Any, text: Text, told: argparse.Namespace) -> None:
         with metrics.paused():
             metrics.evaluated(val_loss=loss(training(unseen), expected))
             if saved:
-                saved.parent.mkdir(parents=True, exist_ok=True)
-                training.save(saved)
+                saved.save(training.steps, **parts)
+    if saved:
+        saved.wait()
     metrics.close()
 
 

@@ -145,7 +145,7 @@ def in_stages(model: Any, text: Text, told: argparse.Namespace) -> Any:
     )
     callbacks = shared_callbacks(told)
     if told.checkpoint:
-        saved = told.checkpoint / "stages.npz"
+        saved = told.checkpoint / "stages.safetensors"
         if saved.exists():
             pipe.load(saved)
         callbacks.append(Save(pipe, saved))

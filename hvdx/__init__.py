@@ -22,6 +22,7 @@ from hvdx.collectives import (
 )
 from hvdx.compression import Compression
 from hvdx.errors import (
+    CheckpointError,
     HorovodMissingError,
     HvdxError,
     InstallError,
@@ -78,6 +79,9 @@ from hvdx.world import (
 if TYPE_CHECKING:
     from typing import Any as ProcessSet  # noqa: F401
 
+    from hvdx.checkpoints.files import load_state
+    from hvdx.checkpoints.saver import Checkpoints
+    from hvdx.consistency import check_consistency
     from hvdx.integrations import keras_callbacks as callbacks  # noqa: F401
 
     global_process_set: Any
@@ -88,6 +92,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Adasum",
     "Average",
+    "CheckpointError",
+    "Checkpoints",
     "Compression",
     "DistributedOptimizer",
     "Groups",
@@ -121,6 +127,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "ccl_built",
+    "check_consistency",
     "cross_rank",
     "cross_size",
     "cuda_built",
@@ -134,6 +141,7 @@ __all__ = [
     "is_homogeneous",
     "is_initialized",
     "join",
+    "load_state",
     "local_rank",
     "local_size",
     "mpi_built",
@@ -154,8 +162,17 @@ __all__ = [
 ]
 
 
+_LATE = {
+    "Checkpoints": "hvdx.checkpoints.saver",
+    "check_consistency": "hvdx.consistency",
+    "load_state": "hvdx.checkpoints.files",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Load on first use what needs Horovod or Keras."""
+    """Load on first use what needs Horovod, Keras or NumPy."""
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     if name == "ProcessSet":
         return importlib.import_module("hvdx.world").process_set_class()
     if name == "global_process_set":

@@ -56,6 +56,10 @@ class PipelineError(HvdxError, RuntimeError):
     failure: Any = None
 
 
+class CheckpointError(HvdxError, OSError):
+    """A checkpoint cannot be written or read, or is of something else; raised on every rank."""
+
+
 class LaunchError(HvdxError, RuntimeError):
     """A job could not be started: hosts, slots, network interface or environment."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import math
 import operator
 import os
@@ -13,7 +12,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -21,9 +21,14 @@ from keras.src.backend import set_keras_mask
 
 from hvdx.agreement import next_name
 from hvdx.buckets import width
-from hvdx.compression import none
+from hvdx.checkpoints import tree
+from hvdx.checkpoints.files import read_tree, write_tree
+from hvdx.checkpoints.parts import differences
+from hvdx.checkpoints.tree import mapped, merged
 from hvdx.errors import PlanError
 from hvdx.integrations import keras3_moves as moves
+from hvdx.integrations.keras3_checkpoint import SEED, array, assign, slots
+from hvdx.integrations.keras3_checkpoint import told as described
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
 from hvdx.integrations.keras3_graph import Batch, Graph
 from hvdx.integrations.keras3_losses import Objective
@@ -43,8 +48,7 @@ _BACKENDS = {  # of Keras: who computes stages, and who measures units
     "tensorflow": ("hvdx.integrations.keras3_stages", "hvdx.integrations.keras3_profile"),
     "torch": ("hvdx.integrations.keras3_stages_torch", "hvdx.integrations.keras3_stages_torch"),
 }
-_FORMAT = 1
-_ABOUT = "hvdx_pipeline"
+_Place: TypeAlias = tuple[str, ...]  # of a tensor in a checkpoint
 _MEASURED = 1 << 26  # bytes of variables on which the optimizer is measured, and the one more
 _UPDATES = 5  # of an optimizer, to measure it; the first makes its functions
 
@@ -280,48 +284,29 @@ class Pipeline(MovingPipeline):
         return self._trainer(None, None).predict(data, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write model, optimizer, step and plan to one ``.npz`` file; every rank calls it.
+        """Write model, optimizer, step and plan to one ``safetensors`` file; every rank calls it.
 
-        Arrays lie under the paths of the model's variables, after ``model/``. Afterwards the
-        model of rank 0 is up to date, too, and can be saved as Keras does.
+        Arrays lie under the paths of the model's variables: ``hvd.load_state(path)["model"]``.
+        Afterwards the model of rank 0 is up to date, too, and can be saved as Keras does.
+        :class:`hvd.Checkpoints` keeps several, and has each rank write its own share.
+
+        Raises:
+            OSError: rank 0 cannot write it. An older file is as it was.
         """
         with self._telling("save"):
-            arrays = self._gathered()
-            problem = ""
-            if self._rank == 0:
-                try:
-                    beside = f"{os.fspath(path)}.partial"
-                    with open(beside, "wb") as file:
-                        np.savez(file, **arrays)  # type: ignore[arg-type]  # names are arrays'
-                    os.replace(beside, path)
-                except OSError as error:
-                    problem = str(error)
-            problem = self._from_first(problem)
-            if problem:
-                raise OSError(f"the pipeline cannot be saved to {os.fspath(path)!r}: {problem}")
+            whole = self._gathered()
+            self._told_by_first("saved to", path, lambda: write_tree(Path(path), whole))
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` wrote with any number of stages; rank 0 reads, all call it."""
+        """Read what :meth:`save` wrote with any number of stages; rank 0 reads, all call it.
+
+        Raises:
+            OSError: it cannot be read, is damaged, or is of another model; all that differs is
+                listed, and nothing has changed.
+        """
         with self._telling("load"):
-            told: Any = None
-            if self._rank == 0:
-                try:
-                    with np.load(path, allow_pickle=False) as file:
-                        told = {name: file[name] for name in file.files}
-                    json.loads(str(told[_ABOUT]))
-                except (OSError, KeyError, ValueError, EOFError) as error:
-                    told = f"{type(error).__name__}: {error}"
-            told = self._from_first(told)
-            if isinstance(told, str):
-                raise OSError(f"the pipeline cannot be loaded from {os.fspath(path)!r}: {told}")
-            about = json.loads(str(told[_ABOUT]))
-            _assign(self._all_variables(), told, "model")
-            if self.optimizer is not None:
-                _assign(_slots(self.optimizer), told, "optimizer")
-            self._load_kept(about, told)
-            self.steps, self._seed = about["step"], about["seed"]
-            for stage in self._stages.values():
-                stage.seed = self._seed
+            told = self._told_by_first("loaded from", path, lambda: _read(Path(path)))
+            self._take_fitting(path, told)
 
     # --- fit
 
@@ -644,10 +629,40 @@ class Pipeline(MovingPipeline):
     def _all_variables(self) -> dict[str, Any]:
         return {self._graph.names[id(v)]: v for v in self._graph.model.variables}
 
-    def _gathered(self) -> dict[str, np.ndarray]:
-        """Bring rank 0's model up to date; return the arrays of a checkpoint there."""
+    def share_of_state(self) -> dict[str, Any]:
+        """Return what this rank has to save; every rank calls it.
+
+        Together they are what :meth:`save` writes: dictionaries whose entries are merged.
+        """
+        with self._telling("save"):
+            return merged([self._common_state(), _as_tree(self._own_state())])  # type: ignore[no-any-return]
+
+    def misfits(self, told: dict[str, Any]) -> list[str]:
+        """Say what of a checkpoint does not fit this pipeline; nothing is changed."""
+        here = {n: v for n, v in self._all_variables().items() if SEED not in n}
+        there = {name: each for name, each in told["model"].items() if SEED not in name}
+        found = differences(there, here, described)
+        if self.optimizer is not None and "optimizer" in told:
+            found += [
+                f"the optimizer's {name!r} is not in the checkpoint"
+                for name in slots(self.optimizer)
+                if name not in told["optimizer"]
+            ]
+        return [*found, *self._compression_misfits(told)]
+
+    def take_state(self, told: dict[str, Any]) -> None:
+        """Go on from what all ranks' :meth:`share_of_state` were together."""
+        _assign(self._all_variables(), told["model"])
+        if self.optimizer is not None and "optimizer" in told:
+            _assign(slots(self.optimizer), told["optimizer"])
+        kept = mapped(told.get("compression"), tree.array)
+        self._load_compression(kept and {**kept, "parameters": _tensors(kept["parameters"])})
+        self._go_on(told)
+
+    def _gathered(self) -> dict[str, Any]:
+        """Bring rank 0's model up to date; return there what a checkpoint holds."""
         own = self._own_state()
-        arrays = {name: _array(tensor) for name, tensor in own.items()}
+        parts = [self._common_state(), _as_tree(own)]
         if self._channel is not None:
             names = self._core.allgather_object(list(own), next_name("pipeline"), None)
             key = Key("S", self._step, 0, 0)
@@ -658,45 +673,53 @@ class Pipeline(MovingPipeline):
                 return {}
             for rank in (rank for rank in range(1, len(names)) if names[rank]):
                 arrived = self._channel.receive(rank, key)
-                for name, tensor in zip(names[rank], arrived, strict=True):
-                    arrays.setdefault(name, _array(tensor))
-        _assign(self._all_variables(), arrays, "model")
-        about = {"format": _FORMAT, "step": self.steps, "seed": self._seed}
-        about["plan"] = self.plan.to_json()
-        if self._sums is not None and self._compressor is not none:
-            about["compression"] = self._compressor.name
-            about["compression_steps"] = self._sums.steps
-        return {**arrays, _ABOUT: np.array(json.dumps(about))}
+                parts.append(_as_tree(dict(zip(names[rank], arrived, strict=True))))
+        whole: dict[str, Any] = merged(parts)
+        _assign(self._all_variables(), whole["model"])
+        return whole
 
-    def _own_state(self) -> dict[str, Any]:
-        """Return the part of a checkpoint that this process has; replicas leave it to the first."""
+    def _own_state(self) -> dict[_Place, Any]:
+        """Return the tensors of a checkpoint that this process has.
+
+        Replicas leave them to the first.
+        """
         kept = self._compression_state()
         if self._rank not in self._leads:
             return {}
-        own: dict[str, Any] = {}
+        own: dict[_Place, Any] = {}
         for _, first, stop in self._own_stages():
             for name, variable in self._graph.variables(self._graph.units[first:stop]).items():
-                own[f"model/{name}"] = keras.ops.stop_gradient(variable.value)
+                own["model", name] = keras.ops.stop_gradient(variable.value)
         if self.optimizer is not None and self._params:
-            for name, variable in _slots(self.optimizer).items():
-                own[f"optimizer/{name}"] = keras.ops.stop_gradient(variable.value)
+            for name, variable in slots(self.optimizer).items():
+                own["optimizer", name] = keras.ops.stop_gradient(variable.value)
         for name, tensors in kept.items():
-            own.update({f"compression/{name}@{path}": each for path, each in tensors.items()})
+            own.update({("compression", "parameters", name, p): t for p, t in tensors.items()})
         return own
 
-    def _load_kept(self, about: dict[str, Any], arrays: dict[str, Any]) -> None:
-        """Give compressors their part of a checkpoint, if there is one."""
-        if "compression" not in about:
-            self._load_compression(None)
-            return
-        kept: dict[str, dict[str, Any]] = {}
-        for name, array in arrays.items():
-            kind, _, rest = name.partition("/")
-            if kind == "compression":
-                parameter, _, path = rest.rpartition("@")
-                kept.setdefault(parameter, {})[path] = keras.ops.convert_to_tensor(array)
-        told = {"compressor": about["compression"], "steps": about["compression_steps"]}
-        self._load_compression({**told, "parameters": kept})
+
+def _as_tree(tensors: dict[_Place, Any]) -> dict[str, Any]:
+    """Return nested dictionaries of arrays."""
+    whole: dict[str, Any] = {}
+    for place, tensor in tensors.items():
+        inner = whole
+        for key in place[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[place[-1]] = array(tensor)
+    return whole
+
+
+def _read(path: Path) -> dict[str, Any]:
+    ours, found = read_tree(path)
+    whole: dict[str, Any] = mapped(found, tree.array)
+    return whole if ours else {"model": whole}
+
+
+def _tensors(kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {path: keras.ops.convert_to_tensor(each) for path, each in own.items()}
+        for name, own in kept.items()
+    }
 
 
 def _parts(data: Any) -> tuple[Any, ...]:
@@ -772,30 +795,8 @@ def _described(optimizer: Any) -> str:
     return f"{type(optimizer).__qualname__} {options}"
 
 
-def _slots(optimizer: Any) -> dict[str, Any]:
-    """Name an optimizer's variables without its own name, which may be numbered."""
-    return {v.path.partition("/")[2] or v.path: v for v in optimizer.variables}
-
-
-def _array(variable: Any) -> np.ndarray:
-    """Copy to NumPy, in types that its files know."""
-    array = np.array(keras.ops.convert_to_numpy(variable))
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-
-
-def _assign(variables: dict[str, Any], told: dict[str, Any], kind: str) -> None:
-    """Give variables what lies under their names.
-
-    Raises:
-        ValueError: something is missing, or has another shape; nothing has been changed then.
-    """
+def _assign(variables: dict[str, Any], told: dict[str, Any]) -> None:
+    """Give variables what lies under their names; random states may be missing."""
     for name, variable in variables.items():
-        found = told.get(f"{kind}/{name}")
-        if found is None or tuple(found.shape) != tuple(variable.shape):
-            shape = "nothing" if found is None else f"shape {tuple(found.shape)}"
-            raise ValueError(
-                f"the checkpoint has {shape} for {kind} variable {name!r} of shape "
-                f"{tuple(variable.shape)}"
-            )
-    for name, variable in variables.items():
-        variable.assign(told[f"{kind}/{name}"])
+        if name in told:
+            assign(variable, mapped(told[name], tree.array))

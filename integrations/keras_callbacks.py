@@ -15,6 +15,7 @@ from hvdx.integrations.keras_schedules import (
 )
 from hvdx.integrations.keras_sync import (
     BroadcastGlobalVariablesCallback,
+    ConsistencyCallback,
     MetricAverageCallback,
     RankCallback,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "CheckpointCallback",
+    "ConsistencyCallback",
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",

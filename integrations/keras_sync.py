@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from hvdx import world
+from hvdx.consistency import check_consistency
 from hvdx.errors import MismatchError
 from hvdx.frameworks import framework_of_kind, kind_of
 from hvdx.integrations.keras3 import averaging
@@ -171,3 +172,31 @@ class MetricAverageCallback(RankCallback):
 def _number(value: Any) -> Any:
     tensor = kind_of(type(value)) in ("keras", "torch", "tensorflow")
     return np.asarray(keras.ops.convert_to_numpy(value) if tensor else value, np.float64)
+
+
+class ConsistencyCallback(RankCallback):
+    """Stop training where replicas have drifted apart: see :func:`hvdx.check_consistency`.
+
+    Args:
+        every: batches from one comparison to the next; equal on all ranks.
+
+    Raises:
+        ValueError: ``every`` is no number from 1.
+        MismatchError: parameters differ (raised by ``fit`` on every rank).
+
+    Example:
+        >>> model.fit(x, y, callbacks=[hvd.callbacks.ConsistencyCallback(every=100)])
+    """
+
+    def __init__(self, every: int = 100) -> None:
+        super().__init__()
+        if type(every) is not int or every < 1:
+            raise ValueError(f"ConsistencyCallback(every={every!r}): give a number from 1")
+        self.every = every
+        self._batches = 0
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Compare, if it is time."""
+        self._batches += 1
+        if self._batches % self.every == 0:
+            check_consistency(self.model)

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from hvdx import world
 from hvdx.agreement import next_name
-from hvdx.compression import none
+from hvdx.checkpoints.files import read_tree, write_tree
+from hvdx.checkpoints.tree import mapped, merged
 from hvdx.errors import PlanError
 from hvdx.integrations import pytorch_moves as moves
 from hvdx.integrations.pytorch import on_host
@@ -26,6 +28,7 @@ from hvdx.integrations.pytorch_channel import (
     TorchCodec,
     check_gpus,
 )
+from hvdx.integrations.pytorch_checkpoint import misfits
 from hvdx.integrations.pytorch_graph import (
     Graph,
     batch_norms,
@@ -48,8 +51,6 @@ from hvdx.pipeline.post import PostChannel
 from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import broadcast_parameters
 
-_FORMAT = 1
-_PARTS = "model", "optimizer"
 _MEASURED = 1 << 26  # bytes of parameters on which the optimizer is measured, and the one more
 
 
@@ -236,51 +237,33 @@ class Pipeline(MovingPipeline):
         return result_of(self._graph, values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write model, optimizers, step and plan to one file; every rank calls it.
+        """Write model, optimizers, step and plan to one ``safetensors`` file; every rank calls it.
 
-        Under ``"model"`` lies a ``state_dict()`` with the model's original names, which the plain
-        model loads, too; optimizer states lie under the names of the parameters.
+        Rank 0 writes. Under ``"model"`` lies a ``state_dict()`` with the model's original names:
+        ``hvd.load_state(path)["model"]``, which the plain model loads, too; optimizer states lie
+        under the names of the parameters. :class:`hvd.Checkpoints` keeps several, and has each
+        rank write its own share.
+
+        Raises:
+            OSError: rank 0 cannot write it. An older file is as it was.
         """
         with self._telling("save"):
-            whole = self._gathered(self._own_state())
-            problem = ""
-            if self._rank == 0:
-                try:
-                    beside = f"{os.fspath(path)}.partial"
-                    torch.save(whole, beside)
-                    os.replace(beside, path)
-                except (OSError, RuntimeError) as error:
-                    problem = str(error)
-            problem = self._from_first(problem)
-            if problem:
-                raise OSError(f"the pipeline cannot be saved to {os.fspath(path)!r}: {problem}")
+            whole = self._gathered(self._share())
+            self._told_by_first("saved to", path, lambda: write_tree(Path(path), whole))
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` wrote with any number of stages, or a plain ``state_dict()``.
+        """Read what :meth:`save` wrote with any number of stages, or a model's tensors alone.
 
-        Rank 0 reads; every rank calls it.
+        Rank 0 reads; every rank calls it. The latter is what ``safetensors.torch.save_file`` makes
+        of a plain ``state_dict()``.
+
+        Raises:
+            OSError: it cannot be read, is damaged, or is of another model; all that differs is
+                listed, and nothing has changed.
         """
         with self._telling("load"):
-            told: Any = None
-            if self._rank == 0:
-                try:
-                    told = torch.load(path, map_location="cpu", weights_only=True)
-                except Exception as error:
-                    told = f"{type(error).__name__}: {error}"
-            told = self._from_first(told)
-            if isinstance(told, str):
-                raise OSError(f"the pipeline cannot be loaded from {os.fspath(path)!r}: {told}")
-            if "hvdx_pipeline" not in told:
-                told = {"model": told}
-            self._graph.model.load_state_dict(told["model"])
-            for number, optimizer in self.optimizers.items():
-                _restore(optimizer, self._params[number], told.get("optimizer", {}))
-            if self._scaler and "scaler" in told:
-                self._scaler.load(told["scaler"])
-            self._load_compression(told.get("compression"))
-            self.steps, self._seed = told.get("step", 0), told.get("seed", self._seed)
-            for stage in self._stages.values():
-                stage.seed = self._seed
+            told = self._told_by_first("loaded from", path, lambda: _read(Path(path)))
+            self._take_fitting(path, told)
 
     # --- making one
 
@@ -549,11 +532,35 @@ class Pipeline(MovingPipeline):
 
     # --- checkpoints
 
-    def _own_state(self) -> dict[str, Any]:
+    def share_of_state(self) -> dict[str, Any]:
+        """Return what this rank has to save; every rank calls it.
+
+        Together they are what :meth:`save` writes: dictionaries whose entries are merged.
+        """
+        with self._telling("save"):
+            return self._share()
+
+    def misfits(self, told: dict[str, Any]) -> list[str]:
+        """Say what of a checkpoint does not fit this pipeline; nothing is changed."""
+        return [*misfits(self._graph.model, told["model"]), *self._compression_misfits(told)]
+
+    def take_state(self, told: dict[str, Any]) -> None:
+        """Go on from what all ranks' :meth:`share_of_state` were together."""
+        self._graph.model.load_state_dict(mapped(told["model"]))
+        for number, optimizer in self.optimizers.items():
+            _restore(optimizer, self._params[number], told.get("optimizer", {}))
+        if self._scaler and "scaler" in told:
+            self._scaler.load(told["scaler"])
+        self._load_compression(mapped(told.get("compression")))
+        self._go_on(told)
+
+    def _share(self) -> dict[str, Any]:
         """Return the part of a checkpoint that this process has; replicas leave it to the first."""
-        compression = self._compression_state()
+        kept, common = self._compression_state(), self._common_state()
+        if self._scaler and common:
+            common["scaler"] = self._scaler.state()
         if self._rank not in self._leads:
-            return {"model": {}, "optimizer": {}, "compression": {}}
+            return common
         stages = self._stage_of()
         model = {
             name: value
@@ -561,7 +568,8 @@ class Pipeline(MovingPipeline):
             if stages[self._graph.owner(name)] in self._stages
         }
         states = self._optimizer_states()
-        return {"model": model, "optimizer": states, "compression": compression}
+        own = {"model": model, "optimizer": states, "compression": {"parameters": kept}}
+        return merged([common, own if kept else {**own, "compression": {}}])  # type: ignore[no-any-return]
 
     def _optimizer_states(self) -> dict[str, dict[str, Any]]:
         """Return by parameter of this process what its optimizer keeps, and its options."""
@@ -577,16 +585,6 @@ class Pipeline(MovingPipeline):
 
     def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
         """Collect all ranks' parts on rank 0."""
-        told: dict[str, Any] = {
-            "hvdx_pipeline": _FORMAT,
-            "model": {},
-            "optimizer": {},
-            "step": self.steps,
-            "seed": self._seed,
-            "plan": self.plan.to_json(),
-        }
-        if self._scaler:
-            told["scaler"] = self._scaler.state()
         parts = [own]
         if self._channel is not None:
             tensors: list[torch.Tensor] = []
@@ -605,14 +603,13 @@ class Pipeline(MovingPipeline):
             for rank in sorted({*self._leads} - {0}) if self._rank == 0 else ():
                 arrived = self._channel.receive(rank, key)
                 parts.append(_filled(outlines[rank], arrived))
-        states: dict[str, Any] = {}
-        for part in parts:
-            for kind, whole in (*((k, told[k]) for k in _PARTS), ("compression", states)):
-                whole.update({k: v for k, v in part[kind].items() if k not in whole})
-        if self._sums is not None and self._compressor is not none:
-            about = {"compressor": self._compressor.name, "steps": self._sums.steps}
-            told["compression"] = {**about, "parameters": states}
-        return told
+        return merged(parts)  # type: ignore[no-any-return]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    ours, tree = read_tree(path)
+    whole: dict[str, Any] = mapped(tree)
+    return whole if ours else {"model": whole}
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -705,7 +702,7 @@ def _restore(
     names = {id(p): name for name, p in params.items()}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            entry = saved.get(names[id(p)])
+            entry = mapped(saved.get(names[id(p)]))
             if entry is None:
                 continue
             group.update(entry["options"])

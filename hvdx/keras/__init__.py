@@ -14,6 +14,8 @@ from typing import Any
 import keras
 
 from hvdx import collectives, frameworks, world
+from hvdx.checkpoints.files import load_state
+from hvdx.checkpoints.saver import Checkpoints
 from hvdx.collectives import (
     alltoall,
     barrier,
@@ -22,7 +24,8 @@ from hvdx.collectives import (
     join,
 )
 from hvdx.compression import Compression
-from hvdx.errors import MismatchError, StallError
+from hvdx.consistency import check_consistency
+from hvdx.errors import CheckpointError, MismatchError, StallError
 from hvdx.frameworks import kind_of
 from hvdx.groups import Groups
 from hvdx.integrations import keras3_files
@@ -74,6 +77,8 @@ from hvdx.world import (
 __all__ = [
     "Adasum",
     "Average",
+    "CheckpointError",
+    "Checkpoints",
     "Compression",
     "DistributedDataset",
     "DistributedOptimizer",
@@ -101,6 +106,7 @@ __all__ = [
     "broadcast_parameters",
     "callbacks",
     "ccl_built",
+    "check_consistency",
     "cross_rank",
     "cross_size",
     "cuda_built",
@@ -114,6 +120,7 @@ __all__ = [
     "is_initialized",
     "join",
     "load_model",
+    "load_state",
     "local_rank",
     "local_size",
     "mpi_built",

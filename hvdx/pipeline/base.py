@@ -26,7 +26,7 @@ from hvdx import watchdog, world
 from hvdx.agreement import check_same, next_name
 from hvdx.compression import CompressionError, Compressor, Spec, as_compressor, none
 from hvdx.compression.base import refuse_momentum
-from hvdx.errors import MismatchError, PipelineError, PlanError
+from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError
 from hvdx.frameworks import Adapter
 from hvdx.ops import ops_for
 from hvdx.pipeline.channel import Failure, Key
@@ -46,6 +46,7 @@ from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
 BATCHNORMS = ("deferred", "micro")
 _LAST_STEPS = 8  # that a timeline can show
 _PROFILING_SECONDS = 600.0  # for which the other ranks wait for rank 0
+_DISK_SECONDS = 3600.0  # likewise, while it reads or writes
 CHANNELS = "zmq", "horovod"
 Channel = TypeVar("Channel", bound=ZmqChannel)
 
@@ -689,26 +690,85 @@ class BasePipeline(abc.ABC):
             return {}
         return self._sums.saved(self._step)
 
+    def _common_state(self) -> dict[str, Any]:
+        """Return rank 0's part of a checkpoint that is not of its stages; nothing elsewhere."""
+        if self._rank:
+            return {}
+        told = {"step": self.steps, "seed": self._seed, "plan": self.plan.to_json()}
+        if self._sums is not None and self._compressor is not none:
+            told["compression"] = {
+                "compressor": self._compressor.name, "steps": self._sums.steps, "parameters": {}
+            }  # fmt: skip
+        return told
+
+    def _go_on(self, told: Mapping[str, Any]) -> None:
+        """Take step and seed from a checkpoint."""
+        self.steps, self._seed = told.get("step", 0), told.get("seed", self._seed)
+        for stage in self._stages.values():
+            stage.seed = self._seed
+
+    def _told_by_first(
+        self, what: str, path: str | os.PathLike[str], work: Callable[[], Any]
+    ) -> Any:
+        """Return on every rank what ``work`` does on rank 0.
+
+        Raises:
+            CheckpointError: it has failed; ``what`` and ``path`` say at what.
+        """
+        result, problem = None, ""
+        if self._rank == 0:
+            with watchdog.patience(_DISK_SECONDS):
+                try:
+                    result = work()
+                except (OSError, ValueError, TypeError) as error:
+                    problem = str(error) or type(error).__name__
+        result, problem = self._from_first((result, problem))
+        if problem:
+            told = f"the pipeline cannot be {what} {os.fspath(path)!r}: {problem}"
+            raise CheckpointError(told)
+        return result
+
+    @abc.abstractmethod
+    def misfits(self, told: dict[str, Any]) -> list[str]:
+        """Say what of a checkpoint does not fit this pipeline; nothing is changed."""
+
+    @abc.abstractmethod
+    def take_state(self, told: dict[str, Any]) -> None:
+        """Go on from a checkpoint that fits."""
+
+    def _take_fitting(self, path: str | os.PathLike[str], told: dict[str, Any]) -> None:
+        """Go on from what has been read from ``path``, if it is of this model."""
+        problems = self.misfits(told)
+        if problems:
+            raise CheckpointError(
+                f"{os.fspath(path)!r} does not fit this pipeline: {'; '.join(problems)}"
+            )
+        self.take_state(told)
+
+    def _compression_misfits(self, told: Mapping[str, Any]) -> list[str]:
+        """Say whether a checkpoint has another compressor's state."""
+        then = (told.get("compression") or {}).get("compressor")
+        if then is None or self._compressor is none or then == self._compressor.name:
+            return []
+        return [
+            f"the checkpoint has the state of compression={then}, but the pipeline has "
+            f"compression={self._compressor.name}: give it the former"
+        ]
+
     def _load_compression(self, told: Mapping[str, Any] | None) -> None:
         """Go on from the compressors' part of a checkpoint; None: it has none.
 
-        Raises:
-            CompressionError: it is that of another compressor.
+        It is that of this compressor: see :meth:`_compression_misfits`.
         """
         if self._sums is None or self._compressor is none:
-            if told is not None and self._rank == 0:
+            if told and self._rank == 0:
                 warnings.warn(
                     f"the checkpoint has what compression={told['compressor']} held back; without "
                     "compression= it is lost",
                     stacklevel=4,
                 )
             return
-        told = told or {"compressor": self._compressor.name, "steps": 0, "parameters": {}}
-        if told["compressor"] != self._compressor.name:
-            raise CompressionError(
-                f"the checkpoint has the state of compression={told['compressor']}, but the "
-                f"pipeline has compression={self._compressor.name}: give it the former"
-            )
+        told = told or {"steps": 0, "parameters": {}}
         self._sums.load(told["parameters"], told["steps"])
 
     def _stage_of(self) -> list[int]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from hvdx import frameworks
-from hvdx.errors import MismatchError, PipelineError, PlanError, StallError
+from hvdx.checkpoints.files import load_state
+from hvdx.checkpoints.saver import Checkpoints
+from hvdx.consistency import check_consistency
+from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError, StallError
 from hvdx.groups import Groups
 from hvdx.metrics import Metrics
 from hvdx.pipeline.dispatch import plan
@@ -62,6 +65,8 @@ _UNCHANGED = [
 ]
 
 __all__ = [
+    "CheckpointError",
+    "Checkpoints",
     "DistributedBatchSampler",
     "DistributedOptimizer",
     "DistributedSampler",
@@ -79,7 +84,9 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "check_consistency",
     "elastic",
+    "load_state",
     "parameter_hash",
     "patience",
     "plan",

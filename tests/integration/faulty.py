@@ -141,7 +141,7 @@ def torch_pipeline() -> None:
         pipe.step(torch.tensor(x), torch.tensor(y))
         step_done()
         if options["checkpoints"]:
-            pipe.save(Path(options["checkpoints"], "model.pt"))
+            pipe.save(Path(options["checkpoints"], "model.safetensors"))
 
 
 def keras_model() -> Any:

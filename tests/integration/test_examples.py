@@ -201,4 +201,4 @@ def test_keras_on_two_ranks(tmp_path):
     for name in ("stages", "replicas"):
         assert losses(logs[name]) == pytest.approx(losses(logs["data"]), rel=1e-4), name
     assert [told["step"] for told in recorded(logs["resumed"])] == [8]
-    assert (tmp_path / "saved" / "stages.npz").exists()
+    assert (tmp_path / "saved" / "stages.safetensors").exists()

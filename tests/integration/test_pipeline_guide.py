@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import hvdx
+
 pytest.importorskip("horovod")
 GUIDE = Path(__file__).parents[2] / "docs" / "pipeline.md"
 
@@ -31,4 +33,4 @@ def test_the_script_trains_on_two_ranks(tmp_path):
     plain = nn.Sequential(
         nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)
     )
-    plain.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True)["model"])
+    plain.load_state_dict(hvdx.load_state(tmp_path / "model.safetensors")["model"])

@@ -49,9 +49,9 @@ for _ in range(10):
     loss.backward()
     optimizer.step()
     torch.testing.assert_close(pipe.step(x, y), loss.detach(), rtol=1e-10, atol=1e-10)
-pipe.save(folder / "model.pt")
+pipe.save(folder / "model.safetensors")
 hvd.barrier()
-saved = torch.load(folder / "model.pt")["model"]
+saved = hvd.load_state(folder / "model.safetensors")["model"]
 torch.testing.assert_close(saved, dict(plain.state_dict()), rtol=1e-10, atol=1e-10)
 Trap.set = True
 try:

@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import numpy as np  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -547,8 +548,8 @@ def test_checkpoints_move_between_any_numbers_of_stages(tmp_path):
         assert [other.step(x, y) for x, y in data[3:]] == expected
         other.close()
     plain = made(Dropped)
-    plain.load_state_dict(torch.load(tmp_path / "state")["model"])
-    torch.save(plain.state_dict(), tmp_path / "plain")
+    plain.load_state_dict(hvd.load_state(tmp_path / "state")["model"])
+    save_file(plain.state_dict(), tmp_path / "plain")
     other = pipeline(2)
     other.load(tmp_path / "plain")
     with pytest.raises(OSError, match=r"cannot be loaded from .*missing"):

@@ -43,9 +43,7 @@ def learnt(pipe, path):
     """Rank 0's whole model, gathered by a checkpoint."""
     pipe.save(path)
     hvd.barrier()
-    with np.load(path) as file:
-        names = [n for n in file.files if n.startswith("model/") and "seed" not in n]
-        return {name.removeprefix("model/"): file[name] for name in names}
+    return {n: each for n, each in hvd.load_state(path)["model"].items() if "seed" not in n}
 
 
 @functools.cache
@@ -69,7 +67,7 @@ def test_schedules_and_channels_change_no_bit(schedule, channel, shared):
     for x, y in data:
         last = pipe.step(x, y)
     assert float(last) == loss
-    models.assert_same(learnt(pipe, shared / "state.npz"), expected)
+    models.assert_same(learnt(pipe, shared / "state.safetensors"), expected)
     pipe.close()
 
 
@@ -89,7 +87,7 @@ def test_ranks_learn_what_one_process_learns(build, schedule, shared):
     for x, y in data:
         last = pipe.step(x, y)
     assert float(last) == loss
-    models.assert_same(learnt(pipe, shared / "state.npz"), expected)
+    models.assert_same(learnt(pipe, shared / "state.safetensors"), expected)
     plain = models.made(build)
     for variable in plain.variables:
         if variable.path in expected:
@@ -98,7 +96,7 @@ def test_ranks_learn_what_one_process_learns(build, schedule, shared):
         outputs = models.values(pipe(x)), models.values(plain(x))
         np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
     if build is models.dropped:
-        _go_on(pipe, data, shared / "state.npz")
+        _go_on(pipe, data, shared / "state.safetensors")
     pipe.close()
 
 
@@ -126,7 +124,7 @@ def test_ranks_clip_alike_and_show_why_they_wait(shared):
     assert float(last) == loss
     assert pipe.gradient_norm > 0.05
     assert len(set(hvd.allgather_object(pipe.gradient_norm))) == 1
-    models.assert_same(learnt(pipe, shared / "clipped.npz"), expected)
+    models.assert_same(learnt(pipe, shared / "clipped.safetensors"), expected)
     pipe.timeline(shared / "run.html")
     pipe.close()
     assert "step 1: " in (shared / "run.html").read_text()
@@ -169,11 +167,11 @@ def test_low_precision_over_ranks(policy, shared):
     pipe.close()
     pipe, own, (_, same) = learn(stages=[6 - size] + [1] * (size - 1))
     assert same == skipped
-    models.assert_same(learnt(pipe, shared / "state.npz"), expected)
+    models.assert_same(learnt(pipe, shared / "state.safetensors"), expected)
     if policy == "mixed_float16":
         assert skipped[0] and not all(skipped)
         assert len(set(hvd.allgather_object(float(own.dynamic_scale)))) == 1
-        pipe.load(shared / "state.npz")
+        pipe.load(shared / "state.safetensors")
     pipe.close()
 
 

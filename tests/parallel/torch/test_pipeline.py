@@ -46,7 +46,7 @@ def learnt(pipe, path):
     """Rank 0's whole model, gathered by a checkpoint."""
     pipe.save(path)
     hvd.barrier()
-    return torch.load(path)["model"]
+    return hvd.load_state(path)["model"]
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def learnt(pipe, path):
     losses = [float(pipe.step(x, y)) for x, y in batches(5)]
     pipe.save(path)
     hvd.barrier()
-    told = torch.load(path)
+    told = hvd.load_state(path)
     pipe.close()
     return losses, told["model"], told["optimizer"]
 

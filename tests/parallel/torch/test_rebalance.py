@@ -45,7 +45,7 @@ def learnt(pipe, path):
     """Rank 0's whole model and the optimizers' states, gathered by a checkpoint."""
     pipe.save(path)
     hvd.barrier()
-    saved = torch.load(path)
+    saved = hvd.load_state(path)
     kept = {f"{name}.{key}": value for name, each in saved["optimizer"].items()
             for key, value in each["state"].items()}  # fmt: skip
     return saved["model"] | kept, {n: each["options"] for n, each in saved["optimizer"].items()}
