@@ -1,8 +1,8 @@
 """Elastic training: ranks may fail, leave and join while a job runs.
 
-Horovod's launcher (``horovodrun --min-np ... --host-discovery-script ...``) starts and replaces
-processes. In each of them :func:`run_fn` calls the user's training function again after every
-change, with a :class:`State` that all ranks have brought to the same point before:
+``hvdx run --min-np ...`` starts and replaces processes, or Horovod's own launcher does. In each of
+them :func:`run_fn` calls the user's training function again after every change, with a
+:class:`State` that all ranks have brought to the same point before:
 
     rank fails                               hosts come or go
     -> HorovodInternalError in the others    -> HostsUpdatedInterrupt from state.commit()
@@ -30,12 +30,15 @@ import functools
 import importlib
 import os
 import queue
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from hvdx import agreement, world
 from hvdx.errors import LaunchError
 from hvdx.mismatch import is_mismatch
+
+ASK_SECONDS = 1.0
 
 
 class State:
@@ -54,6 +57,7 @@ class State:
         self._host_messages: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._last_updated_timestamp: Any = 0
         self._reset_callbacks: list[Callable[[], Any]] = []
+        self._ask_next = 0.0
 
     def register_reset_callbacks(self, callbacks: Iterable[Callable[[], Any]]) -> None:
         """Have functions called after every change of the ranks, before ``sync``.
@@ -93,6 +97,7 @@ class State:
         from horovod.common.exceptions import HostsUpdatedInterrupt
         from horovod.runner.elastic.worker import HostUpdateResult
 
+        self._ask_launcher()
         before = newest = self._last_updated_timestamp
         update = HostUpdateResult.no_update
         while not self._host_messages.empty():
@@ -105,6 +110,19 @@ class State:
         self._last_updated_timestamp = newest
         if newest > before:
             raise HostsUpdatedInterrupt(update == HostUpdateResult.removed)
+
+    def _ask_launcher(self) -> None:
+        """Have rank 0 ask ``hvdx run`` about hosts, once a second at most."""
+        now = time.monotonic()
+        if "HVDX_WORKER" not in os.environ or now < self._ask_next or world.rank() != 0:
+            return
+        from horovod.runner.elastic.worker import HostUpdateResult
+
+        from hvdx import launch
+
+        self._ask_next = now + ASK_SECONDS
+        if (told := launch.news()) is not None:
+            self.on_hosts_updated(told[0], HostUpdateResult(told[1]))
 
     def save(self) -> None:
         """Keep a copy of the state on this rank."""
@@ -271,8 +289,8 @@ def run_fn(func: Callable[..., Any], reset: Callable[[], None]) -> Callable[...,
         from horovod.common.elastic import notification_manager
         from horovod.common.exceptions import HostsUpdatedInterrupt
 
-        # Elsewhere nobody sends notifications, and the launcher may refuse to hear of them.
-        if os.environ.get("HOROVOD_ELASTIC") == "1":
+        # Only Horovod's launcher sends notifications, to a port that is opened for them here.
+        if os.environ.get("HOROVOD_ELASTIC") == "1" and "HVDX_WORKER" not in os.environ:
             notification_manager.init()
         notification_manager.register_listener(state)
         cause: BaseException | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +59,8 @@ def init(
         if adapter in fresh or process_sets:
             _start(adapter, comm, process_sets, first=adapter is adapters[0])
         if adapter in fresh:
-            adapter.take_device(int(adapter.horovod.local_rank()))
+            # Of an elastic job's slots some may be empty: GPUs go by slot.
+            adapter.take_device(int(os.environ.get("HVDX_SLOT", adapter.horovod.local_rank())))
         _started.setdefault(adapter.framework, adapter)
     _changed()
     if fresh:

@@ -1,7 +1,8 @@
 """Start jobs (``hvdx run``) and find out who started this process (``hvdx.init()``).
 
 ``run_command`` is the command line; ``prepare``, ``report_up`` and ``Launch`` serve
-``hvdx.init()``. Each loads its module when asked for, so that a rank does not load the launcher.
+``hvdx.init()``, ``news`` elastic training. Each loads its module when asked for, so that a rank
+does not load the launcher.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hvdx.launch.client import report_up
+    from hvdx.launch.client import news, report_up
     from hvdx.launch.command import run_command
     from hvdx.launch.environment import Launch, prepare
 
-__all__ = ["Launch", "prepare", "report_up", "run_command"]
+__all__ = ["Launch", "news", "prepare", "report_up", "run_command"]
 
 _HOME = {
     "Launch": "environment",
+    "news": "client",
     "prepare": "environment",
     "report_up": "client",
     "run_command": "command",
