@@ -64,7 +64,7 @@ def init(
                 _start(adapter, comm, process_sets, first=adapter is adapters[0])
         if adapter in fresh:
             # Of an elastic job's slots some may be empty: GPUs go by slot.
-            adapter.take_device(int(os.environ.get("HVDX_SLOT", adapter.horovod.local_rank())))
+            adapter.take_device(int(os.environ.get("HVDX_HOST_SLOT", adapter.horovod.local_rank())))
         _started.setdefault(adapter.framework, adapter)
     _changed()
     if fresh:

@@ -249,7 +249,7 @@ class Launcher:
                 "HOROVOD_ELASTIC": "1",
                 "HOROVOD_HOSTNAME": slot.host,
                 "HVDX_WORKER": str(number),
-                "HVDX_SLOT": str(slot.index),
+                "HVDX_HOST_SLOT": str(slot.index),
                 **self._rendezvous.environment(),
             }
             process = self._crew.start(self._job.start(number, slot.host, own))
