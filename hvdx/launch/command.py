@@ -40,7 +40,7 @@ def _told(ended: Ended) -> int:
         print(f"hvdx run: {Signals(ended.signal).name} ended the job.", file=sys.stderr)
         return 128 + ended.signal
     if not ended.failures:
-        return 0
+        return int(ended.gave_up)
     first, *others = ended.failures
     print(f"hvdx run: {first}; the job was ended.", file=sys.stderr)
     for other in others:

@@ -138,6 +138,7 @@ class Launcher:
         self._short_since: float | None = None  # too few ranks
         self._news = 0
         self._failures: list[Failure] = []
+        self._gave_up = False
         self._rendezvous = job.rendezvous(
             self._asked.most or self._asked.first, stays=True, told=self._hear
         )
@@ -149,7 +150,7 @@ class Launcher:
             self._end()
         finally:
             self._rendezvous.close()
-        return Ended(self._failures, caught)
+        return Ended(self._failures, caught, self._gave_up)
 
     def _see_through(self) -> int | None:
         """Go on until all have ended well, no rank is left, or a signal has come; return that."""
@@ -275,8 +276,7 @@ class Launcher:
             self._dismiss(worker)
         others = self._newcomers()
         if self._generation and not world:
-            _say("no rank is left that knows where training stands")
-            return False
+            return self._give_up("no rank is left that knows where training stands")
         if not self._generation and any(worker.asked is None for worker in others):
             return True  # all that were started shall begin together
         members = world + [worker for worker in others if worker.asked == 0]
@@ -285,8 +285,8 @@ class Launcher:
             return self._wait(len(members), len(others))
         self._short_since = None
         if self._asked.resets is not None and self._generation > self._asked.resets:
-            _say(f"the ranks have changed {self._generation - 1} times (--reset-limit)")
-            return False
+            changes = self._generation - 1
+            return self._give_up(f"the ranks have changed {changes} times (--reset-limit)")
         self._make_world(members)
         return True
 
@@ -306,7 +306,11 @@ class Launcher:
         hope = others or self._slots.may_grow() or self._job.asked.horovod.host_discovery_script
         if hope and now < self._short_since + self._asked.timeout:
             return True
-        _say(f"fewer ranks are left than --min-np {self._asked.least}")
+        return self._give_up(f"fewer ranks are left than --min-np {self._asked.least}")
+
+    def _give_up(self, why: str) -> bool:
+        _say(why)
+        self._gave_up = True
         return False
 
     def _make_world(self, members: list[Worker]) -> None:

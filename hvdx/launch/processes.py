@@ -64,6 +64,7 @@ class Ended(NamedTuple):
 
     failures: list[Failure]  # those that failed by themselves, the first first
     signal: int | None  # what ended the launcher
+    gave_up: bool = False  # an elastic launcher, which has said why
 
 
 class Rank:
