@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launching import HVDX_RUN, environment, run
 
 SAMPLES, EPOCHS = 48, 4
+CHURN = Path(__file__).parents[2] / "benchmarks" / "elastic_churn.py"
 
 #: What the jobs share. Epoch 1: the rank on 127.0.0.1 dies. Then there is a second slot.
 COMMON = """
@@ -151,3 +152,14 @@ def elastic(discover: Path, script: Path, folder: Path, **environ: str):
     launcher += ["--host-discovery-script", str(discover), "--"]
     rank = [sys.executable, str(script), str(folder), str(SAMPLES), str(EPOCHS)]
     return run(*launcher, *rank, env=environment(**environ), timeout=240)
+
+
+@pytest.mark.parametrize(("framework", "ranks", "kills"), [("torch", 3, 2), ("tape", 2, 1)])
+def test_every_sample_is_trained_on_once_while_ranks_die(framework, ranks, kills):
+    """With compression; counted by parameters, which go back and are shared like all others."""
+    pytest.importorskip({"tape": "tensorflow"}.get(framework, framework))
+    command = [sys.executable, str(CHURN), "--short", "--exact-only", "--framework", framework]
+    command += ["--ranks", str(ranks), "--least", str(ranks - 1), "--kills", str(kills)]
+    done = run(*command, env=environment(), timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kills} kills" in done.stdout and "lost or twice: 0" in done.stdout
