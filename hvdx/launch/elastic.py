@@ -35,6 +35,7 @@ from hvdx.launch.processes import GRACE_SECONDS, Crew, Ended, Failure, Rank
 from hvdx.launch.remote import survey
 from hvdx.launch.rendezvous import OWN_SCOPE
 from hvdx.launch.slots import Discovery, Slot, Slots
+from hvdx.watchdog import timeout_seconds
 
 TICK_SECONDS = 0.2
 TOGETHER_SECONDS = 10.0  # newcomers that are ready wait for others that are not
@@ -57,6 +58,7 @@ class Worker:
         self.process = process
         self.asked: int | None = None
         self.since = 0.0
+        self.killed = False
         self.dismissed = False  # its host is no longer offered, or nobody is needed any more
 
 
@@ -139,6 +141,7 @@ class Launcher:
         self._news = 0
         self._failures: list[Failure] = []
         self._gave_up = False
+        self._patience = timeout_seconds()
         self._rendezvous = job.rendezvous(
             self._asked.most or self._asked.first, stays=True, told=self._hear
         )
@@ -268,6 +271,7 @@ class Launcher:
         world = [self._workers[number] for number in self._world]
         if any(worker.asked != self._generation for worker in world):
             self._tell_news(world)
+            self._end_laggards(world)
             return True
         offered = set(self._slots.offered())
         for worker in [each for each in world if each.slot not in offered]:
@@ -289,6 +293,20 @@ class Launcher:
             return self._give_up(f"the ranks have changed {changes} times (--reset-limit)")
         self._make_world(members)
         return True
+
+    def _end_laggards(self, world: list[Worker]) -> None:
+        """Kill ranks that do not notice that others have left their world: they hang."""
+        left = [worker.since for worker in world if worker.asked == self._generation]
+        if not left or not self._patience or time.monotonic() < min(left) + self._patience:
+            return
+        for worker in world:
+            if worker.asked != self._generation and not worker.killed:
+                worker.killed = True
+                _say(
+                    f"process {worker.number} on {worker.slot.host} does not answer: others left "
+                    f"{self._patience:g} s ago (HVDX_TIMEOUT); it is killed"
+                )
+                worker.process.kill()
 
     def _newcomers(self) -> list[Worker]:
         return [

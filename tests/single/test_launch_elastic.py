@@ -65,7 +65,8 @@ class Job:
         (folder / "rank.py").write_text(RANK)
         (folder / "told").touch()
         command = [sys.executable, "-m", "hvdx", "run", *flags, "--", sys.executable]
-        own = {k: v for k, v in os.environ.items() if not k.startswith(("HVDX_", "HOROVOD_"))}
+        foreign = ("HVDX_RENDEZVOUS", "HVDX_WORKER", "HOROVOD_")
+        own = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         self.process = subprocess.Popen(
             [*command, str(folder / "rank.py"), str(folder)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own,
@@ -149,6 +150,18 @@ def test_too_few_ranks_end_the_job_with_the_cause(jobs):
     job.order(0, "leave")
     code, said = job.end()
     assert (code, "fewer ranks are left than --min-np 2" in said) == (5, True), said
+
+
+def test_a_rank_that_hangs_is_killed(jobs, monkeypatch):
+    monkeypatch.setenv("HVDX_TIMEOUT", "1")
+    job = jobs("-np", "2", "--min-np", "1")
+    job.wait("0 world 1: 0 2 0 2 0 1", "1 world 1: 1 2 1 2 0 1")
+    job.order(1, "leave")  # process 0 does not notice
+    job.wait("1 world 2: 0 1 0 1 0 1")
+    job.order(1, "0")
+    code, said = job.end()
+    assert code == 0, said
+    assert "process 0 on localhost does not answer: others left 1 s ago (HVDX_TIMEOUT)" in said
 
 
 def test_changes_are_limited(jobs):
