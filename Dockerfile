@@ -1,4 +1,4 @@
-# Horovod and hvdx, for CPUs by default; docs/install.md says how to build for GPUs.
+# Horovod and hvdx, for CPUs by default; docs/gpu.md says how to build for GPUs.
 ARG BASE=debian:bookworm-slim
 FROM ${BASE}
 

@@ -1,5 +1,6 @@
 # make demo    set up .venv, build Horovod (once), train both examples on 2 processes
 # make test    the same set-up, then every test
+# make test-gpu  the tests that need an NVIDIA GPU, with what is installed; docs/gpu.md
 # make lint    ruff and mypy
 # make bench   the benchmarks
 # make clean   remove what these made here; built Horovod wheels stay in the user's cache
@@ -8,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types bench clean tools hosts .venv
+.PHONY: demo test test-gpu lint types bench clean tools hosts .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,6 +31,10 @@ test: .venv hosts
 	echo "--- The same traps on plain Horovod, which must fail each of them:"
 	$(TRAPS) -- --plain
 	$(BIN)/python -m pytest --timeout 600 --numprocesses 2 --dist loadfile --durations 15 tests/integration
+
+# Not by `make .venv`: constraints.txt pins CPU builds. BIN=... names another environment.
+test-gpu:
+	$(BIN)/python -m pytest --timeout 600 --durations 10 tests/gpu
 
 lint: .venv/packages types
 	$(BIN)/ruff check .

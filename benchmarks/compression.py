@@ -95,15 +95,22 @@ def formula(variant: str, hosts: int) -> float | None:
     return None
 
 
-def variant(name: str) -> tuple[Any, Any]:
-    """Return module and optimizer, equal at the start."""
+def model() -> tuple[Any, Any]:
+    """Return the MLP and its optimizer, equal on all ranks."""
     import torch
     from torch import nn
 
     torch.manual_seed(0)
     layers = [nn.Linear(*pair) for pair in itertools.pairwise(WIDTHS)]
-    module: Any = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    module = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    return module, torch.optim.SGD(module.parameters(), lr=1e-3)
+
+
+def variant(name: str) -> tuple[Any, Any]:
+    """Return module and optimizer, equal at the start."""
+    from torch import nn
+
+    module, optimizer = model()
     library, _, option = name.partition(" ")
     if library == "horovod":
         import horovod.torch as horovod

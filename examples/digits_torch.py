@@ -49,14 +49,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
 
-    hvd.init()  # hvdx
+    hvd.init()  # hvdx; of several GPUs each process takes its own
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     torch.manual_seed(told.seed + hvd.rank())  # dropout differs between ranks
     train, test = load_shard(hvd.rank(), hvd.size(), told.seed)  # hvdx
-    images, labels = (torch.from_numpy(part) for part in train)
+    images, labels = (torch.from_numpy(part).to(device) for part in train)
     images = images.permute(0, 3, 1, 2)
 
-    model = Net()
+    model = Net().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=told.lr)
     optimizer = hvd.DistributedOptimizer(optimizer, model)  # hvdx
     hvd.broadcast_parameters(model)  # hvdx
@@ -74,7 +75,7 @@ def main() -> None:
         report.epoch()
 
     model.eval()
-    test_images, test_labels = (torch.from_numpy(part) for part in test)
+    test_images, test_labels = (torch.from_numpy(part).to(device) for part in test)
     with torch.no_grad():
         guesses = model(test_images.permute(0, 3, 1, 2)).argmax(1)
     report.final((guesses == test_labels).float().mean().item(), model)

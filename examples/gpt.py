@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvdx as hvd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs, hvdx's choice
+
+
+def tensors(part: Iterable[np.ndarray]) -> list[torch.Tensor]:
+    """Return what is read, and what is to be guessed, where the model is."""
+    return [torch.from_numpy(each).to(DEVICE) for each in part]
 
 
 class Block(nn.Module):
@@ -119,7 +127,7 @@ class DataParallel:
 
     def load(self, path: Path) -> None:
         """Go on from what :meth:`save` wrote: on as many ranks to the last bit, or on others."""
-        state = torch.load(path)
+        state = torch.load(path, map_location=DEVICE)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         alike = len(state["owed"]) == hvd.size()
@@ -134,11 +142,11 @@ def trainer(model: nn.Module, text: Text, told: argparse.Namespace) -> Any:
         return DataParallel(model, told)
     return hvd.Pipeline(
         model,
-        torch.from_numpy(text.batch(0)[0]),
+        tensors(text.batch(0))[0],
         loss=loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, told.lr),
         stages=told.stages,
-        place=devices(told),
+        place=devices(told, DEVICE),
         schedule=told.schedule,
         micro_batches=told.micro_batches,
     )
@@ -150,7 +158,7 @@ def train(training: Any, text: Text, told: argparse.Namespace) -> None:
     if saved and saved.exists():
         training.load(saved)
     report = Report(told, None if told.stages else training.optimizer)
-    unseen, expected = map(torch.from_numpy, text.unseen())
+    unseen, expected = tensors(text.unseen())
     while training.steps < told.steps:
         report.resume()
         losses = []
@@ -158,7 +166,7 @@ def train(training: Any, text: Text, told: argparse.Namespace) -> None:
             for optimizer in training.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = rate(training.steps, told)
-            losses.append(training.step(*map(torch.from_numpy, text.batch(training.steps))))
+            losses.append(training.step(*tensors(text.batch(training.steps))))
         report.pause()
         mean = hvd.allreduce(torch.stack(losses).mean(), name="loss").item()
         report.steps(training.steps, mean, loss(training(unseen), expected).item())
@@ -174,12 +182,13 @@ def main() -> None:
     torch.set_num_threads(1)  # the processes share the cores
     torch.manual_seed(told.seed)
     text = Text(told)
-    training = trainer(GPT(told.length, told.width, told.depth, told.heads), text, told)
+    model = GPT(told.length, told.width, told.depth, told.heads).to(DEVICE)
+    training = trainer(model, text, told)
     train(training, text, told)
     if told.timeline:
         training.timeline(told.timeline)
     if told.generate:
-        said = written(lambda row: training(torch.from_numpy(np.asarray(row))), told)
+        said = written(lambda text: training(*tensors((text,))).cpu(), told)
         if hvd.rank() == 0:
             print(f"\n{said}", flush=True)
 

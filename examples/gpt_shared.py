@@ -164,6 +164,6 @@ def share(told: argparse.Namespace) -> slice:
     return slice(hvd.rank(), None, hvd.size())
 
 
-def devices(told: argparse.Namespace) -> list[str] | None:
+def devices(told: argparse.Namespace, device: str = "cpu") -> list[str] | None:
     """Return where the stages go: None, to the ranks of the job, or threads of a lone process."""
-    return None if hvd.size() > 1 else ["cpu"] * told.stages
+    return None if hvd.size() > 1 else [device] * told.stages

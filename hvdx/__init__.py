@@ -32,8 +32,11 @@ from hvdx.errors import (
     PlanError,
     StallError,
 )
+from hvdx.groups import Groups
+from hvdx.metrics import Metrics
 from hvdx.optimizer import DistributedOptimizer
 from hvdx.pipeline.dispatch import Pipeline, plan
+from hvdx.preemption import Preemption
 from hvdx.reduce_op import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from hvdx.replicas import (
     allgather_object,
@@ -86,17 +89,20 @@ __all__ = [
     "Average",
     "Compression",
     "DistributedOptimizer",
+    "Groups",
     "HorovodMissingError",
     "HvdxError",
     "InstallError",
     "LaunchError",
     "Max",
+    "Metrics",
     "Min",
     "MismatchError",
     "NotInitializedError",
     "Pipeline",
     "PipelineError",
     "PlanError",
+    "Preemption",
     "Product",
     "ReduceOp",
     "StallError",

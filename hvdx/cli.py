@@ -1,4 +1,4 @@
-"""The ``hvdx`` command: ``install``, ``doctor``, ``run``, ``plan`` and ``bench``.
+"""The ``hvdx`` command: ``install``, ``doctor``, ``run``, ``plan``, ``report`` and ``bench``.
 
 Each command imports its module only when called: ``hvdx --help`` loads no framework.
 """
@@ -111,20 +111,28 @@ def run(arguments: tuple[str, ...]) -> None:
 
 
 @main.command("plan")
-@click.argument("script", type=click.Path(exists=True, dir_okay=False))
-@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Of the pipeline.")
-@click.option("--micro-batches", type=click.IntRange(min=1), default=8, show_default=True)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False), required=False)
+@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Of the job.")
+@click.option(
+    "--place",
+    type=click.Choice(["auto", "stages"]),
+    default="auto",
+    show_default=True,
+    help="auto: replicas, stages or both; stages: one rank for each.",
+)
+@click.option(
+    "--micro-batches", type=click.IntRange(min=1), help="8, or with --place auto the quickest."
+)
 @click.option("--schedule", default="auto", show_default=True, help="1f1b, zbv and so on.")
 @click.option(
     "--by",
     type=click.Choice(["time", "params", "memory"]),
     default="time",
     show_default=True,
-    help="What the cuts even out.",
+    help="What the cuts even out, with --place stages.",
 )
-@click.option(
-    "--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), help="A rank."
-)
+@click.option("--memory", metavar="SIZE", help="Of a rank: 500M, 2G, or a number of GiB.")
+@click.option("--link", metavar="RATE,LATENCY", help="Between ranks, or hosts, as 100mbit,200us.")
 @click.option("--model", default="model", show_default=True, help="The script's name for it.")
 @click.option("--sample", default="sample", show_default=True, help="Its name for a batch.")
 @click.option(
@@ -134,29 +142,95 @@ def run(arguments: tuple[str, ...]) -> None:
     help="Also draw the schedule: .html, .png, or .json for Chrome's trace viewer.",
 )
 @click.option(
-    "--save", metavar="FILE", type=click.Path(dir_okay=False), help="Keep the plan, for stages=."
+    "--save",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Keep the plan, for stages=; with --hosts the profile, for --profile.",
+)
+@click.option(
+    "--hosts", type=click.IntRange(min=1), help="Predict what the ranks would do on so many hosts."
+)
+@click.option("--inner", help="With --hosts: within one, as 200gbit,2us, the default.")
+@click.option(
+    "--profile",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="With --hosts, instead of SCRIPT: what --save has kept.",
+)
+@click.option("--ways", help="With --hosts: of training, as ring,int8,powersgd=4,stages=4+int8.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="With --hosts: times as fast as measured that ranks compute.",
+)
+@click.option(
+    "--goodput",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.94,
+    show_default=True,
+    help="With --hosts: share of its rate that programs get (TCP: 0.94).",
+)
+@click.option(
+    "--json",
+    "json_",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="With --hosts: also write the numbers to FILE.",
 )
 def plan(
-    script: str,
+    script: str | None,
     ranks: int,
-    micro_batches: int,
+    place: str,
+    micro_batches: int | None,
     schedule: str,
     by: str,
-    memory: float | None,
+    memory: str | None,
+    link: str | None,
     model: str,
     sample: str,
     output: str | None,
     save: str | None,
+    hosts: int | None,
+    inner: str | None,
+    profile: str | None,
+    ways: str | None,
+    speed: float,
+    goodput: float,
+    json_: str | None,
 ) -> None:
-    """Print how the model of SCRIPT would be cut and scheduled; launch nothing.
+    """Print how the model of SCRIPT would be spread over ranks; launch nothing.
+
+    First all plans, by what a step takes: data parallel, in stages, or both; then how the quickest
+    one cuts the model, and its schedule.
 
     The script names a model and a batch for it, as objects or as functions without arguments.
     What is under `if __name__ == "__main__"` does not run.
+
+    With --hosts, print how long a step would take on so many ranks and hosts, for many ways of
+    training: data parallel, compressed, staged. `hvdx plan model.py --ranks 1024 --hosts 128
+    --link 25gbit,5us` measures the model here, on one rank.
     """
+    if hosts is not None:
+        from hvdx.scaling.command import Wanted, scale
+
+        try:
+            scale(Wanted(script, ranks, hosts, link, inner, profile, ways, speed, goodput, model,
+                         sample, output, save, json_))  # fmt: skip
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
+        return
+    if script is None or profile:
+        raise click.UsageError("give a SCRIPT; --profile needs --hosts")
     from hvdx.pipeline.dispatch import dry_run
-    from hvdx.pipeline.dry_run import load
+    from hvdx.pipeline.dry_run import ONE_MACHINE, load
+    from hvdx.pipeline.partition import size_of
+    from hvdx.pipeline.plan import Link
 
     try:
+        limit = size_of(memory) if memory else None
+        between = Link.parse(link) if link else ONE_MACHINE
         network, batch = load(script, [model, sample])
         made = dry_run(
             network,
@@ -165,7 +239,9 @@ def plan(
             micro_batches=micro_batches,
             schedule=schedule,
             by=by,
-            memory=memory and memory * 2**30,
+            memory=limit,
+            link=between,
+            place="auto" if place == "auto" else (),
         )
         click.echo(str(made))
         if output:
@@ -174,6 +250,28 @@ def plan(
             made.plan.save(save)
     except (TypeError, OSError) as error:  # no model, no such folder
         raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, metavar="RUN.JSONL...")
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Where to draw: .png, .html, .svg, .pdf. Default: beside the first file, .png.",
+)
+def report(files: tuple[str, ...], output: str | None) -> None:
+    """Compare trainings by what `hvd.Metrics` has written: print a table, draw a picture."""
+    from pathlib import Path
+
+    from hvdx.metrics.report import load, table, write
+
+    found = load(files)
+    click.echo(table(found))
+    output = output or str(Path(files[0]).with_suffix(".png"))
+    write(output, found)
+    click.echo(f"drawn: {output}")
 
 
 @main.group()

@@ -169,7 +169,7 @@ def _compressed(
                 f"compression={compressor} keeps state from step to step, which a single operation "
                 "has not: use hvd.DistributedOptimizer for it"
             )
-        ops = ops_for(type(tensor))
+        ops = ops_for(type(tensor)).beside(tensor)
         if prescale_factor != 1.0:
             tensor = ops.scale(tensor, prescale_factor)
         spec = Spec(name or "", tuple(tensor.shape), ops.dtype(tensor), adapter.ranks(process_set))
@@ -211,6 +211,7 @@ def perform(
             for i, each in enumerate(request.requests)
         ]
     full = f"{name}/{request.phase}" if name else None
+    adapter.count(type(request).__name__.lower(), request.tensor, adapter.ranks(process_set))
     if isinstance(request, Allreduce):
         return getattr(adapter, reduction)(
             request.tensor, op=request.op, name=full, process_set=process_set, **_UNSCALED
@@ -238,6 +239,7 @@ def _perform_group(
     for place, request in enumerate(round_.requests):
         if isinstance(request, Allreduce):
             alike.setdefault((request.op, request.phase), []).append(place)
+            adapter.count("allreduce", request.tensor, adapter.ranks(process_set))
         else:
             own = name and f"{name}/{place}"
             answers[place] = perform(adapter, request, name=own, process_set=process_set)

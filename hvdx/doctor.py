@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from hvdx.build import cache, edits, probe, target
+from hvdx.build import cache, causes, edits, probe, target
 from hvdx.errors import InstallError
 
 RUN_SECONDS = 120  # two TensorFlows starting on two busy cores have taken 40
@@ -33,11 +33,16 @@ INSTALL = "Run: hvdx install"
 RECORDED = {"torch": "pytorch", "tensorflow": "tensorflow"}
 
 LOAD = """
-import json, sys
+import json, os
 out = {{}}
 try:
     import {framework} as framework
     out["version"] = str(framework.__version__)
+    if {gpus} and "{framework}" == "torch" and framework.version.cuda:
+        try:
+            framework.ones(2, device="cuda").sum().item()
+        except BaseException as error:
+            out["cuda_error"] = f"{{type(error).__name__}}: {{error}}"
 except BaseException as error:
     out["error"] = f"{{type(error).__name__}}: {{error}}"
 else:
@@ -47,6 +52,10 @@ else:
                         if getattr(hvd, name + "_built")()]
     except BaseException as error:
         out["horovod_error"] = f"{{type(error).__name__}}: {{error}}"
+    if os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps") as maps:
+            out["nccl"] = sorted({{line.split(None, 5)[5].strip() for line in maps
+                                  if "/libnccl.so" in line}})
 print("\\n" + json.dumps(out))
 """
 
@@ -76,6 +85,17 @@ sums = hvd.allreduce(tf.fill([3], hvd.rank() + 1.0), op=hvd.Sum, name="doctor").
 assert hvd.size() == 2 and sums == [3.0, 3.0, 3.0], (hvd.size(), sums)
 """,
 }
+
+#: The same on GPUs, each rank on its own; as many ranks as there are GPUs, two at most.
+ALLREDUCE_NCCL = """
+import horovod.torch as hvd, torch
+hvd.init()
+torch.cuda.set_device(hvd.local_rank())
+mine = torch.full((3,), hvd.rank() + 1.0, device="cuda")
+sums = hvd.allreduce(mine, op=hvd.Sum, name="doctor").tolist()
+assert sums == [hvd.size() * (hvd.size() + 1) / 2] * 3, (hvd.size(), sums)
+hvd.shutdown()
+"""
 
 
 class Check(NamedTuple):
@@ -107,7 +127,7 @@ class Facts(NamedTuple):
     loaded: dict[str, dict[str, Any]]  # by framework and "keras": what the child process printed
     keras: str | None  # its installed version
     horovod: Horovod | None
-    runs: dict[str, Run]  # by framework; empty with --no-run
+    runs: dict[str, Run]  # by framework, and "nccl"; empty with --no-run
     run_wanted: bool
     gpus: list[probe.Gpu]
     nvcc: probe.Tool | None
@@ -127,7 +147,8 @@ def gather(*, run: bool = True) -> Facts:
     found = {name: probe.framework(name) for name in probe.DISTRIBUTIONS}
     frameworks = {name: framework for name, framework in found.items() if framework}
     keras = _version("keras")
-    scripts = {name: LOAD.format(framework=name) for name in frameworks}
+    gpus = probe.gpus()
+    scripts = {name: LOAD.format(framework=name, gpus=len(gpus)) for name in frameworks}
     if keras:
         scripts["keras"] = LOAD_KERAS
     with ThreadPoolExecutor() as pool:
@@ -138,6 +159,8 @@ def gather(*, run: bool = True) -> Facts:
         for name in frameworks:
             if "built" in loaded[name]:
                 runs[name] = _run(ALLREDUCE[name])
+        if gpus and "nccl" in loaded.get("torch", {}).get("built", ()):
+            runs["nccl"] = _run_nccl(min(len(gpus), 2))
     try:
         cache.folder("wheels")
         cache_problem = None
@@ -154,9 +177,9 @@ def gather(*, run: bool = True) -> Facts:
         horovod=horovod,
         runs=runs,
         run_wanted=run,
-        gpus=probe.gpus(),
+        gpus=gpus,
         nvcc=probe.nvcc(),
-        nccl=probe.nccl(),
+        nccl=probe.nccl(frameworks["torch"].cuda if "torch" in frameworks else None),
         mpi=probe.mpi(),
         mpirun=probe.which("mpirun"),
         compiler=probe.compiler(),
@@ -336,6 +359,26 @@ def _judge_runs(facts: Facts) -> Iterator[Check]:
             )
         else:
             yield Check(check, True, "2 processes, right sums")
+    if "nccl" in facts.loaded.get("torch", {}).get("built", ()):
+        yield _judge_nccl_run(facts)
+
+
+def _judge_nccl_run(facts: Facts) -> Check:
+    check = "allreduce, NCCL"
+    if not facts.gpus:
+        return Check(check, None, "built in, but no GPU is here to try it on")
+    if not facts.run_wanted:
+        return Check(check, None, "left out (--no-run)")
+    ranks = min(len(facts.gpus), 2)
+    if problem := facts.runs["nccl"].problem:
+        found = causes.explain(problem)
+        return Check(
+            check,
+            False,
+            f"hvdx run -np {ranks}: {problem}",
+            found.remedy if found else "NCCL_DEBUG=INFO hvdx run -np ... tells more.",
+        )
+    return Check(check, True, f"{ranks} process{'es' if ranks > 1 else ''}, right sums")
 
 
 def _judge_gpu(facts: Facts) -> Iterator[Check]:
@@ -344,10 +387,27 @@ def _judge_gpu(facts: Facts) -> Iterator[Check]:
     yield Check("gpus", True if names else None, names or "none (or no driver)")
     if facts.gpus:
         yield Check("driver", True, facts.gpus[0].driver)
+    loaded = facts.loaded.get("torch", {})
+    if facts.gpus and torch and torch.cuda and "error" not in loaded:
+        if error := loaded.get("cuda_error"):
+            found = causes.explain(error)
+            remedy = found.remedy if found else "See docs/gpu.md for the usual mismatches."
+            yield Check("torch on the GPU", False, error.splitlines()[0], remedy)
+        else:
+            yield Check("torch on the GPU", True, f"computes, with CUDA {torch.cuda}")
     nvcc = facts.nvcc.version if facts.nvcc else None
     yield Check("cuda toolkit", True if nvcc else None, nvcc or "none")
     nccl = facts.nccl.version if facts.nccl else None
-    yield Check("nccl", True if nccl else None, nccl or "none")
+    if len(several := loaded.get("nccl", ())) > 1:
+        yield Check(
+            "nccl",
+            False,
+            "\n".join(["torch and Horovod load different ones:", *several]),
+            f"Unset HOROVOD_NCCL_HOME and LD_LIBRARY_PATH, so that both take torch's. {INSTALL} "
+            "--force",
+        )
+    else:
+        yield Check("nccl", True if nccl else None, nccl or "none")
     built = facts.loaded.get("torch", {}).get("built")
     if facts.gpus and built is not None and "nccl" not in built:
         if torch and torch.cuda:
@@ -473,9 +533,21 @@ def _load(script: str) -> dict[str, Any]:
     return dict(answer)
 
 
-def _run(script: str) -> Run:
-    """Run ``script`` on two ranks through ``hvdx run``."""
-    command = [sys.executable, "-m", "hvdx", "run", "-np", "2", "--", sys.executable, "-c", script]
+def _run_nccl(ranks: int) -> Run:
+    """Reduce on GPUs, and look into Horovod's timeline whether it was NCCL that did so."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "timeline.json")
+        found = _run(ALLREDUCE_NCCL, ranks, HOROVOD_TIMELINE=str(path))
+        if found.problem:
+            return found
+        seen = path.read_text(errors="replace") if path.is_file() else ""
+    return Run("" if "NCCL_ALLREDUCE" in seen else "right sums, but not by NCCL")
+
+
+def _run(script: str, ranks: int = 2, **environment: str) -> Run:
+    """Run ``script`` through ``hvdx run``."""
+    command = [sys.executable, "-m", "hvdx", "run", "-np", str(ranks), "--"]
+    command += [sys.executable, "-c", script]
     with tempfile.TemporaryDirectory() as cwd:
         process = subprocess.Popen(
             command,
@@ -483,7 +555,7 @@ def _run(script: str) -> Run:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=_environment(),
+            env={**_environment(), **environment},
             cwd=cwd,
             start_new_session=True,
         )

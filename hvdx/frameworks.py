@@ -37,6 +37,10 @@ class Adapter(Protocol):
     framework: str
     horovod: Any  #: ``horovod.torch`` or ``horovod.tensorflow``
 
+    @property
+    def bytes_sent(self) -> float:
+        """What this process has sent for requests; see :meth:`count`."""
+
     def allreduce(
         self,
         tensor: Any,
@@ -153,6 +157,19 @@ class Adapter(Protocol):
         """Run a generator of the requests of :mod:`hvdx.comm`; return its result.
 
         Collectives are called ``<name>/<phase>``; ``name`` must be equal on all ranks.
+        """
+
+    def count(self, operation: str, tensor: Any, ranks: int) -> None:
+        """Add to :attr:`bytes_sent` what one of ``ranks`` sends in an operation on ``tensor``.
+
+        By formula (:func:`hvdx.comm.sent_share`). In a graph it is added whenever that runs.
+        """
+
+    def device_use(self) -> dict[str, float]:
+        """Return what this process occupies of its GPU; nothing if it has none.
+
+        ``gpu_memory_mb``, ``peak_gpu_memory_mb`` and, where that can be told, ``gpu``: the share of
+        the last moments in which it computed.
         """
 
     def agree(self, number: int, name: str) -> list[int]:

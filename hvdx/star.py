@@ -88,7 +88,7 @@ class Wire:
             del self._unread[: 4 + length]
             try:
                 message = json.loads(body)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise OSError("no JSON") from None
             yield message
         if over:

@@ -59,7 +59,7 @@ def from_plain(plain: Any) -> Report:
             for op, name, what, s, ranks, where in waits
         ]  # fmt: skip
         return Report(rebuilt, str(at), str(last), float(patience), str(progress))
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"no report: {error}") from None
 
 
@@ -152,6 +152,10 @@ class Picture:
             for wait in report.waits
         ]
         return sorted(waits, key=lambda entry: -entry[1])
+
+    def silent(self, now: float) -> list[int]:
+        """List the ranks that have not been heard of for a while."""
+        return [rank for rank in range(self._size) if self._silent(rank, now)]
 
     def _silent(self, rank: int, now: float) -> bool:
         return now - self._heard[rank] > max(self._timeout / 2, 2.0)

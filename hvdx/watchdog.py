@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 DEFAULT_SECONDS = 30.0
 _SHUT_DOWN = "Horovod has been shut down"  # how it answers calls that it has cut short
 _MEET_SECONDS = 10.0  # for all ranks to connect
+_NEWS_SECONDS = 3.0  # for the word that explains Horovod's end, which may be here before it
 _GRACE_SECONDS = 3.0  # from the verdict to the interruption, and from there to the end
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -100,14 +101,16 @@ class waiting:  # a context manager, named like one
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         global _last
-        thread = threading.get_ident()
-        if self._before is None:
-            _waiting.pop(thread, None)
-        else:
-            _waiting[thread] = self._before
-        _last = self.operation, self.name, self.since
-        if error is not None and _watch is not None:
-            _watch.explain(self, error)
+        try:
+            if error is not None and _watch is not None:
+                _watch.explain(self, error)  # may wait for others' news, as this call still does
+        finally:
+            thread = threading.get_ident()
+            if self._before is None:
+                _waiting.pop(thread, None)
+            else:
+                _waiting[thread] = self._before
+            _last = self.operation, self.name, self.since
 
 
 def watched(call: Call) -> Call:
@@ -387,13 +390,14 @@ class Watch:
             return
         shut_down = _SHUT_DOWN in str(error)
         if shut_down and self.failure is None:
-            self._news.wait(1.0)  # Horovod's end may be here before the word that explains it
+            self._news.wait(_NEWS_SECONDS)
         if self.failure is not None:
             if shut_down or "not been initialized" in str(error):
                 raise self.error() from None
             return
-        if shut_down and self._left:
-            wait, told = self._described(call, time.monotonic(), True), self._departures()
+        told = self._departures() or self._silences(time.monotonic())
+        if shut_down and told:
+            wait = self._described(call, time.monotonic(), True)
             at = f" (called at {wait.at})" if wait.at else ""
             raise StallError(
                 f"rank {self._rank} waits for {wait}{at}, which can never finish: {told}"
@@ -401,12 +405,21 @@ class Watch:
 
     def comment(self) -> None:
         """Say why the program ends with an error of a graph's, which could not be replaced."""
-        self._news.wait(1.0)
+        self._news.wait(_NEWS_SECONDS)
         if self.failure is None and self._left:
             _print(f"rank {self._rank}: the collective can never finish: {self._departures()}")
 
     def _departures(self) -> str:
         return "; ".join(f"rank {rank} {why}" for rank, why in sorted(self._left.items()))
+
+    def _silences(self, now: float) -> str:
+        """Say which of the ranks that should tell each second have not: Gloo may notice before."""
+        if self._picture is not None:
+            silent = self._picture.silent(now)
+        else:
+            silent = [0] if now - self._heard > 2 * self._tick else []
+        each = ", ".join(f"rank {rank}" for rank in silent)
+        return each and f"{each} not heard of: stopped, out of reach, or busy with Python's lock"
 
     # --- the thread
 
@@ -462,7 +475,7 @@ class Watch:
         try:
             for message in self._wires[rank].receive():
                 self._take(rank, message, now)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             if self.failure is None and rank not in self._left:
                 reason = "has left the job without a word: killed, crashed or cut off"
                 if not isinstance(error, OSError):

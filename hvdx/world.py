@@ -39,7 +39,8 @@ def init(
 
     Args:
         comm: ranks, or an mpi4py communicator, as Horovod takes them.
-        process_sets: list of :class:`ProcessSet`, or ``"dynamic"`` to add them later.
+        process_sets: list of :class:`ProcessSet`, :class:`hvdx.groups.Groups`, or ``"dynamic"``
+            to add sets later.
         framework: ``"torch"``, ``"tensorflow"`` or a tuple of both. Default: the framework
             already imported; where both are, the one that ``KERAS_BACKEND`` names.
 
@@ -48,7 +49,8 @@ def init(
         HorovodMissingError: Horovod is not installed for the framework.
         LaunchError: the launcher's environment contradicts itself.
         HvdxError: ``HVDX_TIMEOUT`` is no number of seconds.
-        MismatchError: ranks start different frameworks (raised on every rank).
+        MismatchError: ranks start different frameworks (raised on every rank), or process sets
+            (raised on those that have others than rank 0).
     """
     from hvdx import launch
 
@@ -58,6 +60,7 @@ def init(
     fresh = [a for a in adapters if not a.horovod.is_initialized()]
     if fresh:
         launch.prepare(mpi_built=bool(fresh[0].horovod.mpi_built()))
+        launch.check_as_first("process_sets", _sets(process_sets), "the process sets")
     for adapter in adapters:
         if adapter in fresh or process_sets:
             with noted(_connections):
@@ -95,6 +98,13 @@ def _start(adapter: Adapter, comm: Any, process_sets: Any, first: bool) -> None:
     for each, numbered in zip(given, known, strict=True):
         if isinstance(each, ProcessSet):
             each.register(adapter.framework, numbered)
+
+
+def _sets(process_sets: Any) -> str:
+    """Spell what ``init`` was given, for comparison."""
+    if isinstance(process_sets, str) or not process_sets:
+        return str(process_sets or "none")
+    return str([getattr(each, "ranks", each) for each in process_sets])
 
 
 def _check_frameworks(adapters: list[Adapter]) -> None:

@@ -358,7 +358,7 @@ class Averager(abc.ABC):
             if plain:
                 mean = yield Allreduce(flat, op=op, in_place=in_place)
             else:
-                mean = (yield from chosen.reduce(self.ops, flat, None)).mean
+                mean = (yield from chosen.reduce(self.ops.beside(flat), flat, None)).mean
             return self.unpack(bucket, self.ops.scale(mean, factor) if factor != 1.0 else mean), {}
         if predivide != 1.0:
             grads = [self.ops.scale(grad, 1.0 / predivide) for grad in grads]
@@ -366,7 +366,7 @@ class Averager(abc.ABC):
         given = [self.states[name] for name in names]
         results = yield from together(
             [
-                compressor.reduce(self.ops, grad, state)
+                compressor.reduce(self.ops.beside(grad), grad, state)
                 for compressor, grad, state in zip(compressors, grads, given, strict=True)
             ],
             self.ops,

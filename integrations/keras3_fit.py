@@ -49,7 +49,7 @@ class Trainer(keras.Model):
         train: trains on inputs, targets and sample weights; returns the loss and, if they are
             asked for, the outputs.
         test: computes the same without training; its loss may be None.
-        predict: computes outputs.
+        predict: the pipeline, which computes outputs.
         collect: brings rank 0's model up to date; True there.
         settle: raises on every rank the problem that rank 0 tells.
     """
@@ -69,6 +69,11 @@ class Trainer(keras.Model):
         self._collect, self._settle = collect, settle
         self._mean = keras.metrics.Mean(name="loss")
         self.built = True
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline whose steps these are."""
+        return self._call
 
     def prepare(self, optimizer: Any, metrics: Any, weighted_metrics: Any) -> None:
         """Compile: only this wrapper is eager, units stay compiled."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
+import math
 import operator
 import os
 import random
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,6 +20,7 @@ import numpy as np
 from keras.src.backend import set_keras_mask
 
 from hvdx.agreement import next_name
+from hvdx.buckets import width
 from hvdx.compression import none
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_fit import Shuffled, Trainer
@@ -26,7 +31,7 @@ from hvdx.integrations.keras3_trace import traced
 from hvdx.integrations.keras_loss_scale import LossScale
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.pipeline import ir
-from hvdx.pipeline.base import BasePipeline, check_options, rows_of
+from hvdx.pipeline.base import BasePipeline, Told, check_options, rows_of, settled
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.plan import Plan
 from hvdx.replicas import broadcast_parameters
@@ -37,6 +42,8 @@ _BACKENDS = {  # of Keras: who computes stages, and who measures units
 }
 _FORMAT = 1
 _ABOUT = "hvdx_pipeline"
+_MEASURED = 1 << 26  # bytes of variables on which the optimizer is measured, and the one more
+_UPDATES = 5  # of an optimizer, to measure it; the first makes its functions
 
 
 class Pipeline(BasePipeline):
@@ -61,26 +68,34 @@ class Pipeline(BasePipeline):
             dtype policy is ``mixed_float16`` gets a ``LossScaleOptimizer`` around it, as
             ``compile`` does; where a rank's gradients are not finite, all ranks skip the step.
         loss_weights: factors of the outputs' losses, given as those are.
-        micro_batches: pieces of a batch. Fewer where a batch has fewer rows.
+        micro_batches: pieces of a batch; default 8. Fewer where a batch has fewer rows.
         stages: how many; names of the units that all but the first begin with; how many units
             each has; or a :class:`hvdx.pipeline.plan.Plan`. Default: one per rank or device, two
             for ``interleaved`` and ``zbv``.
         place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]`` or
             TensorFlow's ``["CPU:0", "CPU:1"]``, PyTorch's ``["cuda:0", "cuda:1"]``. Or rows of
             ranks that are replicas of each other: ``[[0, 2], [1, 3]]`` trains two stages, each on
-            two ranks that share its micro-batches. Default: the ranks of the job, if there are
-            several, one per stage or two; else this one process.
-        schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
-            ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times. TensorFlow
-            finds both halves of a backward at once: ``zb1p`` and ``zbv`` gain less there.
+            two ranks that share its micro-batches. Or ``"auto"``: what is quickest, with all that
+            is left out here: rows, cuts, ``micro_batches`` and ``schedule``. All is measured on
+            ``sample``, a whole batch, and a few plans are tried; variables and random numbers stay
+            as they were. Default: the ranks of the job, if there are several, one per stage or
+            two; else this one process.
+        schedule: ``gpipe``, ``1f1b`` (the default), ``1f1b-slack``, ``interleaved``, ``zb1p``,
+            ``zbv``, ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times.
+            TensorFlow finds both halves of a backward at once: ``zb1p`` and ``zbv`` gain less
+            there.
         by: what cuts even out: ``"params"`` or ``"time"``. Default: time under
             ``schedule="auto"``, else params. Time runs micro-batches of ``sample``, on rank 0, to
             measure the units: let it be a whole batch.
+        target: with ``place="auto"`` what ``step`` gets as ``y`` for ``sample``. Default: the
+            model's own outputs, which not every loss can take.
         clip_norm: scales all gradients down to this norm over all stages where theirs is larger,
             in the place of the optimizer's ``global_clipnorm``.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
-            rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+            rest again for backward; ``"except_last"``: not of the last one; ``"never"``, the
+            default.
         compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
+            With ``place="auto"`` also ``hvd.Compression.auto("safe")``: if and how is planned, too.
         batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
             running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
@@ -107,6 +122,7 @@ class Pipeline(BasePipeline):
     """
 
     _graph: Graph
+    _given: Any = None  # the optimizer, for the planner
     _scale: LossScale | None = None
 
     def __init__(
@@ -117,13 +133,14 @@ class Pipeline(BasePipeline):
         optimizer: Any = None,
         *,
         loss_weights: Any = None,
-        micro_batches: int = 8,
+        micro_batches: int | None = None,
         stages: int | Sequence[str] | Sequence[int] | Plan | None = None,
-        place: Sequence[str] | Sequence[Sequence[int]] | None = None,
-        schedule: str = "1f1b",
+        place: str | Sequence[str] | Sequence[Sequence[int]] | None = None,
+        schedule: str | None = None,
         by: str | None = None,
+        target: Any = None,
         clip_norm: float | None = None,
-        checkpoint: str = "never",
+        checkpoint: str | None = None,
         compression: Any = None,
         batchnorm: str = "deferred",
         channel: str = "zmq",
@@ -131,26 +148,34 @@ class Pipeline(BasePipeline):
         **others: Any,
     ) -> None:
         self._stages_of, self._profile_of = _backend()
+        told = settled(Told(micro_batches, schedule, checkpoint), place, stages)
         super().__init__(
             self._stages_of.FRAMEWORK,
             self._stages_of.Codec(),
             place,
             random.getrandbits(31) if seed is None else seed,
             clip_norm=clip_norm,
-            checkpoint=checkpoint,
+            checkpoint=told.checkpoint,
             compression=compression,
             batchnorm=batchnorm,
             channel=channel,
         )
         with self._alike():
-            check_options(micro_batches, place, clip_norm, checkpoint, batchnorm, channel)
+            check_options(told.micro_batches, place, clip_norm, told.checkpoint, batchnorm, channel)
             _refuse(by, others)
             self._graph = traced(model, sample, deferred=batchnorm == "deferred")
             self.units = [unit.name for unit in self._graph.units]
             self._loss = Objective(loss, loss_weights, self._graph)
-        self._agree_on(micro_batches=micro_batches, stages=stages, schedule=schedule, by=by)
+        asked = {"micro_batches": told.micro_batches, "schedule": told.schedule}
+        self._agree_on(stages=stages, by=by, **asked)
         with self._alike():
-            self.plan = self._planned(sample, stages, schedule, micro_batches, by, None)
+            if self._auto:
+                self._given = optimizer
+                self._again = functools.partial(
+                    Pipeline, model, sample, loss, loss_weights=loss_weights, clip_norm=clip_norm,
+                    batchnorm=batchnorm, channel=channel, seed=self._seed,
+                )  # fmt: skip
+            self.plan = self._planned(sample, stages, told, by, None, target)
             self._stages = self._make_stages()
             self._params = {
                 name: variable
@@ -337,9 +362,54 @@ class Pipeline(BasePipeline):
 
     # --- making one
 
-    def _profile(self, sample: Any, micro_batches: int) -> ir.Graph:
-        line = self._profile_of.profiled(self._graph, sample, micro_batches)
+    def _profile(
+        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+    ) -> ir.Graph:
+        line = self._profile_of.profiled(self._graph, sample, micro_batches, of=of)
         return line  # type: ignore[no-any-return]  # of a module that is loaded by name
+
+    def _trains_with(self) -> bool:
+        return bool(self._loss) and self._given is not None
+
+    def _rows(self, batch: Any) -> int:
+        return rows_of([tuple(each.shape) for each in self._graph.tensors(batch).values()])
+
+    def _measured_update(self) -> tuple[float, float]:
+        variables: list[Any] = []
+        most = _MEASURED
+        for variable in self._graph.model.trainable_variables:
+            if not variables or most > 0:
+                variables.append(variable)
+                most -= _bytes(variable)
+        if not variables:
+            return 0.0, 0.0
+        optimizer = keras.optimizers.get(_anew(self._given))
+        optimizer.build(variables)
+        gradients = [keras.ops.full_like(each, 1e-3) for each in variables]
+        taken = []
+        for _ in range(_UPDATES):
+            start = time.perf_counter()
+            self._stages_of.apply(optimizer, gradients, variables)
+            keras.ops.convert_to_numpy(keras.ops.reshape(variables[-1], (-1,))[:1])  # it is done
+            taken.append(time.perf_counter() - start)
+        size = sum(map(_bytes, variables))
+        state = sum(_bytes(each) for each in optimizer.variables if each.shape)
+        return statistics.median(taken[1:]) / size, state / size
+
+    @contextlib.contextmanager
+    def _preserved(self) -> Iterator[None]:
+        variables = self._graph.model.variables
+        saved = [np.array(keras.ops.convert_to_numpy(each)) for each in variables]
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, saved, strict=True):
+                variable.assign(value)
+
+    def _twin(self, plan: Plan, compression: Any) -> Pipeline:
+        optimizer = _anew(self._given)
+        made: Pipeline = self._again(optimizer=optimizer, stages=plan, compression=compression)
+        return made
 
     def _make_stages(self) -> dict[int, Any]:
         stages: dict[int, Any] = {}
@@ -624,6 +694,17 @@ def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
         )
         start += size
     return pieces
+
+
+def _anew(optimizer: Any) -> Any:
+    """Return an equal optimizer that has no variables yet."""
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return type(optimizer).from_config(optimizer.get_config())
+    return optimizer
+
+
+def _bytes(variable: Any) -> int:
+    return math.prod(variable.shape) * width(str(variable.dtype))
 
 
 def _described(optimizer: Any) -> str:

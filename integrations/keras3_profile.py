@@ -9,7 +9,7 @@ measured, nor what is kept for backward.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,22 @@ from hvdx.integrations.keras3_stages import compiled
 from hvdx.pipeline import ir
 
 
-def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir.Graph:
+def profiled(
+    graph: Graph,
+    sample: Any,
+    micro_batches: int,
+    runs: int = 5,
+    of: Callable[[Iterable[float]], float] = min,
+) -> ir.Graph:
     """Return ``graph.line`` with times and bytes per micro-batch; variables stay as they are.
 
     Args:
         graph: of the model.
         sample: a batch.
         micro_batches: that a batch is cut into.
-        runs: after one to compile; of each time the lowest counts, since what else the machine
-            does only adds.
+        runs: after one to compile.
+        of: takes one of each time's runs. The lowest, since what else the machine does only adds;
+            where other ranks compute as they will in training, the median.
     """
     states = [v for v in graph.model.variables if not v.trainable]
     before = [tf.identity(each.value) for each in states]
@@ -38,7 +45,7 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
         for each, value in zip(states, before, strict=True):
             each.assign(value)
     values = rounds[0][0]
-    least = [tuple(map(min, zip(*each, strict=True)))
+    least = [tuple(map(of, zip(*each, strict=True)))
              for each in zip(*(times for _, times in rounds[1:]), strict=True)]  # fmt: skip
     line = graph.line
     units = [

@@ -215,13 +215,13 @@ class Served(Averager):
                 part = yield from push(ops, flat, bucket.cut)
                 factor = factor / ranks if op is ReduceOp.Average else factor
             else:
-                reduced = yield from for_owners(ops, chosen, flat, None, bucket.cut)
+                reduced = yield from for_owners(ops.beside(flat), chosen, flat, None, bucket.cut)
                 part = ops.reshape(reduced.mean, (-1,))[low:high]
             part = ops.scale(part, factor) if factor != 1.0 else part
             return self._apart(bucket, part), {}
         names = [spec.name for spec in bucket.specs]
         works = [
-            for_owners(ops, compressor, grad, self.states[name], self._cuts[place])
+            for_owners(ops.beside(grad), compressor, grad, self.states[name], self._cuts[place])
             for compressor, grad, name, place in zip(
                 compressors, grads, names, bucket.members, strict=True
             )
@@ -274,6 +274,7 @@ class Served(Averager):
         parts |= {i: ops.cast(exact[i] - old[i], "float32") for i in coded}
         kept = {i: self.sent[bucket.specs[i].name] for i in coded}
         factors = {i: kept[i].factor for i in coded}
+        ops = ops.beside(wholes[0])
         found, factors = yield from pull_changes(ops, members, bucket.cut, parts, factors)
         chunks: list[list[Any]] = [[] for _ in members]
         for i, start, stop, values, change in found:

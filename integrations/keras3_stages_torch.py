@@ -219,12 +219,13 @@ class KerasStage(TorchStage):
             yield
 
 
-def profiled(graph: keras3.Graph, sample: Any, micro_batches: int) -> ir.Graph:
+def profiled(graph: keras3.Graph, sample: Any, micro_batches: int, **options: Any) -> ir.Graph:
     """Return ``graph.line`` with times and bytes per micro-batch; variables stay as they are."""
     states = [v for v in graph.model.variables if not v.trainable]
     before = [v.value.detach().clone() for v in states]
     try:
-        return pytorch_profile.profiled(_Graph(graph), sample, micro_batches)  # type: ignore[arg-type]
+        whole: Any = _Graph(graph)
+        return pytorch_profile.profiled(whole, sample, micro_batches, **options)
     finally:
         for variable, value in zip(states, before, strict=True):
             variable.assign(value)

@@ -345,6 +345,8 @@ class TensorFlowAverager(Averager):
         """Return all ranks' rows, which the update adds up: so a sum of gradients, or the mean."""
         process_set = self.options.process_set
         if how.codec is None:
+            for part in (rows.values, rows.indices):
+                self.adapter.count("allgather", part, self.ranks())
             values, indices = (
                 self.adapter.allgather(part, name=f"{how.name}.{word}", process_set=process_set)
                 for word, part in (("values", rows.values), ("indices", rows.indices))

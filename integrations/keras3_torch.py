@@ -11,6 +11,7 @@ import torch
 from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options
 from hvdx.integrations.keras3_state import Kept, States
+from hvdx.integrations.pytorch import on_host
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.ops import TorchOps
 
@@ -48,8 +49,9 @@ class TorchAverager(Averager):
 
     def finite(self, tensors: list[Any]) -> bool:
         """See :meth:`Averager.finite`; looks at each element only where a sum is not finite."""
-        sums = torch.stack([tensor.sum().float() for tensor in tensors])
-        return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in tensors)
+        if all(on_host([tensor.sum().isfinite() for tensor in tensors])):
+            return True
+        return all(on_host([tensor.isfinite().all() for tensor in tensors]))
 
     def reduce(self, layout: Layout, grads: list[Any]) -> list[Any]:
         """See :meth:`Averager.reduce`."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from hvdx.integrations.keras3 import averaging
 from hvdx.integrations.keras_checkpoint import BestModelCheckpoint, CheckpointCallback
+from hvdx.integrations.keras_metrics import MetricsCallback
 from hvdx.integrations.keras_schedules import (
     LearningRateScheduleCallback,
     LearningRateWarmupCallback,
@@ -17,6 +18,7 @@ from hvdx.integrations.keras_sync import (
     MetricAverageCallback,
     RankCallback,
 )
+from hvdx.preemption import Preemption
 from hvdx.reporting import TrainingReport
 
 __all__ = [
@@ -26,8 +28,39 @@ __all__ = [
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
+    "MetricsCallback",
+    "PreemptionCallback",
     "ProgressCallback",
 ]
+
+
+class PreemptionCallback(RankCallback):
+    """Save and leave, on all ranks after the same batch, once SIGTERM has come to any of them.
+
+    See :class:`hvdx.Preemption`. ``fit`` then raises ``SystemExit`` with status 143. List it last.
+
+    Args:
+        save: writes the checkpoint; called without arguments on every rank, between batches.
+
+    Example:
+        >>> hvd.callbacks.PreemptionCallback(lambda: hvd.rank() or model.save("last.keras"))
+    """
+
+    def __init__(self, save: Callable[[], Any]) -> None:
+        super().__init__()
+        self._save = save
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Begin to watch for SIGTERM."""
+        self._preemption = Preemption(self._save)
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Leave if SIGTERM has come."""
+        self._preemption.check()
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Have SIGTERM end the process again."""
+        self._preemption.close()
 
 
 class ProgressCallback(RankCallback):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hvdx.agreement import check_same, next_name
-from hvdx.comm import Work
+from hvdx.comm import Work, sent_share
 from hvdx.integrations import pytorch_engine
 from hvdx.integrations.pytorch_collectives import Collectives, dtype_name
 from hvdx.objects import pickled, unpickled
@@ -32,12 +32,12 @@ class TorchAdapter(Collectives):
     def broadcast_object(self, value: Any, root_rank: int, name: str, process_set: Any) -> Any:
         """Send a picklable object from the root: its length, then its bytes."""
         mine = self.horovod.rank() == root_rank
-        payload = _payload(value) if mine else torch.empty(0, dtype=torch.uint8)
+        payload = _payload(value) if mine else torch.empty(0, dtype=torch.uint8, device="cpu")
         options = {"root_rank": root_rank, "process_set": process_set}
-        length = torch.tensor([payload.numel()])
+        length = torch.tensor([payload.numel()], device="cpu")  # whatever the default device is
         length = self.broadcast(length, name=f"{name}.size", **options)
         if not mine:
-            payload = torch.empty(int(length), dtype=torch.uint8)
+            payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         self._end(self.broadcast_async(payload, name=f"{name}.data", in_place=True, **options))
         return value if mine else unpickled(payload.numpy().tobytes())
 
@@ -46,7 +46,10 @@ class TorchAdapter(Collectives):
         payload = _payload(value)
         sizes, whole = (
             self.allgather(tensor, name=f"{name}.{part}", process_set=process_set)
-            for tensor, part in ((torch.tensor([payload.numel()]), "size"), (payload, "data"))
+            for tensor, part in (
+                (torch.tensor([payload.numel()], device="cpu"), "size"),
+                (payload, "data"),
+            )
         )
         return [unpickled(part.numpy().tobytes()) for part in whole.split(sizes.tolist())]
 
@@ -129,9 +132,26 @@ class TorchAdapter(Collectives):
         """Run a generator of requests."""
         return pytorch_engine.Flight(self, work, name, process_set).finish()
 
+    def count(self, operation: str, tensor: torch.Tensor, ranks: int) -> None:
+        """Count bytes that are sent."""
+        size = tensor.numel() * tensor.element_size()
+        self.bytes_sent += size * sent_share(operation, ranks)
+
+    def device_use(self) -> dict[str, float]:
+        """Ask CUDA, if it is in use."""
+        if not torch.cuda.is_initialized():
+            return {}
+        found = {
+            "gpu_memory_mb": torch.cuda.memory_reserved() / 1e6,
+            "peak_gpu_memory_mb": torch.cuda.max_memory_reserved() / 1e6,
+        }
+        with contextlib.suppress(ImportError, RuntimeError):  # without NVIDIA's management library
+            found["gpu"] = torch.cuda.utilization() / 100
+        return found
+
     def agree(self, number: int, name: str) -> list[int]:
         """Gather one integer per rank; the core puts ``allgather.`` before the name."""
-        mine = torch.tensor([number], dtype=torch.int32)
+        mine = torch.tensor([number], dtype=torch.int32, device="cpu")
         return [int(each) for each in self.allgather(mine, name=name, process_set=None)]
 
     def reduce_rows(self, tensor: Any, compressor: Any, **options: Any) -> None:
@@ -149,6 +169,19 @@ class TorchAdapter(Collectives):
     def dtype_name(self, tensor: torch.Tensor) -> str:
         """Name the dtype."""
         return dtype_name(tensor.dtype)
+
+
+def on_host(numbers: Sequence[torch.Tensor]) -> list[Any]:
+    """Return what tensors without dimensions hold, waiting for each device only once."""
+    found: list[Any] = [None] * len(numbers)
+    by_device: dict[torch.device, list[int]] = {}
+    for place, number in enumerate(numbers):
+        by_device.setdefault(number.device, []).append(place)
+    for places in by_device.values():
+        values = torch.stack([numbers[place] for place in places]).tolist()
+        for place, value in zip(places, values, strict=True):
+            found[place] = value
+    return found
 
 
 def _payload(value: Any) -> torch.Tensor:

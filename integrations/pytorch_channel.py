@@ -25,6 +25,7 @@ from hvdx.pipeline.zmq_channel import ZmqChannel
 BACKENDS = {"nccl": "cuda", "gloo": "cpu"}
 _DAY = 86400.0  # seconds; no timeout may be infinite
 _NEWS_SECONDS = 1.0  # within which a death is told
+_GAPS = 1024  # times as many elements as travel: how many the memory of a tensor may have at most
 
 
 class TorchCodec:
@@ -50,6 +51,8 @@ def dense(tensor: torch.Tensor) -> Packed:
     The line is on the same device, and on the same memory if the tensor is contiguous.
     """
     layout = None if tensor.is_contiguous() else list(tensor.stride())
+    if layout is not None and _too_wide(Packed("", tensor.shape, layout, None)):
+        tensor, layout = tensor.contiguous(), None
     whole = tensor if layout is None else tensor[_once(layout)].contiguous()
     line = whole.as_strided((whole.numel(),), (1,))  # reshape may keep a stride of 0
     name = str(tensor.dtype).removeprefix("torch.")
@@ -69,7 +72,7 @@ def described_bytes(packed: Packed) -> int:
     ):
         raise ValueError(f"no tensor is {packed[:3]}")
     size = math.prod(_held(packed)) * dtype.itemsize
-    if size and packed.layout is not None and _span(packed) > MAX_PART:
+    if size and packed.layout is not None and _too_wide(packed):
         raise ValueError(f"no tensor is {packed[:3]}")
     return size
 
@@ -100,6 +103,11 @@ def _span(packed: Packed) -> int:
     """Return how many elements the memory of a strided tensor has."""
     pairs = zip(packed.shape, packed.layout, strict=True)
     return 1 + sum((n - 1) * stride for n, stride in pairs)
+
+
+def _too_wide(packed: Packed) -> bool:
+    """Tell whether the memory would have far more elements than travel: mere gaps are not kept."""
+    return _span(packed) > max(_GAPS * math.prod(_held(packed)), 1 << 16)
 
 
 def _once(strides: Sequence[int]) -> tuple[slice, ...]:
@@ -236,6 +244,9 @@ class DistributedChannel(ZmqChannel):
         self._sent.append((peer, work, packed.data))
         return packed._replace(data=b"")
 
+    def _measure(self, packed: Packed) -> int:
+        return described_bytes(packed)
+
     def _unpack(self, peer: int, packed: Packed) -> Any:
         """Begin to receive what did not come by ZeroMQ."""
         size = described_bytes(packed)
@@ -251,7 +262,9 @@ class DistributedChannel(ZmqChannel):
     def _arrived_whole(self, peer: int, tensor: Any) -> Any:
         if not isinstance(tensor, _Coming):
             return tensor
+        start = time.perf_counter()
         self._finish(peer, tensor.work)
+        self.seconds_waited += time.perf_counter() - start
         return restored(tensor.packed)
 
     def _operate(self, verb: str, peer: int, line: torch.Tensor) -> Any:

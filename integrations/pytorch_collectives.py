@@ -66,6 +66,7 @@ class Collectives:
             if getattr(horovod, op.name) != op:
                 raise ImportError(f"Horovod numbers hvd.{op.name} otherwise than hvdx does")
         self.horovod = horovod
+        self.bytes_sent = 0.0
         self._everyone = horovod.global_process_set
 
     # Starting -----------------------------------------------------------------------------

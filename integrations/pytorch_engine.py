@@ -178,6 +178,7 @@ class Flight:
                 options["splits"] = torch.tensor(request.splits, dtype=torch.int32)
         handle = start(request.tensor, **options)
         operation = type(request).__name__.lower()
+        self._count(operation, request.tensor)
         collect = self._waiting(handle, request.tensor, name, operation)
         if isinstance(request, Alltoall):  # Horovod tells besides how much came from each rank
             return lambda: collect()[0]
@@ -192,11 +193,16 @@ class Flight:
         if tensor.dtype == torch.bfloat16:  # no Horovod type; summed in float32
             wide = tensor.float()
             handle = self._horovod.allreduce_async_(wide, op=op, prescale_factor=before, **options)
+            self._count("allreduce", wide)
             collect = self._waiting(handle, wide, name)
             return lambda: tensor.copy_(collect()) if request.in_place else collect().bfloat16()
         call = self._horovod.allreduce_async_ if request.in_place else self._horovod.allreduce_async
         handle = call(tensor, op=op, prescale_factor=before, **options)
+        self._count("allreduce", tensor)
         return self._waiting(handle, tensor, name)
+
+    def _count(self, operation: str, tensor: torch.Tensor) -> None:
+        self._adapter.count(operation, tensor, self._adapter.ranks(self._process_set))
 
     def _waiting(
         self, handle: int, tensor: torch.Tensor, name: str, operation: str = "allreduce"

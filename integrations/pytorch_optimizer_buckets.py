@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from hvdx.comm import Allgather, Allreduce, Together, Work
 from hvdx.compression import Compressor
 from hvdx.compression.rows import gather_rows, row_codec
-from hvdx.integrations.pytorch import dtype_name
+from hvdx.integrations.pytorch import dtype_name, on_host
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_states import Taken
 from hvdx.ops import ops_for
@@ -66,6 +66,7 @@ class Bucket:
         self._ranks = ranks
         self.waiting = len(parameters)
         self.placed: set[int] = set()  # moved in already
+        self._streams: set[Any] = set()  # of a GPU, on which gradients of this round were made
         self.summed: set[int] = set()  # with op=Sum: gradients that are sums over the ranks
         self.rounds = 0  # reductions since the last step
         self._absent: list[int] = []
@@ -125,6 +126,19 @@ class Bucket:
         """Return the gradients as compressors see them."""
         return self.views
 
+    def note_stream(self) -> None:
+        """Note that a gradient was made on the current stream of its GPU, if it is on one."""
+        if self._device.type == "cuda":
+            self._streams.add(torch.cuda.current_stream(self._device))
+
+    def _await_streams(self) -> None:
+        """Have the current stream wait for those where a model computes side by side."""
+        if self._streams:
+            own = torch.cuda.current_stream(self._device)
+            for stream in self._streams - {own}:
+                own.wait_stream(stream)
+            self._streams.clear()
+
     def place(self, index: int, parameter: torch.Tensor) -> None:
         """Copy one large gradient in, as soon as it is there: it still lies in the cache."""
         grad = parameter.grad
@@ -138,14 +152,14 @@ class Bucket:
         """Tell whether no rank has had this gradient, so that its mean will not be applied."""
         return index in self._absent and not self.presence[index]
 
-    def finite(self) -> bool:
-        """Tell whether the means are."""
-        # A sum takes a tenth of the time, but is infinite as well where it overflows.
-        return bool(self.flat.sum().isfinite()) or bool(self.flat.isfinite().all())
+    def means(self) -> torch.Tensor:
+        """Return what has come."""
+        return self.flat
 
     def begin(self) -> None:
         """Forget what an earlier backward pass left that has failed half-way."""
         self.placed.clear()
+        self._streams.clear()
         self.waiting = len(self.views)
 
     @torch.no_grad()
@@ -161,6 +175,7 @@ class Bucket:
     @torch.no_grad()
     def fill(self) -> None:
         """Move the other gradients in; from here on all are views of the flat tensor."""
+        self._await_streams()
         for index in tuple(self.summed):
             self.share(index)
         self._absent, self._sparse = [], []
@@ -262,12 +277,15 @@ class SparseBucket:
     def let_go(self) -> None:
         """Do nothing: each round makes a new gradient."""
 
+    def note_stream(self) -> None:
+        """Do nothing: the only gradient leaves on its own stream."""
+
     def place(self, index: int, parameter: torch.Tensor) -> None:
         """Do nothing: there is no place of its own."""
 
-    def finite(self) -> bool:
-        """See :meth:`Bucket.finite`."""
-        return bool(self._values.isfinite().all())
+    def means(self) -> torch.Tensor:
+        """See :meth:`Bucket.means`."""
+        return self._values
 
     def begin(self) -> None:
         """See :meth:`Bucket.begin`."""
@@ -307,7 +325,7 @@ class SparseBucket:
         """Gather all ranks' rows."""
         presence = Allreduce(self._present, "presence", op=ReduceOp.Sum)
         if self._codec is not None:
-            ops = ops_for(torch.Tensor)
+            ops = ops_for(torch.Tensor).beside(self._values)
             self._rows, self._values, (self._present,) = yield from gather_rows(
                 ops, self._codec, self._rows, self._values, presence
             )
@@ -339,6 +357,14 @@ class SparseBucket:
 
 
 AnyBucket: TypeAlias = Bucket | SparseBucket
+
+
+def finite(buckets: Sequence[AnyBucket]) -> bool:
+    """Tell whether all the means are; GPUs are waited for once."""
+    # A sum takes a tenth of the time, but is infinite as well where it overflows.
+    if all(on_host([bucket.means().sum().isfinite() for bucket in buckets])):
+        return True
+    return all(on_host([bucket.means().isfinite().all() for bucket in buckets]))
 
 
 def _strides(parameter: torch.Tensor) -> tuple[int, ...]:

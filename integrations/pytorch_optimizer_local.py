@@ -148,7 +148,7 @@ class LocalStepper(Wrapper):
             for place, parameter in enumerate(options["params"])
         }
         try:
-            self.kept.load(state, [self._spec(*each) for each in self._named.items()])
+            self.kept.load(state, [self._spec(*each) for each in self._named.items()], self._named)
         except CompressionError as error:
             raise CompressionError(f"rank {world.rank()}: {error}") from None
         self._alone, self._loaded = state.get(_ALONE, 0), state["parameters"]
@@ -164,7 +164,7 @@ class LocalStepper(Wrapper):
         start = [each._replace(parameter=self._common(each)) for each in fresh]
         self.meet(start, f"{self.training}, buckets of {buckets.limit_bytes()} bytes")
         self._named.update(fresh)
-        self.kept.meet([self._spec(*each) for each in fresh])
+        self.kept.meet([self._spec(*each) for each in fresh], dict(fresh))
         self._members.update(fresh)
         self._known.update(id(each.parameter) for each in fresh)
         if first:

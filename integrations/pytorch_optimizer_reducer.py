@@ -20,7 +20,7 @@ from hvdx.compression import CompressionError, Compressor, Reduced, Spec, none
 from hvdx.integrations.pytorch import dtype_name
 from hvdx.integrations.pytorch_engine import Flight
 from hvdx.integrations.pytorch_optimizer_backward import follow
-from hvdx.integrations.pytorch_optimizer_buckets import AnyBucket, Bucket, SparseBucket
+from hvdx.integrations.pytorch_optimizer_buckets import AnyBucket, Bucket, SparseBucket, finite
 from hvdx.integrations.pytorch_optimizer_states import Kept
 from hvdx.integrations.pytorch_optimizer_wrapper import Named, Options, Wrapper, retire
 from hvdx.ops import Ops, ops_for
@@ -108,6 +108,7 @@ class Reducer(Wrapper):
         self._skipped = False  # inside skip_synchronize()
         self._asked = False  # synchronize() was called since the last step
         self._nests = False  # backward passes have been seen inside others
+        self._scale: float | None = None  # of the loss, in this round
         self._empty()
         self.set_backward_passes_per_step(passes_per_step)
 
@@ -250,7 +251,10 @@ class Reducer(Wrapper):
             [[place for place in group if place not in sparse] for group in together_],
         )  # fmt: skip
         dense = [slot for place, slot in enumerate(fresh) if place not in sparse]
-        self.kept.meet([self._spec(slot.name, slot.parameter) for slot in dense])
+        self.kept.meet(
+            [self._spec(slot.name, slot.parameter) for slot in dense],
+            {slot.name: slot.parameter for slot in dense},
+        )
         made: list[AnyBucket] = []
         for members in layout:
             slots = [fresh[place] for place in members]
@@ -331,6 +335,7 @@ class Reducer(Wrapper):
                 "checkpoint. Or one backward computes it twice: run it under optimizer.no_sync() "
                 "and call optimizer.synchronize() after it"
             )
+        bucket.note_stream()
         if slot.large:
             bucket.place(slot.index, parameter)
         bucket.waiting -= 1
@@ -401,6 +406,7 @@ class Reducer(Wrapper):
     def land(self) -> None:
         """Wait for the reductions and hand the means out."""
         start = time.perf_counter()
+        self._scale = None
         try:
             for bucket in self._aloft:
                 assert bucket.flight is not None
@@ -425,11 +431,12 @@ class Reducer(Wrapper):
         applied: error feedback must not count it as delivered.
         """
         if self.kept.unsettled:
-            self.kept.settle(delivered=all(bucket.finite() for bucket in self._aloft))
+            self.kept.settle(delivered=finite(self._aloft))
 
     def abandon(self) -> None:
         """Forget what is under way after an error, so that training can go on."""
         self._stale = True
+        self._scale = None
         self.kept.settle(delivered=False)
         for bucket in self.buckets:
             bucket.flight = None
@@ -448,7 +455,7 @@ class Reducer(Wrapper):
         if bucket.compressor is none:  # a mean's 1/N is in the gradients already
             yield Allreduce(bucket.flat, op=ReduceOp.Sum, in_place=True)
             return
-        ops = ops_for(torch.Tensor)
+        ops = ops_for(torch.Tensor).beside(bucket.flat)
         if bucket.compressor is not None:
             compressor = bucket.compressor.at(self.kept.steps)
             reduced = yield from compressor.reduce(ops, bucket.flat, None)
@@ -481,9 +488,14 @@ class Reducer(Wrapper):
         return self.kept.reduce(bucket.names[index], grad, method)
 
     def _loss_scale(self) -> float:
-        """Return what the loss was multiplied by, as far as we were told."""
-        told = getattr(self.optimizer, "loss_scale", None)
-        return float(told() if callable(told) else told or 1.0)
+        """Return what the loss was multiplied by, as far as we were told.
+
+        Asked for once a round: a ``GradScaler`` has its scale on the GPU, which is waited for.
+        """
+        if self._scale is None:
+            told = getattr(self.optimizer, "loss_scale", None)
+            self._scale = float(told() if callable(told) else told or 1.0)
+        return self._scale
 
     # -- what the compressor keeps
 
@@ -518,13 +530,13 @@ class Reducer(Wrapper):
         if not self.active:  # this rank trains alone
             return
         groups = self.optimizer.param_groups if self.optimizer is not None else []
-        specs = [
-            self._spec(self.name_of(parameter, group, place), parameter)
+        named = {
+            self.name_of(parameter, group, place): parameter
             for group, options in enumerate(groups)
             for place, parameter in enumerate(options["params"])
-        ]
+        }
         try:
-            self.kept.load(state, specs)
+            self.kept.load(state, [self._spec(*each) for each in named.items()], named)
         except CompressionError as error:
             raise CompressionError(f"rank {world.rank()}: {error}") from None
 

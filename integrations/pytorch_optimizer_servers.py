@@ -273,17 +273,18 @@ class ServedReducer(Reducer):
         assert isinstance(bucket, ServedBucket)
         gradients = bucket.flat[: bucket.total]
         presence = Allreduce(bucket.presence, "presence", op=ReduceOp.Sum, in_place=True)
+        ops = _OPS.beside(gradients)
         if bucket.compressor is none:
-            part, _ = yield from together([push(_OPS, gradients, bucket.cut), _asked(presence)])
+            part, _ = yield from together([push(ops, gradients, bucket.cut), _asked(presence)])
             bucket.flat[bucket.start : bucket.stop] = part
         elif bucket.compressor is not None:
             compressor = bucket.compressor.at(self.kept.steps)
-            work = for_owners(_OPS, compressor, gradients, None, bucket.cut)
+            work = for_owners(ops, compressor, gradients, None, bucket.cut)
             works: list[Work[Any]] = [work, _asked(presence)]
             reduced, _ = yield from together(works)
             gradients.copy_(reduced.mean)
         else:
-            yield from self.each(_OPS, bucket)
+            yield from self.each(ops, bucket)
         bucket.clear_rest()
         if self.options.op == ReduceOp.Sum and bucket.compressor is not none:
             gradients.mul_(self.ranks)
@@ -294,7 +295,8 @@ class ServedReducer(Reducer):
         """See :meth:`Reducer.start`."""
         assert isinstance(bucket, ServedBucket)
         state = self.kept.states[bucket.names[index]]
-        return for_owners(_OPS, method.at(self.kept.steps), grad, state, bucket.cut_of(index))
+        ops, method = _OPS.beside(grad), method.at(self.kept.steps)
+        return for_owners(ops, method, grad, state, bucket.cut_of(index))
 
     def arrived(self, landed: Sequence[AnyBucket]) -> None:
         """See :meth:`Reducer.arrived`: tell all ranks how long each mean is."""
@@ -418,7 +420,8 @@ class ServedReducer(Reducer):
         for index, name in coded.items():
             parts[index] = (own[index] - self._before[name]).float()
             states[index] = self._factor(name, members[index])
-        found, kept = yield from pull_changes(_OPS, members, bucket.cut, parts, states)
+        ops = _OPS.beside(bucket.flat)
+        found, kept = yield from pull_changes(ops, members, bucket.cut, parts, states)
         for index, name in coded.items():
             exact = own[index].clone()
             own[index].copy_(self._before[name])

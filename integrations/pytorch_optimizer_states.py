@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from hvdx.compression.updates import Messenger
 from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.integrations.pytorch_engine import Flight
-from hvdx.ops import ops_for
+from hvdx.ops import Ops, ops_for
 
 _OPS = ops_for(torch.Tensor)
 
@@ -90,8 +91,12 @@ class Kept:
         self._specs, self._clocks = {}, {}
         self.compressor = self._asked
 
-    def meet(self, specs: Sequence[Spec]) -> None:
+    def meet(self, specs: Sequence[Spec], parameters: Mapping[str, torch.Tensor]) -> None:
         """Make the states of parameters that are averaged from now on; on all ranks at once.
+
+        Args:
+            specs: of the parameters.
+            parameters: by name; states lie on their devices.
 
         Raises:
             MismatchError: ranks have loaded states of different steps.
@@ -99,14 +104,18 @@ class Kept:
         assert self._adapter is not None
         first = not self._met
         if first and self._asked.prepare is not None:
-            self.compressor = self._asked.prepare(self._adapter, list(specs), self._process_set)
+            with _devices_of(parameters):  # what it measures shall lie there
+                self.compressor = self._asked.prepare(self._adapter, list(specs), self._process_set)
         self._chosen.update({spec.name: self.compressor.of(spec) for spec in specs})
         self._specs.update({spec.name: spec for spec in specs})
         for chosen in self._chosen.values():
             if chosen.clock is not None:
                 self._clocks.setdefault(chosen.clock, chosen.clock.wait)
         fresh = [spec for spec in specs if spec.name not in self.states]
-        made = {spec.name: self._chosen[spec.name].init(_OPS, spec) for spec in fresh}
+        made = {
+            spec.name: self._chosen[spec.name].init(_OPS.beside(parameters[spec.name]), spec)
+            for spec in fresh
+        }
         if first and (self._asked.phases or not self._asked.elementwise):
             made = self._agreed(made)
         waiting = {name: self._waiting.pop(name) for name in made if name in self._waiting}
@@ -143,8 +152,9 @@ class Kept:
         works = {}
         for name, like in made.items():
             held = _moved(self._waiting.get(name, []), like)
-            given = shares(_OPS, held, *self._origin) if mine and self._origin else {}
-            works[name] = carried(_OPS, like, given, lead)
+            ops = _beside(leaves(like))
+            given = shares(ops, held, *self._origin) if mine and self._origin else {}
+            works[name] = carried(ops, like, given, lead)
         moved = self._flown(works, f"{self._name}.carried")
         self._waiting, self._origin = {}, PORTABLE  # all have all of it
         return moved
@@ -190,7 +200,7 @@ class Kept:
         By ``method``, of :meth:`taken`, where parameters travel side by side.
         """
         method = method or self.taken([name]).methods[0]
-        return method.at(self.steps).reduce(_OPS, grad, self.states[name])
+        return method.at(self.steps).reduce(_OPS.beside(grad), grad, self.states[name])
 
     def messenger(self, name: str) -> Messenger | None:
         """Return how parameter servers send back what they have made of a parameter."""
@@ -240,7 +250,7 @@ class Kept:
                 f"ranks hold compression states of other ranks ({origins}, as rank and ranks): "
                 "call portable_compression_state() after the next step"
             )
-        works = {each: pooled(_OPS, held) for each, held in sorted(self._held().items())}
+        works = {each: pooled(_beside(held), held) for each, held in sorted(self._held().items())}
         return self._spelt(self._flown(works, name), PORTABLE)
 
     def _held(self) -> dict[str, list[Leaf]]:
@@ -272,8 +282,13 @@ class Kept:
         self.steps = saved["step"]
         self._origin = (saved["rank"], saved["ranks"]) if self._waiting else None
 
-    def load(self, saved: Mapping[str, Any], specs: Iterable[Spec]) -> None:
-        """Go on from ``saved``; ``specs`` are those of all the optimizer's parameters.
+    def load(
+        self,
+        saved: Mapping[str, Any],
+        specs: Iterable[Spec],
+        parameters: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Go on from ``saved``; ``specs`` and ``parameters`` are all the optimizer's.
 
         Raises:
             CompressionError: it is of another compressor, model or number of ranks.
@@ -284,7 +299,9 @@ class Kept:
         made = {}
         for name, spec in known.items():
             if self._asked.prepare is None or name in self.states:
-                like = self._chosen.get(name, self._asked.of(spec)).init(_OPS, spec)
+                like = self._chosen.get(name, self._asked.of(spec)).init(
+                    _OPS.beside(parameters[name]), spec
+                )
                 made[name] = _named(name, like, waiting.get(name))
         self.states = {name: made[name] for name in self.states}
         self._waiting = {name: own for name, own in waiting.items() if name not in self.states}
@@ -313,6 +330,17 @@ def waiting_of(saved: Mapping[str, Any], copy: bool = False) -> dict[str, list[L
         ]
         for name, own in saved["parameters"].items()
     }
+
+
+def _devices_of(parameters: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Have tensors be made on the device of the first parameter, unless that is a CPU."""
+    first = next(iter(parameters.values()), None)
+    return contextlib.nullcontext() if first is None or first.is_cpu else first.device
+
+
+def _beside(held: Sequence[Leaf]) -> Ops:
+    """Return the verbs for the device of a state."""
+    return _OPS.beside(held[0].tensor) if held else _OPS
 
 
 def _moved(held: Sequence[Leaf], like: Any) -> list[Leaf]:

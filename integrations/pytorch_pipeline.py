@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from hvdx import world
 from hvdx.agreement import next_name
 from hvdx.compression import none
 from hvdx.errors import PlanError
+from hvdx.integrations.pytorch import on_host
 from hvdx.integrations.pytorch_channel import (
     BACKENDS,
     DistributedChannel,
@@ -32,11 +35,11 @@ from hvdx.integrations.pytorch_graph import (
     unflat,
 )
 from hvdx.integrations.pytorch_precision import Casts, set_aside, uncached
-from hvdx.integrations.pytorch_profile import profiled
+from hvdx.integrations.pytorch_profile import profiled, update_seconds
 from hvdx.integrations.pytorch_stages import Batch, TorchStage, usable_device
 from hvdx.integrations.pytorch_sync_batch_norm import SyncBatchNorm
 from hvdx.pipeline import ir
-from hvdx.pipeline.base import BasePipeline, check_options, rows_of
+from hvdx.pipeline.base import BasePipeline, Told, check_options, rows_of, settled
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.plan import Plan
 from hvdx.pipeline.post import PostChannel
@@ -44,6 +47,7 @@ from hvdx.replicas import broadcast_parameters
 
 _FORMAT = 1
 _PARTS = "model", "optimizer"
+_MEASURED = 1 << 26  # bytes of parameters on which the optimizer is measured, and the one more
 
 
 class Pipeline(BasePipeline):
@@ -64,7 +68,7 @@ class Pipeline(BasePipeline):
             pipeline only computes outputs.
         optimizer: makes an optimizer of a list of parameters; called once per stage. It should
             treat each parameter for itself, as all but LBFGS do.
-        micro_batches: pieces of a batch. Fewer where a batch has fewer rows.
+        micro_batches: pieces of a batch; default 8. Fewer where a batch has fewer rows.
         stages: how many; names of the units, or modules, that all but the first begin with; how
             many units each has; or a :class:`hvdx.pipeline.plan.Plan`. Default: one per rank or
             device, two for ``interleaved`` and ``zbv``.
@@ -75,15 +79,22 @@ class Pipeline(BasePipeline):
             activations, or a list of them; what does not fit is not chosen. Default: enough.
         place: devices of this process, one per stage or two, such as ``["cpu", "cpu"]``. Or rows
             of ranks that are replicas of each other: ``[[0, 2], [1, 3]]`` trains two stages, each
-            on two ranks that share its micro-batches. Default: the ranks of the job, if there are
-            several, one per stage or two; else this one process.
-        schedule: ``gpipe``, ``1f1b``, ``1f1b-slack``, ``interleaved``, ``zb1p``, ``zbv``,
-            ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times.
+            on two ranks that share its micro-batches. Or ``"auto"``: what is quickest, with all
+            that is left out here: rows, cuts, ``micro_batches``, ``schedule``, and with ``memory``
+            also ``checkpoint``. All is measured on ``sample``, a whole batch, and a few plans are
+            tried; the model and random numbers stay as they were. Default: the ranks of the job,
+            if there are several, one per stage or two; else this one process.
+        schedule: ``gpipe``, ``1f1b`` (the default), ``1f1b-slack``, ``interleaved``, ``zb1p``,
+            ``zbv``, ``zbv-slack``, or text; ``"auto"``: the quickest by the measured times.
+        target: with ``place="auto"`` what ``step`` gets as ``y`` for ``sample``. Default: the
+            model's own outputs, which not every loss can take.
         clip_norm: scales all gradients down to this norm over all stages where theirs is larger,
             as ``torch.nn.utils.clip_grad_norm_`` does.
         checkpoint: ``"always"``: stages keep only the inputs of micro-batches and compute the
-            rest again for backward; ``"except_last"``: not of the last one; ``"never"``.
+            rest again for backward; ``"except_last"``: not of the last one; ``"never"``, the
+            default.
         compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
+            With ``place="auto"`` also ``hvd.Compression.auto("safe")``: if and how is planned, too.
         batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
             running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
         scaler: a ``torch.amp.GradScaler``, for float16: every rank gives an equal one. The
@@ -123,14 +134,15 @@ class Pipeline(BasePipeline):
         loss: Callable[[Any, Any], torch.Tensor] | None = None,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         *,
-        micro_batches: int = 8,
+        micro_batches: int | None = None,
         stages: int | Sequence[str] | Sequence[int] | Plan | None = None,
-        place: Sequence[str | torch.device] | Sequence[Sequence[int]] | None = None,
-        schedule: str = "1f1b",
+        place: str | Sequence[str | torch.device] | Sequence[Sequence[int]] | None = None,
+        schedule: str | None = None,
         by: str | None = None,
         memory: float | Sequence[float] | None = None,
+        target: Any = None,
         clip_norm: float | None = None,
-        checkpoint: str = "never",
+        checkpoint: str | None = None,
         compression: Any = None,
         batchnorm: str = "deferred",
         scaler: Any = None,
@@ -138,13 +150,14 @@ class Pipeline(BasePipeline):
         leaves: Sequence[Any] = (),
         seed: int | None = None,
     ) -> None:
+        told = settled(Told(micro_batches, schedule, checkpoint), place, stages)
         super().__init__(
             "torch",
             TorchCodec(),
             place,
             torch.initial_seed() if seed is None else seed,
             clip_norm=clip_norm,
-            checkpoint=checkpoint,
+            checkpoint=told.checkpoint,
             compression=compression,
             batchnorm=batchnorm,
             channel=channel,
@@ -154,15 +167,21 @@ class Pipeline(BasePipeline):
             _check_arguments(model, loss, optimizer, scaler)
             self._scaler = _Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
             check_options(
-                micro_batches, place, clip_norm, checkpoint, batchnorm, channel, self.channels
-            )
+                told.micro_batches, place, clip_norm, told.checkpoint, batchnorm, channel,
+                self.channels,
+            )  # fmt: skip
             self._graph = traced(model, sample, leaves)
             self.units = [unit.name for unit in self._graph.units]
-        self._agree_on(
-            micro_batches=micro_batches, stages=stages, schedule=schedule, by=by, memory=memory
-        )
+        asked = {"micro_batches": told.micro_batches, "schedule": told.schedule}
+        self._agree_on(stages=stages, by=by, memory=memory, **asked)
         with self._alike():
-            self.plan = self._planned(sample, stages, schedule, micro_batches, by, memory)
+            if self._auto:
+                self._again = functools.partial(
+                    Pipeline, model, sample, loss, optimizer, clip_norm=clip_norm,
+                    batchnorm=batchnorm, channel=channel, leaves=leaves, seed=self._seed,
+                )  # fmt: skip
+                self._scaler_given = scaler
+            self.plan = self._planned(sample, stages, told, by, memory, target)
             self._stages = self._make_stages()
             self._params = self._shares()
             self.optimizers = {
@@ -258,8 +277,45 @@ class Pipeline(BasePipeline):
 
     # --- making one
 
-    def _profile(self, sample: Any, micro_batches: int) -> ir.Graph:
-        return profiled(self._graph, sample, micro_batches)
+    def _profile(
+        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+    ) -> ir.Graph:
+        return profiled(self._graph, sample, micro_batches, of=of)
+
+    def _trains_with(self) -> bool:
+        return self._loss is not None and self._optimizer is not None
+
+    def _rows(self, batch: Any) -> int:
+        return rows_of([each.shape for each in _tensors(self._graph.bind(batch))])
+
+    def _measured_update(self) -> tuple[float, float]:
+        params: list[nn.Parameter] = []
+        most = _MEASURED
+        for p in self._graph.model.parameters():
+            if p.requires_grad and (not params or most > 0):
+                params.append(p)
+                most -= p.numel() * p.element_size()
+        return update_seconds(self._optimizer, params) if params and self._optimizer else (0.0, 0.0)
+
+    @contextlib.contextmanager
+    def _preserved(self) -> Iterator[None]:
+        model = self._graph.model
+        before = [(p, p.grad) for p in model.parameters()]
+        saved = {name: tensor.detach().clone() for name, tensor in _named_tensors(model)}
+        try:
+            with torch.random.fork_rng():
+                yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in _named_tensors(model):
+                    tensor.copy_(saved[name])
+            for p, gradient in before:
+                p.grad = gradient
+
+    def _twin(self, plan: Plan, compression: Any) -> Pipeline:
+        scaler = copy.deepcopy(self._scaler_given)
+        made: Pipeline = self._again(stages=plan, compression=compression, scaler=scaler)
+        return made
 
     def _connected(self, place: Sequence[int | Sequence[int]]) -> PostChannel:
         if self._carrier not in BACKENDS:
@@ -355,8 +411,7 @@ class Pipeline(BasePipeline):
     ) -> list[torch.Tensor]:
         """Run the schedule; return the loss, or the tensors of the output, on every rank."""
         inputs = self._graph.bind(x)
-        tensors = [t for t in pytree.tree_leaves((inputs, y)) if isinstance(t, torch.Tensor)]
-        rows = rows_of([tensor.shape for tensor in tensors])
+        rows = rows_of([tensor.shape for tensor in _tensors((inputs, y))])
         sizes = self._sizes(rows, train)
         batch = Batch(
             self.steps if train else self._step,
@@ -391,8 +446,7 @@ class Pipeline(BasePipeline):
         return torch.tensor(numbers, dtype=torch.float64)
 
     def _norms(self, gradients: Sequence[torch.Tensor]) -> list[float]:
-        norms = [torch.linalg.vector_norm(each).double().cpu() for each in gradients]
-        return torch.stack(norms).tolist() if norms else []
+        return on_host([torch.linalg.vector_norm(each).double() for each in gradients])
 
     def _joined(
         self, pieces: Sequence[Sequence[torch.Tensor]], compared: bool
@@ -413,8 +467,7 @@ class Pipeline(BasePipeline):
                 "a GradScaler is for parameters in float32 under torch.autocast, but some here are "
                 "in float16: their gradients would be lost where they are divided by the scale"
             )
-        return all(torch.stack([each.isfinite().all().cpu() for each in gradients]).tolist()
-                   if gradients else ())  # fmt: skip
+        return all(on_host([each.isfinite().all() for each in gradients]))
 
     def _arrived(self, gradient: torch.Tensor, unit: int, name: str) -> torch.Tensor:
         return gradient.to(self._graph.units[unit].params[name].device)
@@ -480,6 +533,16 @@ class Pipeline(BasePipeline):
             about = {"compressor": self._compressor.name, "steps": self._sums.steps}
             told["compression"] = {**about, "parameters": states}
         return told
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and buffers, those too that a ``state_dict`` leaves out."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _filled(outline: Any, tensors: Sequence[Any]) -> Any:

@@ -9,14 +9,19 @@ to add up to that. What remains is what splitting costs. The loss is not measure
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from hvdx.compression.base import Compressor
+from hvdx.compression.local import Local
+from hvdx.errors import PlanError
 from hvdx.integrations.pytorch_graph import (
     Graph,
     Unit,
@@ -27,6 +32,9 @@ from hvdx.integrations.pytorch_graph import (
 )
 from hvdx.integrations.pytorch_precision import uncached
 from hvdx.pipeline import ir
+from hvdx.scaling.profile import Parameter, Profile, timed
+
+_UPDATES = 5  # of an optimizer, of which the first makes its state
 
 
 def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] = ()) -> ir.Graph:
@@ -35,7 +43,71 @@ def measured(model: Any, sample: Any, micro_batches: int, leaves: Sequence[Any] 
         return profiled(traced(model, sample, leaves), sample, micro_batches)
 
 
-def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir.Graph:
+def described(
+    model: Any,
+    sample: Any,
+    methods: Mapping[str, Compressor | Local],
+    name: str = "model",
+    optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.Adam,
+) -> Profile:
+    """Measure what predictions for many ranks need: see :class:`hvdx.scaling.profile.Profile`.
+
+    The loss is not measured.
+
+    Args:
+        model: a module.
+        sample: the batch of a rank's step.
+        methods: those whose computing is measured, by name.
+        name: of the model.
+        optimizer: makes one of a list of parameters.
+    """
+    graph = measured(model, sample, 1)
+    weights = [(each, p) for each, p in model.named_parameters() if p.requires_grad]
+    if not weights:
+        raise PlanError(f"{name} has no parameter that is trained: ranks have nothing to exchange")
+    told = [
+        Parameter(each, tuple(p.shape) or (1,), str(p.dtype).rpartition(".")[2])
+        for each, p in weights
+    ]
+    adapter: Any = _Alone(weights[0][1].device)
+    batch = next((len(each) for each in _tensors(sample) if each.dim()), 1)
+    own = [torch.nn.Parameter(torch.zeros_like(p)) for _, p in weights]
+    each_byte, slots = update_seconds(optimizer, own)
+    return Profile(
+        name,
+        batch,
+        sum(unit.forward for unit in graph.units),
+        sum(unit.inputs + unit.weights for unit in graph.units),
+        each_byte * sum(p.numel() * p.element_size() for p in own),
+        tuple(told),
+        about=f"PyTorch {torch.__version__}, {adapter.device}, {torch.get_num_threads()} threads",
+        slots=round(slots, 3),
+        kept=sum(unit.kept_bytes for unit in graph.units),
+        codecs={each: timed(adapter, method, told) for each, method in methods.items()},
+        graph=graph,
+    )
+
+
+class _Alone:
+    """The little of an adapter that watching a compressor takes, without Horovod."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def from_numpy(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def to_numpy(self, tensor: torch.Tensor) -> Any:
+        return tensor.cpu().numpy()
+
+
+def profiled(
+    graph: Graph,
+    sample: Any,
+    micro_batches: int,
+    runs: int = 5,
+    of: Callable[[Iterable[float]], float] = min,
+) -> ir.Graph:
     """Return ``graph.line`` with times and bytes per micro-batch.
 
     Parameters, buffers, gradients and random states stay as they are.
@@ -44,15 +116,16 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
         graph: of the model.
         sample: a batch.
         micro_batches: that a batch is cut into.
-        runs: after one to warm up; of each time the lowest counts, since what else the machine
-            does only adds.
+        runs: after one to warm up.
+        of: takes one of each time's runs. The lowest, since what else the machine does only adds;
+            where other ranks compute as they will in training, the median.
     """
     model = graph.model
     with _undisturbed(model), torch.enable_grad():
         meter = _Meter(graph, _micro_batch(graph.bind(sample), micro_batches))
         kept = meter.kept()
         rounds = [meter.round() for _ in range(runs + 1)][1:]
-    least = [_least(each) for each in zip(*rounds, strict=True)]
+    least = [_Taken(*map(of, zip(*each, strict=True))) for each in zip(*rounds, strict=True)]
     sizes = {name: _size(value) for name, value in meter.values.items()}
     line = graph.line
     units = [
@@ -62,6 +135,29 @@ def profiled(graph: Graph, sample: Any, micro_batches: int, runs: int = 5) -> ir
     return replace(line, units=tuple(units), inputs={name: sizes[name] for name in line.inputs})
 
 
+def update_seconds(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], params: list[nn.Parameter]
+) -> tuple[float, float]:
+    """Return what an optimizer takes for each byte of parameters: seconds, and bytes of state.
+
+    The parameters change; who calls this puts them back.
+    """
+    optimizer = make(params)
+    size = sum(p.numel() * p.element_size() for p in params)
+    wait = torch.cuda.synchronize if params[0].is_cuda else lambda: None
+    taken = []
+    for _ in range(_UPDATES):
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        wait()
+        start = time.perf_counter()
+        optimizer.step()
+        wait()
+        taken.append(time.perf_counter() - start)
+    state = _size([list(each.values()) for each in optimizer.state.values()])
+    return statistics.median(taken[1:]) / size, state / size
+
+
 class _Taken(NamedTuple):
     """Seconds of one run of some units."""
 
@@ -69,10 +165,6 @@ class _Taken(NamedTuple):
     backward: float
     inputs: float
     weights: float
-
-
-def _least(runs: Sequence[_Taken]) -> _Taken:
-    return _Taken(*map(min, zip(*runs, strict=True)))
 
 
 def _scaled(whole: _Taken, *units: _Taken) -> list[dict[str, float]]:

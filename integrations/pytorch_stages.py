@@ -49,8 +49,7 @@ def usable_device(told: Any) -> torch.device:
         PlanError: it does not.
     """
     try:
-        found = torch.device(told)
-        torch.empty(1, device=found)
+        found = torch.empty(1, device=torch.device(told)).device  # "cuda" has no number
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise PlanError(f"place has {told!r}, which cannot be used: {reason}") from None

@@ -17,7 +17,7 @@ from tensorflow.python.ops import control_flow_util, resource_variable_ops
 
 from hvdx import world
 from hvdx.collectives import perform
-from hvdx.comm import Work, drive
+from hvdx.comm import Work, drive, sent_share
 from hvdx.compression import Spec
 from hvdx.compression.codecs import Codec
 from hvdx.compression.rows import gather_rows, row_codec
@@ -114,6 +114,8 @@ class TensorFlowAdapter:
                 raise ImportError(f"Horovod numbers hvd.{op.name} otherwise than hvdx does")
         self.horovod = horovod
         self._everyone = horovod.global_process_set
+        self._sent = 0.0  # eagerly
+        self._sent_in_graphs: Any = None
 
     @_explained
     def allreduce(
@@ -602,6 +604,37 @@ class TensorFlowAdapter:
     def carry_out(self, work: Work[Any], name: str, process_set: Any) -> Any:
         """Run a generator of requests, one after the other."""
         return drive(work, functools.partial(perform, self, name=name, process_set=process_set))
+
+    @property
+    def bytes_sent(self) -> float:
+        """What this process has sent, eagerly and in graphs."""
+        graphs = self._sent_in_graphs
+        return self._sent + (0.0 if graphs is None else float(graphs.numpy()))
+
+    def count(self, operation: str, tensor: Any, ranks: int) -> None:
+        """Count bytes that are sent: in a graph by a variable on the host."""
+        wide = 2 if operation == "allreduce" and tensor.dtype == tf.bfloat16 else 1  # sums floats
+        each = tensor.dtype.size * wide * sent_share(operation, ranks)
+        if tf.executing_eagerly():
+            self._sent += each * tensor.shape.num_elements()
+        elif tf.compat.v1.executing_eagerly_outside_functions():  # TensorFlow 1 adds only on demand
+            if self._sent_in_graphs is None:
+                with tf.init_scope(), tf.device("CPU:0"):
+                    self._sent_in_graphs = resource_variable_ops.ResourceVariable(
+                        0.0, trainable=False, dtype=tf.float64
+                    )
+            size = tf.cast(tf.size(tensor, tf.int64), tf.float64)  # a constant, where it is known
+            self._sent_in_graphs.assign_add(each * size, read_value=False)
+
+    def device_use(self) -> dict[str, float]:
+        """Ask the first GPU, if one is in use; TensorFlow tells no utilisation."""
+        if not tf.config.list_logical_devices("GPU"):
+            return {}
+        told = tf.config.experimental.get_memory_info("GPU:0")
+        return {
+            "gpu_memory_mb": told["current"] / 1e6,
+            "peak_gpu_memory_mb": told["peak"] / 1e6,
+        }
 
     @watched
     def agree(self, number: int, name: str) -> list[int]:

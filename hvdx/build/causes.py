@@ -117,6 +117,19 @@ CAUSES = (
         "Name a matching toolkit in HOROVOD_CUDA_HOME and CUDA_HOME, or change torch.",
     ),
     Cause(
+        r"(CUDA driver version is insufficient for CUDA runtime version)"
+        r"|The (NVIDIA driver on your system is too old)",
+        "the driver is older than this CUDA needs ({0})",
+        "Update NVIDIA's driver (580 for CUDA 13, 525 for CUDA 12), or install a torch for an "
+        "older CUDA.",
+    ),
+    Cause(
+        r"no kernel image is available for execution on the device",
+        "nothing was compiled for this GPU's compute capability",
+        "Of torch: install a release for this GPU. Of Horovod: hvdx install --force --cuda-arch "
+        "with it (nvidia-smi --query-gpu=compute_cap --format=csv).",
+    ),
+    Cause(
         r"Unsupported gpu architecture '?(\w+)'?",
         "this CUDA toolkit cannot compile for {0}",
         "Give what it can with --cuda-arch (nvcc --list-gpu-arch), or change the toolkit.",
@@ -141,6 +154,11 @@ CAUSES = (
         r"[Yy]ou need C\+\+(\d+) to compile|C\+\+(\d+) or later compatible compiler is required",
         "the framework's headers need C++{0}",
         "This version was never tried with hvdx; install one that was (see docs/install.md).",
+    ),
+    Cause(
+        r"undefined symbol: \S*AsGpuStreamValue",
+        "TensorFlow no longer exports what Horovod's GPU operations call (AsGpuStreamValue)",
+        "Build for torch alone, --frameworks torch, or for both without NCCL, --gpu none.",
     ),
     Cause(
         r"undefined symbol: (\S+)",

@@ -162,6 +162,11 @@ def cuda_home(nvcc: str) -> str:
     return str(Path(told or Path(nvcc).resolve().parent.parent).resolve())
 
 
+def architectures(nvcc: str) -> set[str]:
+    """Return the compute capabilities that this nvcc compiles for, as "90"; empty if unknown."""
+    return set(re.findall(r"compute_(\d+)\b", output(nvcc, "--list-gpu-arch") or ""))
+
+
 def gpus() -> list[Gpu]:
     """Return the GPUs that NVIDIA's driver reports."""
     query = "--query-gpu=name,compute_cap,driver_version"
@@ -185,13 +190,18 @@ def mpi() -> Mpi | None:
     return None
 
 
-def nccl() -> Nccl | None:
-    """Return NCCL: the folders that Horovod's variables name, pip's package, or the system's."""
+def nccl(cuda: str | None = None) -> Nccl | None:
+    """Return NCCL: the folders that Horovod's variables name, pip's package, or the system's.
+
+    Args:
+        cuda: the version that torch was built for: pip has a package for each. None: any.
+    """
     home = os.environ.get("HOROVOD_NCCL_HOME")
     include = os.environ.get("HOROVOD_NCCL_INCLUDE") or (f"{home}/include" if home else None)
     library = os.environ.get("HOROVOD_NCCL_LIB") or (f"{home}/lib" if home else None)
     places = [(Path(include), Path(library))] if include and library else []
-    for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+    versions = [cuda.split(".")[0]] if cuda else ["13", "12"]
+    for name in [f"nvidia-nccl-cu{version}" for version in versions]:
         try:
             root = Path(str(metadata.distribution(name).locate_file("nvidia/nccl")))
         except metadata.PackageNotFoundError:

@@ -210,7 +210,7 @@ def _cuda(
             f"CUDA {torch.cuda}. Name the folder of a CUDA {torch.cuda} toolkit in "
             f"HOROVOD_CUDA_HOME, or install the torch for CUDA {toolkit.version}. {way_out}"
         )
-    nccl = probe.nccl()
+    nccl = probe.nccl(torch.cuda)
     if nccl is None:
         raise InstallError(
             f"NCCL not found (nccl.h and libnccl.so). Install pip's nvidia-nccl-cu"
@@ -220,6 +220,13 @@ def _cuda(
     if not arch:
         raise InstallError(
             "no GPU here to take the compute capability from: give it, as in --cuda-arch 80,90."
+        )
+    known = probe.architectures(toolkit.path)
+    if other := [each for each in arch if known and each not in known]:
+        raise InstallError(
+            f"CUDA {toolkit.version} ({toolkit.path}) does not compile for compute capability "
+            f"{', '.join(other)}, but for {', '.join(sorted(known, key=int))}. Name others with "
+            f"--cuda-arch, or another toolkit's folder in HOROVOD_CUDA_HOME. {way_out}"
         )
     return Cuda(toolkit, arch, nccl)
 

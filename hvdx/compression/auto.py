@@ -13,6 +13,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hvdx import buckets, link
@@ -41,12 +42,21 @@ def automatic(methods: Mapping[str, Compressor], pace: Pace) -> Compressor:
     """Return the compressor that measures first; see ``Compression.auto``."""
     often = "" if pace.every == EVERY else f", every={pace.every}"  # ranks compare names
     name = f"auto({', '.join(methods)}{often})"
+    return Compressor(name, _init, _reduce, stateful=True, prepare=Chooser(name, methods, pace))
 
-    def prepare(adapter: Adapter, specs: list[Spec], process_set: Any) -> Compressor:
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses from ``methods``: see :attr:`Compressor.prepare`; a planner may read them."""
+
+    name: str
+    methods: Mapping[str, Compressor]
+    pace: Pace
+
+    def __call__(self, adapter: Adapter, specs: list[Spec], process_set: Any) -> Compressor:
+        """Measure, and return what to use instead."""
         with adapter.at_once():
-            return _prepared(name, adapter, specs, process_set, methods, pace)
-
-    return Compressor(name, _init, _reduce, stateful=True, prepare=prepare)
+            return _prepared(self.name, adapter, specs, process_set, self.methods, self.pace)
 
 
 def _init(ops: Ops, spec: Spec) -> Any:

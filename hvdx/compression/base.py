@@ -195,7 +195,10 @@ def _half(ops: Ops, grad: Any, state: None) -> Work[Reduced]:
     share = ops.clip(ops.scale(grad, 1.0 / ranks), -limit, limit)
     payload = ops.cast(share, "float16")
     total = yield Allreduce(payload, op=ReduceOp.Sum)
-    own = ops.scale(ops.cast(payload, ops.dtype(grad)), ranks)
+
+    def own() -> Any:
+        return ops.scale(ops.cast(payload, ops.dtype(grad)), ranks)
+
     return Reduced(ops.cast(total, ops.dtype(grad)), own, state)
 
 

@@ -11,7 +11,6 @@ all. (A cast of NaN to an integer would send a zero and hide it.)
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -123,8 +122,7 @@ def signs(block: int = 1024) -> Codec:
         whole = ops.quantise(ops.from_bits(bits), up[:, None], 2**20, "int32")
         down = ops.from_bits((exponent - halvings) * _EXPONENT)
         mean = ops.cast(ops.sum(whole), "float32") * down
-        shares = _shares(blocks.shape[0], block, used - start * block)
-        mean = mean * ops.constant(shares, "float32")
+        mean = _without_padding(ops, mean, block, used - start * block)
         mean = ops.where(top < _INFINITE, mean, ops.constant(math.nan, "float32"))
         return ops.to_bytes(mean), ops.pack_bits(ops.positive(ops.reshape(blocks, (-1,))))
 
@@ -195,14 +193,16 @@ def _at_least(ops: Ops, x: Any, low: int) -> Any:
     return ops.where(x < low, ops.constant(low, "int32"), x)
 
 
-@functools.lru_cache(maxsize=256)
-def _shares(blocks: int, block: int, used: int) -> Any:
-    """Return block/count for every block, where count leaves out padding; 0 for padding alone."""
-    import numpy as np
+def _without_padding(ops: Ops, mean: Any, block: int, used: int) -> Any:
+    """Have the mean of the block that padding fills up be that of its first elements alone.
 
-    counts = np.clip(used - np.arange(blocks) * block, 0, block)
-    shares = np.divide(block, counts, out=np.zeros(blocks), where=counts > 0)
-    return shares.astype(np.float32)
+    Padding is zeros, and so are the means of blocks of nothing else.
+    """
+    full, rest = divmod(max(used, 0), block)
+    if not rest or full >= mean.shape[0]:
+        return mean
+    partial = ops.scale(mean[full : full + 1], block / rest)
+    return ops.concat([mean[:full], partial, mean[full + 1 :]])
 
 
 def _narrow(ops: Ops, codes: Any, bits: int) -> Any:

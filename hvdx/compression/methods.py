@@ -127,12 +127,14 @@ class Compression:
 
     @staticmethod
     def randomk(density: float = 0.01, min_elements: int = _SMALL, seed: int = 0) -> Compressor:
-        """A random ``density`` of the elements, equal on all ranks, with error feedback.
+        """A comb of ``density`` of the elements, at another place each step, with error feedback.
+
+        Every element travels once in 1/density steps, the same ones on all ranks.
 
         Args:
             density: share of the elements, above 0 and at most 1.
             min_elements: smaller parameters, and vectors, travel raw.
-            seed: of the choice, equal on all ranks.
+            seed: of where the comb begins, equal on all ranks.
         """
         _check_density("randomk", density)
         _check_whole("randomk", "min_elements", min_elements)

@@ -146,15 +146,17 @@ def _gather(ops: Ops, flat: Any, where: Any) -> Work[tuple[Any, Any]]:
 class Turn(NamedTuple):
     """State of :func:`random_k` beside the residual."""
 
-    draw: Any  # int64 scalar: the random number of the next step, equal on all ranks
+    draw: Any  # int64 scalar: where the comb stands in the next step, equal on all ranks
 
 
 def random_k(density: float, seed: int = 0) -> Compressor:
-    """Send a comb of ``density`` of each parameter's elements, shifted at random each step.
+    """Send a comb of ``density`` of each parameter's elements, at another place each step.
 
-    All ranks draw alike from (seed, parameter, step), so that no index travels and Horovod's
-    allreduce adds the values up. Every element's turn comes with equal probability; what is not
-    sent is added to the next gradient.
+    All ranks draw the first place from (seed, parameter), so that no index travels and Horovod's
+    allreduce adds the values up. Then the comb advances by the golden section of the distance
+    between its teeth: every element has its turn once in 1/density steps. Places drawn anew in
+    each step would leave some elements waiting for many times as long, and all of them for twice
+    as long on average. What is not sent is added to the next gradient.
     """
 
     def init(ops: Ops, spec: Spec) -> Feedback:
@@ -167,12 +169,13 @@ def random_k(density: float, seed: int = 0) -> Compressor:
             return Reduced(grad, None, state)
         draw = state.inner.draw
         owed = ops.cast(grad, "float32") + state.residual
-        count = chosen(size, density)
+        apart = -(-size // chosen(size, density))
+        count = -(-size // apart)  # so that the last tooth never meets the first
+        following = Turn(draw + _advance(apart))
         if 4 * count >= size * summed_width(dtype):
-            following = state._replace(inner=Turn(draws.following(draw)))
-            return (yield from _all(ops, owed, dtype, following))
+            return (yield from _all(ops, owed, dtype, state._replace(inner=following)))
         flat = ops.reshape(owed, (-1,))
-        where = ops.cast((ops.arange(count) * (size // count) + draw) % size, "int32")
+        where = ops.cast((ops.arange(count) * apart + draw % apart) % size, "int32")
         values = ops.take(flat, where)
         means = yield Allreduce(values)
         mean = ops.add_at(ops.zeros((size,), "float32"), where, means, over=True)
@@ -180,10 +183,18 @@ def random_k(density: float, seed: int = 0) -> Compressor:
         return Reduced(
             ops.cast(ops.reshape(mean, shape), dtype),
             None,
-            Feedback(ops.finite_or(left, state.residual), Turn(draws.following(draw))),
+            Feedback(ops.finite_or(left, state.residual), following),
         )
 
     return Compressor(f"randomk({density:g})", init, reduce, stateful=True)
+
+
+def _advance(apart: int) -> int:
+    """Return a step that meets all of 0 ... apart-1 before it meets one again."""
+    step = max(1, (618 * apart + 500) // 1000)
+    while math.gcd(step, apart) > 1:
+        step += 1
+    return step
 
 
 def chosen(size: int, density: float) -> int:

@@ -1,8 +1,7 @@
 """Start jobs (``hvdx run``) and find out who started this process (``hvdx.init()``).
 
-``run_command`` is the command line; ``prepare``, ``report_up`` and ``Launch`` serve
-``hvdx.init()``, ``news`` elastic training. Each loads its module when asked for, so that a rank
-does not load the launcher.
+``run_command`` is the command line; the others serve ``hvdx.init()``. Each loads its module when
+asked for, so that a rank does not load the launcher.
 """
 
 from __future__ import annotations
@@ -10,14 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hvdx.launch.client import news, report_up
+    from hvdx.launch.client import check_as_first, news, report_up
     from hvdx.launch.command import run_command
     from hvdx.launch.environment import Launch, prepare
 
-__all__ = ["Launch", "news", "prepare", "report_up", "run_command"]
+__all__ = ["Launch", "check_as_first", "news", "prepare", "report_up", "run_command"]
 
 _HOME = {
     "Launch": "environment",
+    "check_as_first": "client",
     "news": "client",
     "prepare": "environment",
     "report_up": "client",

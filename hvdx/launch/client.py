@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Mapping, MutableMapping
+from hashlib import sha256
 
-from hvdx.errors import LaunchError
+from hvdx.errors import LaunchError, MismatchError
 from hvdx.launch.rendezvous import OWN_SCOPE, REQUEST_SECONDS, stays_open
+
+_MAX_TOLD = 800  # characters that ranks compare: the rendezvous takes small values only
+_FIRST_SECONDS = 30.0  # for rank 0 to come, as long as Horovod waits by default
 
 
 def ask(environ: Mapping[str, str], verb: str, key: str, body: bytes = b"") -> bytes | None:
@@ -42,7 +47,50 @@ def ask(environ: Mapping[str, str], verb: str, key: str, body: bytes = b"") -> b
 
 POLL_SECONDS = 0.05
 
-_reported = False
+_reported = _compared = False
+
+
+def check_as_first(
+    key: str, own: str, subject: str, environ: Mapping[str, str] | None = None
+) -> None:
+    """Compare what this rank has with rank 0, once, before Horovod starts.
+
+    Where ranks start it differently, one of them fails and the others wait for it. Does nothing
+    where hvdx does not serve the rendezvous, nor in elastic jobs, whose rank 0 may have compared
+    long ago; gives up where rank 0 does not come.
+
+    Args:
+        key: of the rendezvous.
+        own: what this rank has.
+        subject: what that is, for the message: ``"process sets"``.
+        environ: the process' own by default.
+
+    Raises:
+        MismatchError: rank 0 has something else.
+    """
+    global _compared
+    environ = os.environ if environ is None else environ
+    if "HVDX_RENDEZVOUS" not in environ or "HVDX_WORKER" in environ or _compared:
+        return
+    _compared = True
+    if len(own) > _MAX_TOLD:
+        own = f"{own[:_MAX_TOLD]}... (sha256 {sha256(own.encode()).hexdigest()[:16]})"
+    rank = environ.get("HOROVOD_RANK", "0")
+    with contextlib.suppress(OSError):  # Horovod itself finds nobody there and says so
+        if rank == "0":
+            ask(environ, "PUT", key, own.encode())
+            return
+        until, pause = time.monotonic() + _FIRST_SECONDS, 0.02
+        while (first := ask(environ, "GET", key)) is None:
+            if time.monotonic() > until:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        if first.decode(errors="replace") != own:
+            raise MismatchError(
+                f"ranks disagree about {subject}: rank 0 has {first.decode(errors='replace')}, "
+                f"rank {rank} has {own}; give all ranks the same, in the same order"
+            )
 
 
 def report_up(environ: Mapping[str, str] | None = None) -> None:

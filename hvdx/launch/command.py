@@ -12,6 +12,7 @@ from hvdx.launch.arguments import Arguments, parse
 from hvdx.launch.job import Job, hosts_of
 from hvdx.launch.processes import Ended
 from hvdx.launch.remote import survey
+from hvdx.preemption import grace_seconds
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -25,6 +26,7 @@ def run_command(arguments: Sequence[str]) -> int:
     options = asked.horovod
     if options.use_mpi or options.use_jsrun:
         _hand_over(asked)
+    grace_seconds()  # a wrong one shall be told now
     if asked.elastic is not None:
         from hvdx.launch import elastic, restarts
 
@@ -45,6 +47,9 @@ def _told(ended: Ended) -> int:
     print(f"hvdx run: {first}; the job was ended.", file=sys.stderr)
     for other in others:
         print(f"hvdx run: {other} after that.", file=sys.stderr)
+    if ended.finished:  # perhaps too early: the others may have waited for them
+        told = ", ".join(map(str, ended.finished))
+        print(f"hvdx run: before that rank {told} had ended, with code 0.", file=sys.stderr)
     return first.status
 
 

@@ -35,6 +35,7 @@ from hvdx.launch.processes import GRACE_SECONDS, Crew, Ended, Failure, Rank
 from hvdx.launch.remote import survey
 from hvdx.launch.rendezvous import OWN_SCOPE
 from hvdx.launch.slots import Discovery, Slot, Slots
+from hvdx.preemption import grace_seconds
 from hvdx.watchdog import timeout_seconds
 
 TICK_SECONDS = 0.2
@@ -150,10 +151,10 @@ class Launcher:
         """See the job through."""
         try:
             caught = self._see_through()
-            self._end()
+            self._end(grace_seconds() if caught == signal.SIGTERM else GRACE_SECONDS)
         finally:
             self._rendezvous.close()
-        return Ended(self._failures, caught, self._gave_up)
+        return Ended(self._failures, [], caught, self._gave_up)
 
     def _see_through(self) -> int | None:
         """Go on until all have ended well, no rank is left, or a signal has come; return that."""
@@ -364,11 +365,11 @@ class Launcher:
             self._news |= news
             self._rendezvous.put("news", f"{self._generation} {self._news}".encode())
 
-    def _end(self) -> None:
-        """End what still runs."""
+    def _end(self, grace: float) -> None:
+        """End what still runs; after ``grace`` seconds, kill it."""
         for worker in self._workers.values():
-            worker.process.end()
-        until = time.monotonic() + GRACE_SECONDS + 2
+            worker.process.end(grace)
+        until = time.monotonic() + grace + 2
         while self._workers:
             try:
                 kind, who, code = self._crew.events.get(timeout=max(0.0, until - time.monotonic()))

@@ -13,6 +13,7 @@ from hvdx.launch.processes import Ended, Start, run_ranks
 from hvdx.launch.remote import Site, Survey
 from hvdx.launch.rendezvous import Rendezvous, stays_open
 from hvdx.launch.shell import local_script, remote_script
+from hvdx.preemption import grace_seconds
 
 
 class Job:
@@ -84,7 +85,7 @@ class Job:
         ]
         timestamps = self.asked.horovod.prefix_output_with_timestamp
         try:
-            return run_ranks(starts, folder=folder, timestamps=timestamps)
+            return run_ranks(starts, folder=folder, timestamps=timestamps, grace=grace_seconds())
         finally:
             rendezvous.close()
 

@@ -47,11 +47,18 @@ class Failure(NamedTuple):
         number = -self.code if self.code < 0 else self.code - 128
         with contextlib.suppress(ValueError):
             name = signal.Signals(number).name
+            if self.preempted:
+                return f"{where} has left after SIGTERM"
             if self.code < 0:
                 return f"{where} was killed by signal {number} ({name})"
             return f"{where} exited with code {self.code} (128 + {number}: {name})"
         known = {127: " (command not found)", 255: " (ssh's own, if the connection broke)"}
         return f"{where} exited with code {self.code}{known.get(self.code, '')}"
+
+    @property
+    def preempted(self) -> bool:
+        """Whether it was sent SIGTERM and left in good order, as :class:`hvdx.Preemption` does."""
+        return self.code == 128 + signal.SIGTERM
 
     @property
     def status(self) -> int:
@@ -63,6 +70,7 @@ class Ended(NamedTuple):
     """How the job ended."""
 
     failures: list[Failure]  # those that failed by themselves, the first first
+    finished: list[int]  # ranks that had ended well before
     signal: int | None  # what ended the launcher
     gave_up: bool = False  # an elastic launcher, which has said why
 
@@ -99,13 +107,18 @@ class Rank:
 
         threading.Thread(target=wait, daemon=True).start()
 
-    def end(self) -> None:
-        """Cut the lifeline: the watcher beside the rank ends its process group."""
+    def end(self, grace: float = GRACE_SECONDS) -> None:
+        """Cut the lifeline: the watcher beside the rank ends its process group.
+
+        Args:
+            grace: seconds from SIGTERM to SIGKILL.
+        """
         assert self.process.stdin is not None
         if self._feeder.is_alive():
             self.process.terminate()
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # gone, or cut already
+            self.process.stdin.write(b"%d" % (10 * grace))
             self.process.stdin.close()
 
     def kill(self) -> None:
@@ -169,7 +182,11 @@ class Crew:
 
 
 def run_ranks(
-    starts: Sequence[Start], *, folder: str | None = None, timestamps: bool = False
+    starts: Sequence[Start],
+    *,
+    folder: str | None = None,
+    timestamps: bool = False,
+    grace: float = GRACE_SECONDS,
 ) -> Ended:
     """Run all ranks to their end; when one fails or a signal comes, end the others.
 
@@ -177,45 +194,52 @@ def run_ranks(
         starts: one per rank.
         folder: also write each rank's output to ``folder/rank.<rank>/stdout`` and ``stderr``.
         timestamps: put the time before each line's prefix.
+        grace: seconds that ranks have to leave in good order after SIGTERM came to the launcher,
+            or to one of them; those that end for another reason have less.
     """
     alive: dict[int, Rank] = {}
     with Crew(folder=folder, digits=len(str(len(starts) - 1)), timestamps=timestamps) as crew:
         for start in starts:
             alive[start.rank] = crew.start(start)
-        return _see_through(alive, crew.events)
+        return _see_through(alive, crew.events, grace)
 
 
-def _see_through(alive: dict[int, Rank], events: SimpleQueue[tuple[str, int, int]]) -> Ended:
+def _see_through(
+    alive: dict[int, Rank], events: SimpleQueue[tuple[str, int, int]], grace: float
+) -> Ended:
     """Wait until no rank is alive; at the first failure or signal, end them."""
     failures: list[Failure] = []
+    finished: list[int] = []
     caught: int | None = None
-    ending_since: float | None = None
+    until: float | None = None  # when to kill what still runs
     while alive:
-        patience = None
-        if ending_since is not None:
-            patience = max(0.0, ending_since + GRACE_SECONDS + 2 - time.monotonic())
+        patience = None if until is None else max(0.0, until - time.monotonic())
         try:
             kind, who, code = events.get(timeout=patience)
         except Empty:
             for rank in alive.values():
                 rank.kill()
-            ending_since = time.monotonic()
+            until = time.monotonic() + GRACE_SECONDS
             continue
         if kind == "exit":
             ended = alive.pop(who)
             ended.end()  # also ends what the rank left running
-            if code != 0 and not (ending_since is not None and code in _ENDED_BY_US):
+            if code != 0 and not (until is not None and code in _ENDED_BY_US):
                 failures.append(Failure(who, ended.start.host, code))
+            elif until is None:
+                finished.append(who)
         else:
             if caught is not None:  # asked twice: no grace
                 for rank in alive.values():
                     rank.kill()
             caught = caught or code
-        if (failures or caught) and ending_since is None:
-            ending_since = time.monotonic()
+        if (failures or caught) and until is None:
+            told = caught == signal.SIGTERM or bool(failures and failures[0].preempted)
+            seconds = grace if told else GRACE_SECONDS
+            until = time.monotonic() + seconds + 2
             for rank in alive.values():
-                rank.end()
-    return Ended(failures, caught)
+                rank.end(seconds)
+    return Ended(failures, sorted(finished), caught)
 
 
 def _forward(

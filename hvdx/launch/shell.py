@@ -3,7 +3,8 @@
 ``sh -s`` reads it from standard input. So neither the environment, which may hold tokens, nor
 the command's wrapping shows in ``ps``; and standard input, kept open, is the rank's lifeline:
 when it ends, because the launcher closed it, was killed, or the network failed, a watcher ends
-the rank's process group. That needs no agent on the other host.
+the rank's process group. That needs no agent on the other host. Before it closes it, the launcher
+may write there how many tenths of a second the rank has from SIGTERM to SIGKILL.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _SCRIPT = """\
 exec 3<&0 </dev/null
 (
   trap '' HUP INT TERM
-  cat <&3
+  tenths=$(cat <&3)
   kill -TERM 0
-  tenths={tenths}
+  tenths=${{tenths:-{tenths}}}
   while [ $tenths -gt 0 ] && kill -0 $$; do sleep 0.1; tenths=$((tenths - 1)); done
   kill -KILL 0
 ) >/dev/null 2>&1 &

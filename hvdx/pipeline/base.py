@@ -12,12 +12,13 @@ import contextlib
 import functools
 import math
 import os
+import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class BasePipeline(abc.ABC):
     Args:
         framework: whose Horovod core serves the job.
         codec: of its tensors.
-        place: devices of this process, rows of ranks, or None.
+        place: devices of this process, rows of ranks, ``"auto"`` or None.
         seed: of random units, rank 0's.
         clip_norm: that gradients are scaled down to; None: not at all.
         checkpoint: which micro-batches are computed again for backward.
@@ -69,6 +70,9 @@ class BasePipeline(abc.ABC):
         gradient_norm: of the last step, before clipping, with ``clip_norm``; else None.
         skipped: whether the last step changed no parameter, since a scaled gradient was not
             finite.
+        busy_seconds: for which this process' stages have computed in training steps; of several
+            threads, in mean.
+        schedule_seconds: that the schedules of these steps took; the rest of them is bubble.
     """
 
     channels: tuple[str, ...] = CHANNELS  # that its tensors can travel by
@@ -77,6 +81,7 @@ class BasePipeline(abc.ABC):
     skipped: bool = False
     _graph: Any  # of the framework; its ``line`` is what the planner sees
     _stages: Mapping[int, Any]
+    _again: Any = None  # makes such a pipeline, of another plan
 
     def __init__(
         self,
@@ -86,21 +91,23 @@ class BasePipeline(abc.ABC):
         seed: int,
         *,
         clip_norm: float | None,
-        checkpoint: str,
+        checkpoint: str | None,
         batchnorm: str,
         channel: str,
         compression: Any = None,
     ) -> None:
         self._framework, self._codec = framework, codec
-        self._clip_norm, self._checkpoint = clip_norm, checkpoint
+        self._clip_norm, self._checkpoint = clip_norm, checkpoint or "never"
         self._batchnorm, self._carrier = batchnorm, channel
         self._asked, self._compressor = compression, as_compressor(none)
+        self._auto = isinstance(place, str) and place == "auto"
         self._mesh: Sequence[Any] = place if place is not None and is_mesh(place) else ()
-        self._devices = None if self._mesh else place
+        self._devices = None if self._mesh or self._auto else place
         job = self._devices is None and world.is_initialized(framework)
         self._across = job and world.size() > 1
         self._rank = world.rank() if self._across else 0
         self.steps = 0
+        self.busy_seconds = self.schedule_seconds = 0.0
         self._step, self._failed = 0, ""  # calls for inference count as steps here
         self._working = 1  # replicas of this rank's row that have micro-batches in this step
         self._channel: PostChannel | None = None
@@ -142,6 +149,16 @@ class BasePipeline(abc.ABC):
         if problem:
             raise OSError(f"the timeline cannot be written to {os.fspath(path)!r}: {problem}")
 
+    @property
+    def communication_seconds(self) -> float:
+        """Seconds this rank has waited for other ranks' messages, whatever kept these."""
+        return self._channel.seconds_waited if self._channel is not None else 0.0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of tensors that this rank has sent to others."""
+        return self._channel.bytes_sent if self._channel is not None else 0
+
     def close(self) -> None:
         """Give back threads and sockets; the pipeline is of no more use."""
         self._failed = self._failed or "it has been closed"
@@ -150,8 +167,10 @@ class BasePipeline(abc.ABC):
     # --- what a framework adds
 
     @abc.abstractmethod
-    def _profile(self, sample: Any, micro_batches: int) -> Graph:
-        """Return the line with what its units cost here."""
+    def _profile(
+        self, sample: Any, micro_batches: int, of: Callable[[Iterable[float]], float] = min
+    ) -> Graph:
+        """Return the line with what its units cost here; ``of`` takes one of several times."""
 
     @abc.abstractmethod
     def _tensor(self, numbers: Sequence[float]) -> Any:
@@ -177,6 +196,35 @@ class BasePipeline(abc.ABC):
         """Put another rank's gradient of a weight on the device where this rank's is."""
         return gradient
 
+    # --- what it adds for place="auto"; see hvdx.planner.auto
+
+    @abc.abstractmethod
+    def _trains_with(self) -> bool:
+        """Tell whether there are loss and optimizer."""
+
+    @abc.abstractmethod
+    def _rows(self, batch: Any) -> int:
+        """Count the rows of a batch."""
+
+    @abc.abstractmethod
+    def _measured_update(self) -> tuple[float, float]:
+        """Return the optimizer's seconds and bytes of state per byte of parameters."""
+
+    @abc.abstractmethod
+    def _preserved(self) -> contextlib.AbstractContextManager[Any]:
+        """Put back afterwards, to the bit, what training changes of the model and of generators."""
+
+    @abc.abstractmethod
+    def _twin(self, plan: Plan, compression: Any) -> Any:
+        """Return a pipeline of the same model, loss and options, but of this plan."""
+
+    def _shapes(self, unit: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape and dtype of a unit's parameters, by name."""
+        return {
+            name: (tuple(p.shape), str(p.dtype).removeprefix("torch."))
+            for name, p in self._graph.units[unit].params.items()
+        }
+
     # --- making one
 
     @property
@@ -186,6 +234,17 @@ class BasePipeline(abc.ABC):
     @property
     def _core(self) -> Adapter:
         return world.core(self._framework)
+
+    @property
+    def _size(self) -> int:
+        """Count the ranks, if they have stages of one model."""
+        return world.size() if self._across else 1
+
+    def _everyones(self, value: Any) -> list[Any]:
+        """Return what all ranks have, by rank, on each of them."""
+        if not self._across:
+            return [value]
+        return list(self._core.allgather_object(value, next_name("pipeline"), None))
 
     @contextlib.contextmanager
     def _alike(self) -> Iterator[None]:
@@ -215,7 +274,7 @@ class BasePipeline(abc.ABC):
         """
         if self._across:
             options |= {"clip_norm": self._clip_norm, "checkpoint": self._checkpoint}
-            options |= {"batchnorm": self._batchnorm}
+            options |= {"batchnorm": self._batchnorm, "place": "auto" if self._auto else "given"}
             entries = {name: f"= {value!r}" for name, value in options.items()}
             entries["channel"] = f"= {self._carrier!r}"
             check_same(self._core, "pipeline", entries, next_name("pipeline"))
@@ -224,12 +283,20 @@ class BasePipeline(abc.ABC):
         self,
         sample: Any,
         stages: Any,
-        schedule: str,
-        micro_batches: int,
+        given: Told,
         by: str | None,
         memory: float | Sequence[float] | None,
+        target: Any = None,
     ) -> Plan:
         """Take the plan, or make one; measure the units first if that needs their costs."""
+        if self._auto and not isinstance(stages, Plan):
+            return self._automatic(sample, stages, given, by, memory, target)
+        if isinstance(stages, Plan) and stages.compression and self._asked is None:
+            from hvdx.planner.auto import compressor_named
+
+            self._asked = compressor_named(stages.compression)
+        micro_batches, schedule = given.micro_batches, given.schedule
+        assert micro_batches is not None and schedule is not None  # see settled
         ranks = world.size() if self._across else self._devices and len(self._devices)
         mesh = _checked_mesh(self._mesh, world.size() if self._across else 1)
         if isinstance(stages, Plan):
@@ -256,6 +323,30 @@ class BasePipeline(abc.ABC):
         if plan.step:
             self._times = stage_times(self._line, means, plan.order(), plan.edges(self._line))
         return plan
+
+    def _automatic(
+        self,
+        sample: Any,
+        stages: Any,
+        given: Told,
+        by: str | None,
+        memory: float | Sequence[float] | None,
+        target: Any,
+    ) -> Plan:
+        """Let the planner choose all that is left open."""
+        from hvdx.planner.auto import Asked, choose
+
+        if stages is not None and stages != "auto":
+            raise PlanError(f"stages={stages!r}: place='auto' chooses them; leave one of both out")
+        if by not in (None, "time"):
+            raise PlanError(f"by={by!r}: place='auto' plans by time; leave by= out")
+        if not self._trains_with():
+            raise PlanError("place='auto' tries steps of training: give loss= and optimizer=")
+        found = choose(self, Asked(sample, target, *given, memory, self._asked))
+        self._again = None  # it has the sample
+        self._graph.line, self._times = found.line, found.times
+        self._checkpoint, self._asked = found.plan.checkpoint, found.compression
+        return found.plan
 
     def _profiled(self, sample: Any, micro_batches: int) -> tuple[Graph, Link]:
         """Return what rank 0 measures, on every rank: the units and a hop."""
@@ -457,6 +548,7 @@ class BasePipeline(abc.ABC):
         again = recomputed(order, self._checkpoint)
         for number, stage in self._stages.items():
             stage.begin(batch, again[number])
+        start = time.perf_counter()
         if self._channel is None:
             assert self._threads is not None
             spans = self._threads.run(order, self._step)
@@ -470,6 +562,8 @@ class BasePipeline(abc.ABC):
             spans = [run(order, self._rank, self._stages, self._channel, self._step, early)]
         if train:
             self._measured.append((self._step, order, spans))
+            self.schedule_seconds += time.perf_counter() - start
+            self.busy_seconds += sum(s.end - s.start for row in spans for s in row) / len(spans)
         found = self._spread(order)
         compared = train if compared is None else compared
         return self._joined([found[k] for k in sorted(found)], compared)
@@ -631,13 +725,16 @@ def check_options(
     Raises:
         PlanError: one does; the message names it and what there is.
     """
-    if not isinstance(micro_batches, int) or micro_batches < 1:
+    if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
         raise PlanError(f"micro_batches={micro_batches!r}: give a whole number from 1")
-    if place is not None and (isinstance(place, str) or not len(place)):
-        raise PlanError(f"place={place!r}: give a list of devices, such as ['cpu', 'cpu']")
+    if place is not None and place != "auto" and (isinstance(place, str) or not len(place)):
+        raise PlanError(
+            f"place={place!r}: give a list of devices, such as ['cpu', 'cpu'], rows of ranks, or "
+            "'auto'"
+        )
     if clip_norm is not None and not clip_norm > 0:
         raise PlanError(f"clip_norm={clip_norm!r}: give a number above 0, or None")
-    if checkpoint not in CHECKPOINTS:
+    if checkpoint is not None and checkpoint not in CHECKPOINTS:
         raise PlanError(f"checkpoint={checkpoint!r}: use one of {', '.join(CHECKPOINTS)}")
     if batchnorm == "sync":
         raise PlanError(
@@ -648,6 +745,27 @@ def check_options(
         raise PlanError(f"batchnorm={batchnorm!r}: use one of {', '.join(BATCHNORMS)}")
     if channel not in channels:
         raise PlanError(f"channel={channel!r}: use one of {', '.join(channels)}")
+
+
+class Told(NamedTuple):
+    """Options that a plan may bring, or the planner choose; None: left to it."""
+
+    micro_batches: int | None
+    schedule: str | None
+    checkpoint: str | None
+
+
+def settled(told: Told, place: Any, stages: Any) -> Told:
+    """Fill in what the user has left out: from a plan, or the defaults; nothing for the planner."""
+    planned = isinstance(stages, Plan)
+    if isinstance(place, str) and place == "auto" and not planned:
+        return told
+    kept = stages.checkpoint if planned else ""
+    return Told(
+        8 if told.micro_batches is None else told.micro_batches,
+        told.schedule or "1f1b",
+        told.checkpoint or kept or "never",
+    )
 
 
 def rows_of(shapes: Sequence[Sequence[int]]) -> int:

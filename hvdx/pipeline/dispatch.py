@@ -45,8 +45,9 @@ def plan(model: Any, sample: Any, ranks: int, **options: Any) -> Plan:
         sample: a batch, which is cut into micro-batches to measure the model.
         ranks: of the pipeline.
         **options: ``by`` (``"time"``, ``"params"`` or ``"memory"``), ``micro_batches`` (8),
-            ``schedule`` (``"auto"``), ``stages``, ``memory``, ``leaves`` and rows of ranks as
-            ``place`` as of :class:`hvdx.integrations.pytorch_pipeline.Pipeline`; ``link``, a
+            ``schedule`` (``"auto"``), ``stages``, ``memory``, ``leaves`` and rows of ranks, or
+            ``"auto"``, as ``place`` as of
+            :class:`hvdx.integrations.pytorch_pipeline.Pipeline`; ``link``, a
             :class:`hvdx.pipeline.plan.Link`, by default between processes of one machine.
 
     Returns:

@@ -8,6 +8,7 @@ with more bytes. Heuristics lose up to 60 % on embedding + blocks + large head.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -165,6 +166,19 @@ class _Evenly(_Solver):
         memory = self._problem.memory
         assert memory is not None
         return memory(start, stop, stage) / max(1.0, self._problem.limits[stage])
+
+
+def size_of(text: str) -> float:
+    """Read a number of bytes: ``500M``, ``2G``, or GiB without a letter.
+
+    Raises:
+        PlanError: it is none, or not above 0.
+    """
+    found = re.fullmatch(r"(\d*\.?\d+)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    size = float(found[1]) * 1024 ** "_kmgt".index(found[2] or "g") if found else 0.0
+    if not size:
+        raise PlanError(f"memory {text!r}: give a size such as 500M or 2G")
+    return size
 
 
 def size_text(count: float) -> str:

@@ -34,6 +34,7 @@ from hvdx.pipeline.simulator import Times, simulate
 Mesh: TypeAlias = Sequence[Sequence[int]]
 
 _VERSION = 1
+_MOST_ACTIONS = 100_000  # of one kind, in a schedule
 _ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
     "1f1b": one_f_one_b,
     "1f1b-slack": lambda ranks, count: one_f_one_b(ranks, count, slack=True),
@@ -155,6 +156,8 @@ class Plan:
         bubble: predicted share of idle time.
         memory: predicted bytes by rank.
         mesh: rows of ranks that are replicas of each other; empty: rank r is row r.
+        checkpoint: which micro-batches are computed again for backward; empty: not planned.
+        compression: of the gradients that replicas add up, by name; empty: not planned.
     """
 
     cuts: tuple[str, ...]
@@ -165,8 +168,26 @@ class Plan:
     bubble: float = 0.0
     memory: tuple[float, ...] = ()
     mesh: tuple[tuple[int, ...], ...] = ()
+    checkpoint: str = ""
+    compression: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.place) != len(self.cuts) + 1:
+            raise PlanError(
+                f"a plan with {len(self.cuts)} cuts places {len(self.place)} stages; it must "
+                f"place {len(self.cuts) + 1}"
+            )
+        for rank in self.place:  # a file may say anything; none shall make a huge schedule
+            if not 0 <= rank < len(self.place):
+                raise PlanError(
+                    f"place={list(self.place)} has rank {rank}, but numbers ranks "
+                    f"from 0 to at most {len(self.place) - 1}"
+                )
+        if not 1 <= self.micro_batches * len(self.place) <= _MOST_ACTIONS:
+            raise PlanError(
+                f"micro_batches={self.micro_batches} in {len(self.place)} stages: give "
+                f"at least 1, and at most {_MOST_ACTIONS} in all stages"
+            )
         if self.mesh:
             check_mesh(self.mesh)
             if len(self.mesh) != max(self.place, default=0) + 1:
@@ -174,11 +195,6 @@ class Plan:
                     f"place has {len(self.mesh)} rows, but the stages of schedule "
                     f"{self.schedule!r} are on {max(self.place, default=0) + 1}"
                 )
-        if len(self.place) != len(self.cuts) + 1:
-            raise PlanError(
-                f"a plan with {len(self.cuts)} cuts places {len(self.place)} stages; it must "
-                f"place {len(self.cuts) + 1}"
-            )
         made = self.order()
         if made.place != self.place:
             raise PlanError(
@@ -248,7 +264,7 @@ class Plan:
         """Read what :meth:`to_json` returned; raises as :meth:`load` does."""
         try:
             told = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"no JSON: {error}") from None
         if not isinstance(told, dict) or "hvdx_plan" not in told:
             raise PlanError("no plan: it has no key 'hvdx_plan'")
@@ -261,7 +277,8 @@ class Plan:
 
 _REQUIRED = {"cuts", "place", "schedule", "micro_batches"}
 _LISTS = {"cuts": str, "place": int, "memory": float, "mesh": list}
-_SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float}
+_SINGLE = {"schedule": str, "micro_batches": int, "step": float, "bubble": float,
+           "checkpoint": str, "compression": str}  # fmt: skip
 
 
 def _read(name: str, value: Any) -> Any:
@@ -318,6 +335,23 @@ class Link(NamedTuple):
     def seconds(self, size: float) -> float:
         """Return how long ``size`` bytes travel."""
         return self.latency + size / self.bandwidth
+
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """Read ``100mbit,200us``: bandwidth in kbit, mbit or gbit, or kB, MB or GB, a second.
+
+        Raises:
+            PlanError: it is no such text.
+        """
+        found = re.fullmatch(
+            r"(\d+\.?\d*)([kmg])(bit|b),(\d+\.?\d*)(us|ms|s)", text.lower().replace(" ", "")
+        )
+        if found is None or not float(found[1]):
+            raise PlanError(f"link {text!r}: give bandwidth and latency, such as 100mbit,200us")
+        rate, scale, unit, latency, times = found.groups()
+        bits = 8 if unit == "bit" else 1
+        bandwidth = float(rate) * {"k": 1e3, "m": 1e6, "g": 1e9}[scale] / bits
+        return cls(float(latency) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[times], bandwidth)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ class PostChannel(abc.ABC):
 
     Attributes:
         note: travels with each message and must be the receiver's, when it asks for it.
+        bytes_sent: of tensors, since it was opened.
+        seconds_waited: for messages that had not come when they were asked for.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class PostChannel(abc.ABC):
         self._rows, self._rank, self._seconds = rows_of_ranks(place), rank, seconds or math.inf
         self._codec: Codec = codec or NumpyCodec()
         self.note = ""
+        self.bytes_sent, self.seconds_waited = 0, 0.0
         self._arrived: dict[tuple[int, Key], tuple[str, Tensors]] = {}  # by sender and key
         self._failure: Failure | None = None
         self._left: set[int] = set()  # said goodbye
@@ -118,6 +121,7 @@ class PostChannel(abc.ABC):
         """Send to any rank of the pipeline; ``key`` need be new between these two only."""
         self._check()
         packed = [None if each is None else self._pack(peer, each) for each in tensors]
+        self.bytes_sent += sum(map(self._measure, filter(None, packed)))
         told = [each and [each.dtype, list(each.shape), each.layout] for each in packed]
         self._post(peer, [self._header(key, told), *(each.data for each in packed if each)])
 
@@ -127,6 +131,19 @@ class PostChannel(abc.ABC):
         until = time.monotonic() + self._seconds
         while (peer, key) not in self._arrived and self._take_next(peer):
             pass
+        if (peer, key) not in self._arrived:
+            start = time.perf_counter()
+            self._await(peer, key, until)
+            self.seconds_waited += time.perf_counter() - start
+        note, tensors = self._arrived.pop((peer, key))
+        if note != self.note:
+            raise MismatchError(
+                f"rank {peer} is at {note or 'nothing'}, rank {self._rank} at "
+                f"{self.note or 'nothing'}: all ranks must make the same calls on the same batch"
+            )
+        return tensors
+
+    def _await(self, peer: int, key: Key, until: float) -> None:
         while (peer, key) not in self._arrived:
             self._check()
             self._check_peers(peer, key)
@@ -136,13 +153,6 @@ class PostChannel(abc.ABC):
             if left <= 0:
                 raise TimeoutError(self._late(peer, key))
             self._service(left)
-        note, tensors = self._arrived.pop((peer, key))
-        if note != self.note:
-            raise MismatchError(
-                f"rank {peer} is at {note or 'nothing'}, rank {self._rank} at "
-                f"{self.note or 'nothing'}: all ranks must make the same calls on the same batch"
-            )
-        return tensors
 
     def fail(self, failure: Failure) -> None:
         """See :meth:`Channel.fail`."""
@@ -180,6 +190,10 @@ class PostChannel(abc.ABC):
         """Make bytes of a tensor on its way to ``peer``."""
         return self._codec.pack(tensor)
 
+    def _measure(self, packed: Packed) -> int:
+        """Count the bytes of a tensor that :meth:`_pack` has seen."""
+        return len(packed.data)
+
     def _unpack(self, peer: int, packed: Packed) -> Any:
         """Make a tensor of bytes that came from ``peer``."""
         return self._codec.unpack(packed)
@@ -194,7 +208,7 @@ class PostChannel(abc.ABC):
         """
         try:
             self._understand(peer, parts)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise OSError(f"rank {peer} sent what is no message: {error}") from None
 
     def _understand(self, peer: int, parts: Sequence[Any]) -> None:
@@ -204,7 +218,7 @@ class PostChannel(abc.ABC):
         if version != VERSION:
             raise ValueError(f"version {version!r}, not {VERSION}")
         if kind == FAILURE:
-            self._failure = self._failure or Failure(**told)
+            self._failure = self._failure or _failure(told)
         elif kind == BYE:
             self._left.add(peer)
         else:
@@ -233,6 +247,14 @@ class PostChannel(abc.ABC):
         if key.kind in ("F", "B"):
             return late(key, self._seconds)
         return f"rank {self._rank} has waited {self._seconds:g} s for rank {peer} (HVDX_TIMEOUT)"
+
+
+def _failure(told: Any) -> Failure:
+    """Return what :meth:`PostChannel.fail` has sent."""
+    failure = Failure(**told)
+    if type(failure.rank) is not int or not all(type(text) is str for text in failure[1:]):
+        raise ValueError(f"no failure: {told}")
+    return failure
 
 
 def _described(told: Any, data: Any) -> Packed:

@@ -63,6 +63,7 @@ class Row:
     Attributes:
         ranks: of the row.
         place: of this rank among them.
+        beside: as given.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Row:
         beside: Callable[[Any, Any], Any] = lambda tensor, like: tensor,
     ) -> None:
         self.ranks, self.place = tuple(ranks), tuple(ranks).index(rank)
-        self.ops, self._post, self._beside = ops, post, beside
+        self.ops, self._post, self.beside = ops, post, beside
 
     def start(self, work: Work[Result], key: Key) -> Talk[Result]:
         """Send what a generator of requests (:mod:`hvdx.comm`) asks for first; see :class:`Talk`.
@@ -99,7 +100,7 @@ class Row:
         def collect() -> list[Any]:
             own = parts[self.place]
             return [
-                own if other == self.place else self._beside(self.receive(other, key)[0], own)
+                own if other == self.place else self.beside(self.receive(other, key)[0], own)
                 for other in range(count)
             ]
 
@@ -283,7 +284,7 @@ class Sums:
         return self._under_way.keys()
 
     def _reduce(self, weight: Weight, gradient: Any) -> Work[Any]:
-        ops, count = self.row.ops, len(self.row.ranks)
+        ops, count = self.row.ops.beside(gradient), len(self.row.ranks)
         if self.compressor is none:
             return (yield from _sum(gradient))
         spec, name = self._specs[weight], self._names[weight]
@@ -333,9 +334,11 @@ class Sums:
         for weight, spec in self._specs.items():
             name = self._names[weight]
             if name in saved:
-                first = self.compressor.of(spec).init(self.row.ops, spec)
+                like = self._blank(weight)
+                first = self.compressor.of(spec).init(self.row.ops.beside(like), spec)
+                own = {path: self.row.beside(t, like) for path, t in saved[name].items()}
                 try:
-                    states[name] = restored(first, saved[name])
+                    states[name] = restored(first, own)
                 except CompressionError as error:
                     raise CompressionError(f"parameter {name!r}: {error}") from None
         self._states, self.steps = states, steps

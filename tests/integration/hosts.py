@@ -112,6 +112,19 @@ class Hosts:
         _ip("-n", space, "address", "add", "10.78.0.1/24", "dev", interface)
         _ip("-n", space, "link", "set", interface, "up")
 
+    def link(self, name: str, state: str) -> None:
+        """Have the switch cut host ``name`` off (``down``), or connect it again (``up``)."""
+        _ip("-n", self._space("switch"), "link", "set", name, state)
+
+    def slow(self, name: str, rate: str | None) -> None:
+        """Limit what goes to host ``name``, such as ``256kbit``; None lifts it."""
+        tc = ["tc", "-n", self._space("switch"), "qdisc"]
+        if rate is None:
+            subprocess.run([*tc, "del", "dev", name, "root"], check=True)
+        else:
+            shaper = ["tbf", "rate", rate, "burst", "4kb", "latency", "500ms"]
+            subprocess.run([*tc, "add", "dev", name, "root", *shaper], check=True)
+
     def serve_ssh(self, name: str) -> None:
         """Start sshd on host ``name``; it listens once this returns, for it forks then."""
         sshd = shutil.which("sshd", path=PATH)

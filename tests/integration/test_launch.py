@@ -157,7 +157,7 @@ def test_a_signal_to_the_launcher_ends_ranks_and_their_children(number, status):
 
 def test_ranks_that_ignore_sigterm_are_killed():
     words = "trap '' TERM; echo $$; while true; do sleep 0.1; done"
-    job = start(*HVDX_RUN, "-np", "2", *shell(words))
+    job = start(*HVDX_RUN, "-np", "2", *shell(words), env=environment(HVDX_GRACE="2"))
     processes = family(job, 2)
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=15)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,39 @@ def test_floods_slow_and_malformed_requests_do_not_disturb_the_job(tmp_path):
         for stranger in strangers:
             stranger.join()
     assert len(sent) > 100
+
+
+PIPELINE = """
+nn = torch.nn
+net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(4, 4)
+sgd = lambda params: torch.optim.SGD(params, 0.1)
+pipe = hvd.Pipeline(net, x, nn.functional.mse_loss, sgd, stages=2, micro_batches=2)
+pipe.step(x, x)
+print("up", os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], flush=True)
+{gate}
+pipe.close()
+"""
+
+
+def test_a_pipeline_listens_at_one_door_on_loopback_and_tells_no_secret(tmp_path):
+    gates = [Gate(tmp_path, f"gate{rank}") for rank in range(2)]
+    after = PIPELINE.format(gate=f"open({str(tmp_path / 'gate')!r} + str(hvd.rank())).read()")
+    job = start(*HVDX_RUN, "--verbose", "-np", "2", *train(tmp_path, after=after))
+    watch = Watch(job.pid)
+    up = [job.stdout.readline().split() for _ in range(2)]
+    assert {line[0][3:] for line in up} == {"<stdout>:up"}
+    token = up[0][1].partition("/")[2]
+    until = time.monotonic() + 30  # the rendezvous closes moments after the last has come
+    while len(listening(process.pid for process in tree(job.pid))) > 1:
+        assert time.monotonic() < until
+    processes = tree(job.pid)
+    commands = [" ".join(process.cmdline()) for process in processes]
+    modes = {os.stat(f"/proc/{p.pid}/environ").st_mode & 0o777 for p in processes}
+    for gate in gates:
+        gate.open()
+    out, said = job.communicate(timeout=60)
+    assert (job.returncode, sorted(out.splitlines())) == (0, sums(2)), said
+    assert {address for address, _ in watch.seen if not is_loopback(address)} == set()
+    assert "the rendezvous listens on 127.0.0.1" in said
+    assert len(token) >= 32 and not any(token in text for text in (said, *commands))
+    assert modes == {0o400}  # the environment, which has it, is for the user alone

@@ -106,6 +106,22 @@ LINES = [
         "HOROVOD_CUDA_HOME",
     ),
     (
+        "RuntimeError: CUDA driver version is insufficient for CUDA runtime version",
+        "the driver is older than this CUDA needs",
+        "580 for CUDA 13",
+    ),
+    (
+        "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the "
+        "device",
+        "nothing was compiled for this GPU",
+        "--cuda-arch",
+    ),
+    (
+        "ImportError: mpi_lib.so: undefined symbol: _ZN15stream_executor3gpu16AsGpuStreamValueEP",
+        "TensorFlow no longer exports",
+        "--frameworks torch",
+    ),
+    (
         "nvcc fatal   : Unsupported gpu architecture 'compute_70'",
         "cannot compile for compute_70",
         "--cuda-arch",

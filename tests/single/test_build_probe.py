@@ -149,3 +149,33 @@ def test_processor_flags(monkeypatch):
 def test_scripts_of_this_python_come_first():
     first = probe.environment()["PATH"].split(os.pathsep)[0]
     assert first == probe.sysconfig.get_path("scripts")
+
+
+def test_nccl_of_the_cuda_that_torch_was_built_for(monkeypatch, tmp_path):
+    for version, release in (("12", "21"), ("13", "28")):
+        root = tmp_path / version / "nvidia" / "nccl"
+        (root / "include").mkdir(parents=True)
+        (root / "lib").mkdir()
+        lines = f"#define NCCL_MAJOR 2\n#define NCCL_MINOR {release}\n#define NCCL_PATCH 1\n"
+        (root / "include" / "nccl.h").write_text(lines)
+        (root / "lib" / "libnccl.so.2").touch()
+
+    class Distribution:
+        def __init__(self, name):
+            self.root = tmp_path / name.removeprefix("nvidia-nccl-cu")
+
+        def locate_file(self, path):
+            return self.root / path
+
+    monkeypatch.setattr(probe.metadata, "distribution", Distribution)
+    for name in ("HOME", "INCLUDE", "LIB"):
+        monkeypatch.delenv(f"HOROVOD_NCCL_{name}", raising=False)
+    assert probe.nccl("12.8").version == "2.21.1"
+    assert probe.nccl("13.0").version == probe.nccl().version == "2.28.1"
+
+
+def test_architectures(programs):
+    programs(nvcc="echo compute_75; echo compute_90; echo compute_120")
+    assert probe.architectures("nvcc") == {"75", "90", "120"}
+    programs(nvcc="exit 1")
+    assert probe.architectures("nvcc") == set()

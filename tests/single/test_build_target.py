@@ -34,7 +34,8 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(probe, "mpi", lambda: mpi)
         monkeypatch.setattr(probe, "gpus", lambda: list(gpus))
         monkeypatch.setattr(probe, "nvcc", lambda: nvcc)
-        monkeypatch.setattr(probe, "nccl", lambda: nccl)
+        monkeypatch.setattr(probe, "nccl", lambda cuda: nccl)
+        monkeypatch.setattr(probe, "architectures", lambda path: {"80", "90"})
 
     return use
 
@@ -175,6 +176,10 @@ class TestGpu:
             ({"nvcc": Tool("/n", "12.4")}, "/n is CUDA 12.4, but torch .* for CUDA 13.0"),
             ({"nccl": None}, "NCCL not found.*nvidia-nccl-cu13"),
             ({"gpus": []}, "--cuda-arch"),
+            (
+                {"gpus": [Gpu("Tesla V100", "70", "580.95.05")]},
+                "does not compile for compute capability 70, but for 80, 90.*--cuda-arch",
+            ),
         ],
     )
     def test_what_is_missing_is_named(self, machine, nccl, changes, message):

@@ -52,7 +52,11 @@ def reduce(ops: Framework, compressor: Compressor, grads: list[Any]) -> list[Red
         through(compressor.reduce(ops.ops, ops.tensor(g), state), make=ops.tensor) for g in grads
     ]
     results = in_step(works)
-    return [r._replace(mean=np.asarray(r.mean), own=np.asarray(r.own)) for r in results]
+    owns = [r.own() if callable(r.own) else r.own for r in results]
+    return [
+        r._replace(mean=np.asarray(r.mean), own=np.asarray(own))
+        for r, own in zip(results, owns, strict=True)
+    ]
 
 
 def gradients(ranks: int, dtype: str = "float32", shape: tuple[int, ...] = (3, 5)) -> list[Any]:

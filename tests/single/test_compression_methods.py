@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -457,6 +458,18 @@ def test_random_choice_of_all_is_raw():
         np.testing.assert_array_equal(job.step(list(grads)), sum(grads) / np.float32(3))
         draws.append(int(job.states[0].inner.draw))
     assert len(set(draws)) == 3
+
+
+@pytest.mark.parametrize("density", [0.01, 0.03, 0.3, 0.5])
+def test_every_element_has_its_turn(density):
+    """Drawn anew in each step, one element in forty had none in 360 steps."""
+    job, turns = Job(Compression.randomk(density, min_elements=0), 2), math.ceil(1 / density)
+    grads, met = np.ones((2, *SHAPE), np.float32), np.zeros(SHAPE)
+    for step in range(1, 3 * turns + 1):
+        met += job.step(list(grads)) > 0
+        assert met.min() >= step // turns
+        assert job.owed().max() < turns
+    assert np.median(met) <= 4
 
 
 def test_deep_gradient_compression_of_all_is_momentum():

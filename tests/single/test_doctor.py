@@ -13,6 +13,15 @@ TORCH = Framework("torch", "2.13.0+cpu", "abc", None)
 CUDA_TORCH = Framework("torch", "2.13.0+cu130", "abc", "13.0")
 LOADED = {"version": "2.13.0+cpu", "built": ["gloo"]}
 H200 = Gpu("NVIDIA H200", "90", "580.95.05")
+NCCL = {"version": "2.13.0+cu130", "built": ["cuda", "gloo", "nccl"]}
+ON_GPU = {
+    "frameworks": {"torch": CUDA_TORCH},
+    "horovod": Horovod("0.28.1+hvdx.key", {"torch": "2.13.0+cu130"}),
+    "loaded": {"torch": NCCL},
+    "runs": {"torch": Run(""), "nccl": Run("")},
+    "gpus": [H200],
+}
+TOO_OLD = "RuntimeError: The NVIDIA driver on your system is too old (found version 12020)."
 
 
 def facts(**changes):
@@ -104,6 +113,24 @@ def test_healthy():
             "--gpu nccl",
         ),
         (
+            {**ON_GPU, "loaded": {"torch": {**NCCL, "cuda_error": TOO_OLD}}},
+            "torch on the GPU",
+            "driver on your system is too old",
+            "580 for CUDA 13",
+        ),
+        (
+            {**ON_GPU, "runs": {"torch": Run(""), "nccl": Run("exit status 1\nno NCCL today")}},
+            "allreduce, NCCL",
+            "hvdx run -np 1: exit status 1",
+            "NCCL_DEBUG=INFO",
+        ),
+        (
+            {"loaded": {"torch": {**NCCL, "nccl": ["/a/libnccl.so.2", "/b/libnccl.so.2"]}}},
+            "nccl",
+            "load different ones:\n/a/libnccl.so.2\n/b/libnccl.so.2",
+            "HOROVOD_NCCL_HOME",
+        ),
+        (
             {"keras": "3.15.1", "loaded": {"torch": LOADED, "keras": {"error": "no jax"}}},
             "keras",
             "no jax",
@@ -161,6 +188,16 @@ def test_only_what_was_built_by_hvdx_goes_without_a_note():
 def test_a_compiler_is_needed_only_before_the_build(horovod, ok):
     checks = judge(facts(horovod=horovod, compiler=None, cmake=None))
     assert {check.ok for check in checks if check.name in ("compiler", "cmake")} == {ok}
+
+
+def test_nccl_is_proved_where_there_is_a_gpu_and_told_apart_where_there_is_none():
+    checks = {check.name: check for check in judge(facts(**ON_GPU))}
+    assert checks["allreduce, NCCL"].ok and checks["torch on the GPU"].ok
+    assert checks["gpu operations"].value == "cuda, nccl"
+    checks = judge(facts(**{**ON_GPU, "gpus": [], "runs": {"torch": Run("")}}))
+    assert all_ok(checks)
+    (proof,) = [check for check in checks if check.name == "allreduce, NCCL"]
+    assert proof.ok is None and proof.value == "built in, but no GPU is here to try it on"
 
 
 def test_cpu_torch_beside_a_gpu_is_no_fault():

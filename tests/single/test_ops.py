@@ -80,6 +80,13 @@ def test_clip(framework, dtype):
     same(result, np.array([-np.inf, -2, -2, 0, 1.5, 1.5, 1.5, np.inf, np.nan], dtype))
 
 
+@pytest.mark.parametrize("numbers", [[], [1.5, -2.0], [1.5, np.nan], [0.0, np.inf], [-2.5, 0.0]])
+def test_clip_where_little_exceeds(framework, numbers):
+    numbers = np.array(numbers, "f4")
+    result = framework.run(framework.ops.clip, framework.tensor(numbers), -2.0, 1.5)
+    same(result, np.where(np.isinf(numbers), numbers, np.clip(numbers, -2, 1.5)))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("factor", [0.1, 3, -1.0 / 3])
 def test_scale_keeps_the_dtype(framework, dtype, factor):

@@ -68,7 +68,8 @@ def run(*arguments):
 
 def test_the_command_prints_and_draws(script, tmp_path):
     files = [tmp_path / "plan.html", tmp_path / "plan.json"]
-    options = ["--ranks", 2, "--schedule", "1f1b", "--by", "params", "--micro-batches", 3]
+    options = ["--ranks", 2, "--place", "stages", "--schedule", "1f1b", "--by", "params"]
+    options += ["--micro-batches", 3]
     told = run(script, *options, "--output", files[0], "--save", files[1])
     assert told.exit_code == 0, told.output
     lines = told.output.splitlines()
@@ -80,9 +81,25 @@ def test_the_command_prints_and_draws(script, tmp_path):
     assert Plan.load(files[1]).cuts == ("4",)
 
 
+def test_the_command_compares_replicas_and_stages(script, tmp_path):
+    kept = tmp_path / "plan.json"
+    told = run(script, "--ranks", 2, "--link", "1kbit,1us", "--save", kept).output
+    lines = told.splitlines()
+    assert re.fullmatch(r"\d+ plans, \* is the quickest", lines[0])
+    assert lines[1].split()[:4] == ["replicas", "micro-batches", "schedule", "checkpoint"]
+    marked = [line for line in lines if line.startswith("* ")]
+    plan = Plan.load(kept)
+    # Gradients of 130 kB would travel for minutes, activations of a few rows for seconds.
+    assert len(marked) == 1 and marked[0].split()[1] == "1x2" and len(plan.place) > 1
+    assert re.search(r"^data parallel \(2x1\) .* ms; stages \(1x2\) .* ms: take stages", told, re.M)
+    assert re.search(rf"^{plan.schedule}, {plan.micro_batches} micro-batches: ", told, re.M)
+    assert hvd.Pipeline(made(), torch.ones(32, 64), stages=plan).plan == plan
+
+
 def test_the_command_draws_what_zbv_will_do(script, tmp_path):
     trace = tmp_path / "trace.json"
-    assert run(script, "--ranks", 2, "--schedule", "zbv", "--output", trace).exit_code == 0
+    options = ["--ranks", 2, "--place", "stages", "--schedule", "zbv", "--output", trace]
+    assert run(script, *options).exit_code == 0
     events = json.loads(trace.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     assert len(spans) == 4 * 8 * 3  # stages, micro-batches; F, I and W
@@ -96,7 +113,10 @@ def test_the_command_draws_what_zbv_will_do(script, tmp_path):
         ("model = 1 / 0", [], "model.py fails: ZeroDivisionError: division by zero"),
         (SCRIPT, ["--model", "other"], "has no 'other'"),
         (SCRIPT, ["--schedule", "fast"], "schedule='fast': use one of"),
-        (SCRIPT, ["--memory", "0.00001"], "not enough memory for 2 stages"),
+        (SCRIPT, ["--place", "stages", "--memory", "10K"], "not enough memory for 2 stages"),
+        (SCRIPT, ["--memory", "10K"], "no plan fits into memory=10 KiB a rank. The smallest"),
+        (SCRIPT, ["--memory", "much"], "memory 'much': give a size such as 500M or 2G"),
+        (SCRIPT, ["--link", "quick"], "link 'quick': give bandwidth and latency, such as 100mbit"),
         (SCRIPT, ["--output", "/missing/plan.html"], "No such file or directory"),
     ],
 )

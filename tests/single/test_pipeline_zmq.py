@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import zmq
 
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.zmq_channel import ZmqChannel
@@ -87,6 +89,62 @@ def test_closing_just_when_a_connection_breaks_ends():
         there._context.destroy(linger=0)  # as a process dies: without a word
         closing.join(10)
         assert not closing.is_alive()
+
+
+def strangers(endpoint: str, context: zmq.Context) -> list:
+    """Connect in wrong ways, and stay: in silence, with noise, without and with a wrong secret."""
+    address, port = endpoint.removeprefix("tcp://").split(":")
+    held: list = [socket.create_connection((address, int(port))) for _ in range(20)]
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
+    oversized = b"\xff" + bytes(8) + b"\x7f\x03\x00PLAIN" + bytes(47) + b"\x06" + b"\xff" * 8
+    for number, guest in enumerate(held[:15]):
+        guest.sendall([b"GET / HTTP/1.1\r\n\r\n", greeting, oversized][number % 3])
+    for kind, name, secret in ((zmq.PAIR, b"", b""), (zmq.PAIR, b"rank", b"guess")):
+        guest = context.socket(kind)
+        guest.linger = 0
+        if name:
+            guest.plain_username, guest.plain_password = name, secret
+        guest.connect(endpoint)
+        guest.send(b"[1, []]", zmq.NOBLOCK)
+        held.append(guest)
+    return held
+
+
+def test_strangers_stay_outside():
+    barrier, values, held, doors = threading.Barrier(2), [None, None], [], []
+    context = zmq.Context()
+
+    def exchange(rank, value):
+        values[rank] = value
+        barrier.wait()
+        if rank == 1 and not doors:
+            doors.extend(values[0][1].values())
+            for door in doors:
+                held.extend(strangers(door, context))
+        barrier.wait()
+        both = list(values)
+        barrier.wait()
+        return both
+
+    with ThreadPoolExecutor(2) as threads:
+        made = [
+            threads.submit(ZmqChannel, range(2), rank, partial(exchange, rank), seconds=20)
+            for rank in range(2)
+        ]
+        here, there = (each.result() for each in made)
+    here.put(Key("F", 0, 1, 0), [np.ones(3)])
+    there.put(Key("B", 0, 0, 0), [np.zeros(2)])
+    assert there.get(Key("F", 0, 1, 0))[0].tolist() == [1, 1, 1]
+    assert here.get(Key("B", 0, 0, 0))[0].tolist() == [0, 0]
+    # The door stays open: ZeroMQ would close the connections with it.
+    held.extend(strangers(doors[0], context))
+    here.put(Key("F", 1, 1, 0), [np.ones(1)])
+    assert there.get(Key("F", 1, 1, 0))[0].tolist() == [1]
+    for channel in (here, there):
+        channel.close()
+    for guest in held:
+        guest.close()
+    context.destroy(linger=0)
 
 
 CLOSING = """
