@@ -140,7 +140,7 @@ def pipeline_keras_step() -> Callable[[], object]:
     import keras
     import numpy as np
 
-    import hvdx.keras as hvd
+    import hvdx as hvd
 
     hvd.init()
     keras.utils.set_random_seed(0)

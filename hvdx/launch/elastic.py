@@ -31,9 +31,10 @@ from hvdx.launch.arguments import Arguments
 from hvdx.launch.environment import cross
 from hvdx.launch.hosts import Host, assign
 from hvdx.launch.job import Job, hosts_of
-from hvdx.launch.processes import GRACE_SECONDS, Crew, Ended, Failure, Rank
+from hvdx.launch.processes import Crew, Ended, Failure, Rank
 from hvdx.launch.remote import survey
 from hvdx.launch.rendezvous import OWN_SCOPE
+from hvdx.launch.shell import GRACE_SECONDS
 from hvdx.launch.slots import Discovery, Slot, Slots
 from hvdx.preemption import grace_seconds
 from hvdx.watchdog import timeout_seconds
@@ -254,7 +255,7 @@ class Launcher:
                 "HOROVOD_ELASTIC": "1",
                 "HOROVOD_HOSTNAME": slot.host,
                 "HVDX_WORKER": str(number),
-                "HVDX_HOST_SLOT": str(slot.index),
+                "HVDX_HOST_SLOT": str(slot.number),
                 **self._rendezvous.environment(),
             }
             process = self._crew.start(self._job.start(number, slot.host, own))

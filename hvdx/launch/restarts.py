@@ -46,7 +46,7 @@ def run(asked: Arguments) -> Ended:
         folder = options.output_filename
         if folder and again:
             folder = os.path.join(folder, f"restart.{again}")
-        own = [{"HVDX_RESTARTS": str(again), "HVDX_HOST_SLOT": str(slot.index)} for slot in taken]
+        own = [{"HVDX_RESTARTS": str(again), "HVDX_HOST_SLOT": str(slot.number)} for slot in taken]
         ended = Job(asked, survey(hosts, options)).run(assign(hosts, len(taken)), folder, own)
         if ended.signal is not None or not ended.failures:
             return ended

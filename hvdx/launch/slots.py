@@ -19,7 +19,7 @@ class Slot(NamedTuple):
     """Room for one rank: on a host with a GPU per rank, one GPU."""
 
     host: str
-    index: int
+    number: int
 
 
 class Slots:
