@@ -1,8 +1,8 @@
 """Elastic training: ranks may fail, leave and join while a job runs.
 
-Horovod's launcher (``horovodrun --min-np ... --host-discovery-script ...``) starts and replaces
-processes. In each of them :func:`run_fn` calls the user's training function again after every
-change, with a :class:`State` that all ranks have brought to the same point before:
+``hvdx run --min-np ...`` starts and replaces processes, or Horovod's own launcher does. In each of
+them :func:`run_fn` calls the user's training function again after every change, with a
+:class:`State` that all ranks have brought to the same point before:
 
     rank fails                               hosts come or go
     -> HorovodInternalError in the others    -> HostsUpdatedInterrupt from state.commit()
@@ -30,12 +30,18 @@ import functools
 import importlib
 import os
 import queue
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from hvdx import agreement, world
 from hvdx.errors import LaunchError
 from hvdx.mismatch import is_mismatch
+
+ASK_SECONDS = 1.0
+
+_leaving = False  # the ranks: they are met no more
+_running = 0  # calls of what run_fn has returned
 
 
 class State:
@@ -44,7 +50,13 @@ class State:
     Args:
         bcast_object: returns rank 0's object on all ranks.
         get_rank: returns this rank's number.
+
+    Attributes:
+        conserve: bring together, at every commit, what compression holds back on each rank, so
+            that it is not lost with a rank that dies. Costs a sum of the model's size.
     """
+
+    conserve = False
 
     def __init__(
         self, bcast_object: Callable[[Any], Any], get_rank: Callable[[], int] | None
@@ -54,6 +66,7 @@ class State:
         self._host_messages: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._last_updated_timestamp: Any = 0
         self._reset_callbacks: list[Callable[[], Any]] = []
+        self._ask_next = 0.0
 
     def register_reset_callbacks(self, callbacks: Iterable[Callable[[], Any]]) -> None:
         """Have functions called after every change of the ranks, before ``sync``.
@@ -81,6 +94,8 @@ class State:
         Raises:
             HostsUpdatedInterrupt: they do; raised on all ranks alike.
         """
+        if self.conserve:
+            self.gather()
         self.save()
         self.check_host_updates()
 
@@ -93,6 +108,7 @@ class State:
         from horovod.common.exceptions import HostsUpdatedInterrupt
         from horovod.runner.elastic.worker import HostUpdateResult
 
+        self._ask_launcher()
         before = newest = self._last_updated_timestamp
         update = HostUpdateResult.no_update
         while not self._host_messages.empty():
@@ -104,7 +120,23 @@ class State:
         before, newest, update = self._bcast_object((before, newest, update))
         self._last_updated_timestamp = newest
         if newest > before:
+            if update & HostUpdateResult.removed:
+                self.gather()
+                self.leave()
             raise HostsUpdatedInterrupt(update == HostUpdateResult.removed)
+
+    def _ask_launcher(self) -> None:
+        """Have rank 0 ask ``hvdx run`` about hosts, once a second at most."""
+        now = time.monotonic()
+        if "HVDX_WORKER" not in os.environ or now < self._ask_next or world.rank() != 0:
+            return
+        from horovod.runner.elastic.worker import HostUpdateResult
+
+        from hvdx import launch
+
+        self._ask_next = now + ASK_SECONDS
+        if (told := launch.news()) is not None:
+            self.on_hosts_updated(told[0], HostUpdateResult(told[1]))
 
     def save(self) -> None:
         """Keep a copy of the state on this rank."""
@@ -117,6 +149,12 @@ class State:
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
         raise NotImplementedError
+
+    def gather(self) -> None:
+        """Bring together what is each rank's own, so that it outlives some; on all ranks."""
+
+    def leave(self) -> None:
+        """Take what :meth:`gather` has brought together to the next ranks."""
 
     def reset(self) -> None:
         """Adapt to other ranks, before ``sync``."""
@@ -139,6 +177,12 @@ class StateHandler:
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
         raise NotImplementedError
+
+    def gather(self) -> None:
+        """Bring together what is each rank's own, so that it outlives some; on all ranks."""
+
+    def leave(self) -> None:
+        """Take what :meth:`gather` has brought together to the next ranks."""
 
     def reset(self) -> None:
         """Adapt to other ranks, before ``sync``."""
@@ -168,6 +212,63 @@ class StatefulHandler(StateHandler):
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
         self.value.load_state_dict(self._bcast_object(self.value.state_dict()))
+
+
+class OwedHandler(StateHandler):
+    """Keeps what compression holds back: each rank's own, and part of what training is owed.
+
+    After a failure, training goes back to the last commit, and with it each rank to what it owed
+    then. What a dead rank owed is lost, unless :meth:`gather` has brought all together at the
+    commit, which costs a sum of the model's size. Ranks that leave as planned gather by
+    themselves.
+
+    Subclasses say how to :meth:`own`, :meth:`together` and :meth:`wait`.
+    """
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self._gathered: Any = None
+        self.save()
+
+    def own(self) -> Any:
+        """Return what this rank holds back; None if it never does."""
+        raise NotImplementedError
+
+    def together(self) -> Any:
+        """Return what any number of ranks can start from; on all ranks. None if that is none."""
+        raise NotImplementedError
+
+    def load(self, saved: Any) -> None:
+        """Go on from ``saved``, on the ranks there are; without effect if it is of others."""
+        raise NotImplementedError
+
+    def wait(self, saved: Any) -> None:
+        """Take ``saved`` to the ranks that are met next."""
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """Keep what was gathered just now, or this rank's own."""
+        self._saved = self.own() if self._gathered is None else self._gathered
+        self._gathered = None
+
+    def gather(self) -> None:
+        """Bring together what all ranks hold back; a collective."""
+        self._gathered = self.together()
+
+    def leave(self) -> None:
+        """Take to the next ranks what was gathered, so that all of them have all of it."""
+        if self._gathered is not None:
+            self.wait(self._gathered)
+            self._saved, self._gathered = self._gathered, None
+
+    def restore(self) -> None:
+        """Go back: before other ranks are met, whatever ranks it is of."""
+        self._gathered = None
+        if self._saved is not None:
+            (self.wait if _leaving else self.load)(self._saved)
+
+    def sync(self) -> None:
+        """Do nothing: ranks bring it together when they meet."""
 
 
 class ObjectState(State):
@@ -228,6 +329,16 @@ class ObjectState(State):
                 setattr(self, name, value)
         self.save()
 
+    def gather(self) -> None:
+        """Bring together what is each rank's own, so that it outlives some; on all ranks."""
+        for handler in self._handlers.values():
+            handler.gather()
+
+    def leave(self) -> None:
+        """Take what :meth:`gather` has brought together to the next ranks."""
+        for handler in self._handlers.values():
+            handler.leave()
+
     def reset(self) -> None:
         """Adapt to other ranks, before ``sync``."""
         for handler in self._handlers.values():
@@ -268,13 +379,15 @@ def run_fn(func: Callable[..., Any], reset: Callable[[], None]) -> Callable[...,
 
     @functools.wraps(func)
     def wrapper(state: State, *args: Any, **kwargs: Any) -> Any:
+        global _running
         from horovod.common.elastic import notification_manager
         from horovod.common.exceptions import HostsUpdatedInterrupt
 
-        # Elsewhere nobody sends notifications, and the launcher may refuse to hear of them.
-        if os.environ.get("HOROVOD_ELASTIC") == "1":
+        # Only Horovod's launcher sends notifications, to a port that is opened for them here.
+        if os.environ.get("HOROVOD_ELASTIC") == "1" and "HVDX_WORKER" not in os.environ:
             notification_manager.init()
         notification_manager.register_listener(state)
+        _running += 1
         cause: BaseException | None = None
         behind = True  # this rank needs what rank 0 has
         try:
@@ -291,12 +404,19 @@ def run_fn(func: Callable[..., Any], reset: Callable[[], None]) -> Callable[...,
                 except Exception as error:
                     if not is_lost_rank(error):
                         raise
-                    state.restore()
+                    world.cut_off()
+                    _go_back(state)
                     cause, behind = error, True
         finally:
+            _running -= 1
             notification_manager.remove_listener(state)
 
     return wrapper
+
+
+def runs() -> bool:
+    """Tell whether :func:`run` is at work, which has graphs traced anew after each change."""
+    return _running > 0
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -329,6 +449,16 @@ def reset() -> None:
     if "tensorflow" in running:
         importlib.import_module("hvdx.integrations.tensorflow_elastic").forget_graphs()
     world.init(framework=running or None)
+
+
+def _go_back(state: State) -> None:
+    """Restore the last commit, on a rank that leaves the others."""
+    global _leaving
+    _leaving = True
+    try:
+        state.restore()
+    finally:
+        _leaving = False
 
 
 def _again(reset: Callable[[], None], cause: BaseException) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from hvdx import frameworks, watchdog
+from hvdx.connections import Connection, cut, noted
 from hvdx.errors import MismatchError, NotInitializedError
 from hvdx.frameworks import Adapter
 
@@ -15,6 +17,8 @@ from hvdx.frameworks import Adapter
 _started: dict[str, Adapter] = {}
 #: Called whenever the set of running cores changes (caches that depend on it).
 _on_change: list[Any] = []
+#: Opened by cores since the first of them was started.
+_connections: set[Connection] = set()
 
 
 def init(
@@ -59,9 +63,11 @@ def init(
         launch.check_as_first("process_sets", _sets(process_sets), "the process sets")
     for adapter in adapters:
         if adapter in fresh or process_sets:
-            _start(adapter, comm, process_sets, first=adapter is adapters[0])
+            with noted(_connections):
+                _start(adapter, comm, process_sets, first=adapter is adapters[0])
         if adapter in fresh:
-            adapter.take_device(int(adapter.horovod.local_rank()))
+            # Of an elastic job's slots some may be empty: GPUs go by slot.
+            adapter.take_device(int(os.environ.get("HVDX_HOST_SLOT", adapter.horovod.local_rank())))
         _started.setdefault(adapter.framework, adapter)
     _changed()
     if fresh:
@@ -123,7 +129,14 @@ def shutdown() -> None:
     for adapter in _started.values():
         adapter.horovod.shutdown()
     _started.clear()
+    _connections.clear()
     _changed()
+
+
+def cut_off() -> None:
+    """Cut this rank's connections: collectives fail on the other ranks, too, and at once."""
+    cut(_connections)
+    _connections.clear()
 
 
 def _stop_cores() -> None:

@@ -159,6 +159,16 @@ class States:
         found = drive(together(works, self.ops), answer)
         return self._spelt(PORTABLE, dict(zip(held, found, strict=True)))
 
+    def go_back(self, saved: Mapping[str, Any]) -> None:
+        """Have what :meth:`saved` or :meth:`portable` returned wait for the next ranks.
+
+        For a rank that leaves these; whatever number of ranks it was saved among.
+        """
+        self._kept.clear()
+        self._loaded = leaves_of(saved)
+        self.left = (saved["rank"], saved["ranks"]) if self._loaded else None
+        self.count_from(int(saved["step"]))
+
     def load(self, saved: Any, origin: Origin) -> None:
         """Go on from what :meth:`saved` or :meth:`portable` has returned.
 

@@ -8,7 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from hvdx.elastic import ObjectState, StateHandler
+from hvdx.compression.portable import PORTABLE
+from hvdx.elastic import ObjectState, OwedHandler, StateHandler
 from hvdx.integrations.keras3 import averaging
 from hvdx.integrations.keras3_local import Rounds
 from hvdx.integrations.keras_data import DistributedDataset
@@ -29,6 +30,9 @@ class KerasState(ObjectState):
         optimizer: the one it is compiled with by default. If it is not built yet, it is built
             for the model's trainable variables.
         backend: accepted for Horovod's sake and not needed.
+        conserve: bring together, at every commit, what the optimizer's compression holds back
+            on each rank, so that it is not lost with a rank that dies. Costs an allreduce of the
+            model's size. Ranks that are taken away as planned lose nothing in any case.
         **kwargs: further parts, such as ``batch=0, epoch=0, data=dataset``.
 
     Raises:
@@ -36,7 +40,12 @@ class KerasState(ObjectState):
     """
 
     def __init__(
-        self, model: Any, optimizer: Any = None, backend: Any = None, **kwargs: Any
+        self,
+        model: Any,
+        optimizer: Any = None,
+        backend: Any = None,
+        conserve: bool = False,
+        **kwargs: Any,
     ) -> None:
         if not all(layer.built for layer in model._flatten_layers()):
             raise ValueError(
@@ -49,7 +58,9 @@ class KerasState(ObjectState):
         self.model = model
         self.optimizer = optimizer
         self.backend = backend
+        self.conserve = conserve
         self._handlers["model"] = _ModelHandler(model, optimizer)
+        self._handlers["owed"] = _OwedHandler(optimizer)
 
     @property
     def datasets(self) -> list[DistributedDataset]:
@@ -58,12 +69,37 @@ class KerasState(ObjectState):
         return [value for value in values if isinstance(value, DistributedDataset)]
 
 
-class _ModelHandler(StateHandler):
-    """Saves and shares a model with its optimizer.
+class _OwedHandler(OwedHandler):
+    """See :class:`hvdx.elastic.OwedHandler`; ``value`` is an optimizer.
 
-    What compression holds back of gradients is each rank's own. It is brought together in the
-    first step of other ranks (:meth:`hvdx.integrations.keras3_state.States.carry`).
+    It is brought together in the first step of other ranks
+    (:meth:`hvdx.integrations.keras3_state.States.carry`).
     """
+
+    @property
+    def _averager(self) -> Any:
+        """What averages gradients, if it holds any back; rounds of training alone begin anew."""
+        found = getattr(averaging(self.value), "_averager", None)
+        return None if found is None or isinstance(found, Rounds) or not found.remembers else found
+
+    def own(self) -> Any:
+        return None if self._averager is None else self._averager.saved_state()
+
+    def together(self) -> Any:
+        if self._averager is None or not self._averager.started:  # alike on all ranks
+            return None
+        return self._averager.portable_state()
+
+    def load(self, saved: Any) -> None:
+        if (saved["rank"], saved["ranks"]) in (PORTABLE, self._averager.origin):
+            self._averager.load_state(saved)  # else it is of ranks that are no more
+
+    def wait(self, saved: Any) -> None:
+        self._averager.states.go_back(saved)
+
+
+class _ModelHandler(StateHandler):
+    """Saves and shares a model with its optimizer."""
 
     def __init__(self, model: Any, optimizer: Any) -> None:
         super().__init__(model)
@@ -78,19 +114,10 @@ class _ModelHandler(StateHandler):
             (variable, np.array(keras.ops.convert_to_numpy(variable)))
             for variable in [*self.value.variables, *own]
         ]
-        self._owed = None if self._averager is None else self._averager.saved_state()
 
     def restore(self) -> None:
         for variable, saved in self._saved:
             variable.assign(saved)
-        if self._owed and (self._owed["rank"], self._owed["ranks"]) == self._averager.origin:
-            self._averager.load_state(self._owed)  # else it is of ranks that are no more
-
-    @property
-    def _averager(self) -> Any:
-        """What averages gradients, if it holds any back; rounds of training alone begin anew."""
-        found = getattr(averaging(self._optimizer), "_averager", None)
-        return None if found is None or isinstance(found, Rounds) or not found.remembers else found
 
     def sync(self) -> None:
         if self.value.weights:

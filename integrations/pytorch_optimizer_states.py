@@ -279,6 +279,16 @@ class Kept:
             },
         }
 
+    def go_back(self, saved: Mapping[str, Any]) -> None:
+        """Have what :meth:`saved` or :meth:`portable` returned wait for the next ranks.
+
+        For a rank that leaves these; whatever number of ranks it was saved among.
+        """
+        self.states, self._coming = {}, {}
+        self._waiting = waiting_of(saved, copy=True)
+        self.steps = saved["step"]
+        self._origin = (saved["rank"], saved["ranks"]) if self._waiting else None
+
     def load(
         self,
         saved: Mapping[str, Any],
@@ -292,11 +302,7 @@ class Kept:
         """
         known = {spec.name: spec for spec in specs}
         self._refuse(saved, known)
-        kinds = saved["kinds"]
-        waiting = {
-            name: [Leaf(path, tensor, kinds[name][path]) for path, tensor in own.items()]
-            for name, own in saved["parameters"].items()
-        }
+        waiting = waiting_of(saved)
         made = {}
         for name, spec in known.items():
             if self._asked.prepare is None or name in self.states:
@@ -319,6 +325,18 @@ class Kept:
                     f"the saved state has parameter {name!r}, which this optimizer has not: it "
                     "is that of another model"
                 )
+
+
+def waiting_of(saved: Mapping[str, Any], copy: bool = False) -> dict[str, list[Leaf]]:
+    """Return the leaves in what :meth:`Kept.saved` has returned, copies if asked for."""
+    kinds = saved["kinds"]
+    return {
+        name: [
+            Leaf(path, tensor.clone() if copy else tensor, kinds[name][path])
+            for path, tensor in own.items()
+        ]
+        for name, own in saved["parameters"].items()
+    }
 
 
 def _beside(held: Sequence[Leaf]) -> Ops:

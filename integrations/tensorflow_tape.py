@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from hvdx import collectives, world
 from hvdx.compression import CompressionError, Compressor, as_compressor, none
+from hvdx.elastic import runs
 from hvdx.frameworks import kind_of
 from hvdx.integrations.tensorflow2 import TensorFlowAdapter, elastic
 from hvdx.reduce_op import ReduceOp
@@ -237,7 +238,8 @@ def average(options: TapeOptions, sources: Sequence[Any], grads: Sequence[Any]) 
     In buckets, as Keras' optimizer does, after the ranks have compared what they have. One
     operation per gradient, as in Horovod, where that cannot be: with an ``op`` that looks at
     whole tensors, for shapes that are not known, in TensorFlow 1's graphs, and in elastic
-    training, where a rank that joins traces while the others have long compared.
+    training of Horovod's, where a rank that joins traces while the others have long compared
+    (``hvd.elastic.run`` has all trace anew).
     """
     adapter = _core()
     if adapter.ranks(options.process_set) == 1 and options.compressor is none:
@@ -264,8 +266,8 @@ def _hindrance(options: TapeOptions, sources: Sequence[Any]) -> str | None:
     with tf.init_scope():
         if not tf.executing_eagerly():
             return "in TensorFlow 1's graphs"
-    if elastic():
-        return "in elastic training"
+    if elastic() and not runs():
+        return "in elastic training that hvd.elastic.run does not run"
     if options.op not in (ReduceOp.Average, ReduceOp.Sum):
         return f"with op=hvd.{options.op.name}"
     if not all(source.shape.is_fully_defined() for source in sources):
@@ -292,11 +294,25 @@ _plans: dict[Any, _Plan] = {}
 _numbers: collections.Counter[int] = collections.Counter()  # of plans, by process set
 
 
+_left: dict[Any, _Plan] = {}  # of the job before, for what their averagers hold back
+
+
 @world.on_change
 def _start_anew() -> None:
-    """Forget all plans with the job in which they were agreed upon."""
+    """Forget all plans with the job in which they were agreed upon, but for what is owed."""
+    _left.update(
+        (key, plan)
+        for key, plan in _plans.items()
+        if plan.averager.remembers and all(each() is not None for each in plan.alive)
+    )
     _plans.clear()
     _numbers.clear()
+
+
+def averagers(before: bool = True) -> list[Any]:
+    """Return what holds something back of gradients for tapes; also those of the job before."""
+    plans = [*_plans.values(), *(_left.values() if before else ())]
+    return [plan.averager for plan in plans if plan.averager.remembers]
 
 
 def _plan(adapter: TensorFlowAdapter, options: TapeOptions, sources: Sequence[Any]) -> _Plan:
@@ -308,8 +324,10 @@ def _plan(adapter: TensorFlowAdapter, options: TapeOptions, sources: Sequence[An
     key = (options, *map(_identity, sources))
     if key not in _plans:
         plan = _plans[key] = _Plan(adapter, options, sources)
+        if (before := _left.pop(key, None)) is not None:
+            plan.averager.states = before.averager.states
         plan.alive = [
-            weakref.ref(source, lambda _: _plans.pop(key, None))
+            weakref.ref(source, lambda _: (_plans.pop(key, None), _left.pop(key, None)))
             for source in sources
             if isinstance(source, tf.Variable)
         ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from hashlib import sha256
 
 from hvdx.errors import LaunchError, MismatchError
@@ -44,6 +45,8 @@ def ask(environ: Mapping[str, str], verb: str, key: str, body: bytes = b"") -> b
     return value
 
 
+POLL_SECONDS = 0.05
+
 _reported = _compared = False
 
 
@@ -53,7 +56,8 @@ def check_as_first(
     """Compare what this rank has with rank 0, once, before Horovod starts.
 
     Where ranks start it differently, one of them fails and the others wait for it. Does nothing
-    where hvdx does not serve the rendezvous, and gives up where rank 0 does not come.
+    where hvdx does not serve the rendezvous, nor in elastic jobs, whose rank 0 may have compared
+    long ago; gives up where rank 0 does not come.
 
     Args:
         key: of the rendezvous.
@@ -66,7 +70,7 @@ def check_as_first(
     """
     global _compared
     environ = os.environ if environ is None else environ
-    if "HVDX_RENDEZVOUS" not in environ or _compared:
+    if "HVDX_RENDEZVOUS" not in environ or "HVDX_WORKER" in environ or _compared:
         return
     _compared = True
     if len(own) > _MAX_TOLD:
@@ -130,6 +134,50 @@ def check_open(environ: Mapping[str, str]) -> None:
             "up. Declare all frameworks and process sets in the first init(), or keep it open: "
             "`hvdx run --keep-rendezvous` (under other launchers HVDX_KEEP_RENDEZVOUS=1)."
         )
+
+
+def take_place(environ: MutableMapping[str, str]) -> None:
+    """Wait until the launcher of an elastic job gives this process a rank in its next world.
+
+    Sets the variables that Horovod reads.
+
+    Raises:
+        LaunchError: the launcher is gone.
+    """
+    number, world = environ["HVDX_WORKER"], environ.get("HVDX_WORLD", "0")
+    try:
+        ask(environ, "PUT", f"ask_{number}", world.encode())
+        while True:
+            told = ask(environ, "GET", f"place_{number}")
+            place = json.loads(told) if told else {"world": 0}
+            if place["world"] > int(world):
+                break
+            time.sleep(POLL_SECONDS)
+    except OSError as error:
+        raise LaunchError(
+            f"process {number} of the job: the rendezvous at {_place(environ)} is gone ({error}): "
+            "did the launcher end?"
+        ) from None
+    environ["HVDX_WORLD"] = str(place.pop("world"))
+    environ.update({f"HOROVOD_{name.upper()}": str(value) for name, value in place.items()})
+
+
+def news(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
+    """Return what the launcher of an elastic job tells of hosts, None where that is nothing.
+
+    Returns:
+        The number of the world that has to end, and whether ranks are removed (1), added (2) or
+        both, as in Horovod's ``HostUpdateResult``.
+    """
+    environ = os.environ if environ is None else environ
+    try:
+        told = ask(environ, "GET", "news") or b""
+    except OSError:  # the launcher's end ends this process, too
+        return None
+    words = told.decode().split()
+    if len(words) != 2 or words[0] != environ.get("HVDX_WORLD"):
+        return None
+    return int(words[0]), int(words[1])
 
 
 def _place(environ: Mapping[str, str]) -> str:

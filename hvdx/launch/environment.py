@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from hvdx.errors import LaunchError
 from hvdx.launch import network
-from hvdx.launch.client import ask, check_open
+from hvdx.launch.client import ask, check_open, take_place
 from hvdx.launch.launchers import Job, integer, recognise
 from hvdx.launch.rendezvous import Rendezvous, rendezvous_environment, stays_open
 
@@ -59,6 +59,8 @@ def prepare(environ: MutableMapping[str, str] | None = None, *, mpi_built: bool 
     """
     environ = os.environ if environ is None else environ
     check_open(environ)
+    if "HVDX_WORKER" in environ:
+        take_place(environ)
     if "HOROVOD_RANK" in environ or "HOROVOD_SIZE" in environ:
         return _given(environ)
     job = recognise(environ, mpi_built=mpi_built)

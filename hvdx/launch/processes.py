@@ -72,9 +72,10 @@ class Ended(NamedTuple):
     failures: list[Failure]  # those that failed by themselves, the first first
     finished: list[int]  # ranks that had ended well before
     signal: int | None  # what ended the launcher
+    gave_up: bool = False  # an elastic launcher, which has said why
 
 
-class _Rank:
+class Rank:
     """One rank's process and the threads that serve it."""
 
     def __init__(self, start: Start, events: SimpleQueue[tuple[str, int, int]]) -> None:
@@ -126,6 +127,60 @@ class _Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
+class Crew:
+    """Ranks that run: passes on what they print, and tells how they end. A context manager.
+
+    Args:
+        folder: also write each rank's output to ``folder/rank.<rank>/stdout`` and ``stderr``.
+        digits: of a rank's number in the folder's name.
+        timestamps: put the time before each line's prefix.
+
+    Attributes:
+        events: ``("exit", rank, code)``, and ``("signal", -1, number)`` for the launcher.
+    """
+
+    def __init__(
+        self, *, folder: str | None = None, digits: int = 1, timestamps: bool = False
+    ) -> None:
+        self.events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
+        self._folder = folder
+        self._digits = digits
+        self._timestamps = timestamps
+        self._outputs: list[threading.Thread] = []
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Crew:
+        self._open.enter_context(_signals_to(self.events))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        until = time.monotonic() + GRACE_SECONDS
+        for output in self._outputs:  # what a rank left running may hold a pipe, but not for ever
+            output.join(max(0.0, until - time.monotonic()))
+        self._open.close()
+
+    def start(self, start: Start) -> Rank:
+        """Start one rank."""
+        rank = Rank(start, self.events)
+        for name, source, console in (
+            ("stdout", rank.process.stdout, sys.stdout),
+            ("stderr", rank.process.stderr, sys.stderr),
+        ):
+            assert source is not None
+            sinks = [console]
+            if self._folder:
+                path = Path(self._folder, f"rank.{start.rank:0{self._digits}}", name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sinks.append(self._open.enter_context(path.open("w")))
+            prefix = f"[{start.rank}]<{name}>:"
+            arguments = (source, sinks, prefix, self._timestamps, self.events)
+            output = threading.Thread(target=_forward, args=arguments, daemon=True)
+            output.start()
+            self._outputs = [each for each in self._outputs if each.is_alive()] + [output]
+        rank.watch()
+        return rank
+
+
 def run_ranks(
     starts: Sequence[Start],
     *,
@@ -142,34 +197,15 @@ def run_ranks(
         grace: seconds that ranks have to leave in good order after SIGTERM came to the launcher,
             or to one of them; those that end for another reason have less.
     """
-    events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
-    alive: dict[int, _Rank] = {}
-    outputs: list[threading.Thread] = []
-    with _signals_to(events), contextlib.ExitStack() as files:
+    alive: dict[int, Rank] = {}
+    with Crew(folder=folder, digits=len(str(len(starts) - 1)), timestamps=timestamps) as crew:
         for start in starts:
-            rank = alive[start.rank] = _Rank(start, events)
-            for name, source, console in (
-                ("stdout", rank.process.stdout, sys.stdout),
-                ("stderr", rank.process.stderr, sys.stderr),
-            ):
-                sinks = [console]
-                if folder:
-                    path = Path(folder, f"rank.{start.rank:0{len(str(len(starts) - 1))}}", name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    sinks.append(files.enter_context(path.open("w")))
-                arguments = (source, sinks, f"[{start.rank}]<{name}>:", timestamps, events)
-                outputs.append(threading.Thread(target=_forward, args=arguments, daemon=True))
-                outputs[-1].start()
-            rank.watch()
-        ended = _see_through(alive, events, grace)
-        until = time.monotonic() + GRACE_SECONDS
-        for output in outputs:  # what a rank left running may hold a pipe, but not for ever
-            output.join(max(0.0, until - time.monotonic()))
-    return ended
+            alive[start.rank] = crew.start(start)
+        return _see_through(alive, crew.events, grace)
 
 
 def _see_through(
-    alive: dict[int, _Rank], events: SimpleQueue[tuple[str, int, int]], grace: float
+    alive: dict[int, Rank], events: SimpleQueue[tuple[str, int, int]], grace: float
 ) -> Ended:
     """Wait until no rank is alive; at the first failure or signal, end them."""
     failures: list[Failure] = []

@@ -26,7 +26,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from hvdx.errors import LaunchError
 from hvdx.launch.store import Refused, Store
@@ -35,6 +35,8 @@ HEAD_BYTES = 4096  # a rank's request line and headers take about 150
 REQUEST_SECONDS = 5.0
 MAX_UNFINISHED = 256  # connections that have not shown the token yet
 OWN_SCOPE = "hvdx"  # hvdx's own keys; no Horovod scope has this name
+
+T = TypeVar("T")
 
 
 class _Request(NamedTuple):
@@ -55,6 +57,8 @@ class Rendezvous:
         admitted: IPv4 addresses that may connect; None admits all (who show the token).
         stays: keep the port open until :meth:`close`, for ranks that initialise again.
         taken: what to advise when the port is taken.
+        told: called with key and value when a rank has put one of hvdx's own; in the server's
+            thread.
 
     Raises:
         LaunchError: the address or port cannot be had.
@@ -70,6 +74,7 @@ class Rendezvous:
         admitted: Collection[str] | None = None,
         stays: bool = False,
         taken: str = "",
+        told: Callable[[str, bytes], None] | None = None,
     ) -> None:
         self.size = size
         self.stays = stays
@@ -77,6 +82,8 @@ class Rendezvous:
         self.closed = threading.Event()
         self._admitted = None if admitted is None else frozenset(admitted)
         self._store = Store(size)
+        self._told = told
+        self._over = False
         self._up: set[int] = set()
         self._unfinished: dict[asyncio.StreamWriter, None] = {}  # oldest first
         self._loop = asyncio.new_event_loop()
@@ -109,16 +116,41 @@ class Rendezvous:
         """Set one of hvdx's own values."""
         self._ask(lambda: self._store.put(OWN_SCOPE, key, value))
 
+    def admit(self, addresses: Collection[str]) -> None:
+        """Let ranks connect from further addresses."""
+        if self._admitted is not None:
+            self._admitted |= frozenset(addresses)
+
+    def renew(self, size: int, values: Mapping[tuple[str, str], bytes]) -> None:
+        """Begin another round, of ``size`` ranks: forget what those before have put.
+
+        Args:
+            size: number of ranks.
+            values: by scope and key, what they shall find.
+        """
+
+        def renew() -> None:
+            self.size, self._over = size, False
+            self._store = Store(size)
+            for (scope, key), value in values.items():
+                self._store.put(scope, key, value)
+
+        self._ask(renew)
+
+    def end_round(self) -> None:
+        """Refuse ranks that still connect: one of them is gone, and the others would wait."""
+        self._over = True
+
     def close(self) -> None:
         """Close the port and end the thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended by itself
             self._loop.call_soon_threadsafe(self._done.set)
         self._thread.join(REQUEST_SECONDS)
 
-    def _ask(self, call: Callable[[], bytes | None]) -> bytes | None:
+    def _ask(self, call: Callable[[], T]) -> T:
         """Run ``call`` in the server's thread: the store has no lock."""
 
-        async def ask() -> bytes | None:
+        async def ask() -> T:
             return call()
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(REQUEST_SECONDS)
@@ -199,6 +231,8 @@ class Rendezvous:
 
     def _perform(self, request: _Request, body: bytes) -> tuple[int, bytes]:
         verb, scope, key, _ = request
+        if self._over and scope != OWN_SCOPE:
+            return 409, b""
         if verb == "GET":
             value = self._store.get(scope, key)
             return (404, b"") if value is None else (200, value)
@@ -206,6 +240,8 @@ class Rendezvous:
             self._store.put(scope, key, body)
             if scope == OWN_SCOPE and key.startswith("up_") and key[3:].isdecimal():
                 self._up |= {int(key[3:])} & set(range(self.size))
+            if scope == OWN_SCOPE and self._told is not None:
+                self._told(key, body)
             return 200, b""
         if verb == "DELETE":
             self._store.delete(scope)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 
 SCOPE = re.compile(r"[A-Za-z0-9_.@-]{1,320}")
-KEY = re.compile(r"[A-Za-z0-9_]{1,64}")
+KEY = re.compile(r"[A-Za-z0-9_.:-]{1,272}")  # those of elastic jobs: <host>:<local rank>
 MAX_KEYS = 1 << 16
 MAX_BYTES = 1 << 26
 

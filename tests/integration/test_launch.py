@@ -117,7 +117,7 @@ def test_a_command_that_does_not_exist_is_told():
         ("-np 4 -H localhost:2 touch {mark}", "-np 4 asks for more ranks than localhost:2 has"),
         ("-np 2 -H no-such-host.invalid:2 touch {mark}", "host 'no-such-host.invalid' is unknown"),
         ("-np 2 --network-interfaces eth77 touch {mark}", "no network interface 'eth77'"),
-        ("-np 2 --min-np 1 touch {mark}", "--min-np asks for elastic training"),
+        ("-np 2 --min-np 1 -H localhost:1 touch {mark}", "more ranks than localhost:1 has"),
         ("-np two touch {mark}", "'two'"),
         ("", "no command to run"),
     ],

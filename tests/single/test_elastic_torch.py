@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("horovod")
 
 import hvdx.torch as hvd  # noqa: E402
+from hvdx import elastic  # noqa: E402
 from hvdx.torch.elastic.state import (  # noqa: E402
     ModelStateHandler,
     get_handler_registry,
@@ -64,6 +65,41 @@ def test_models_optimizers_and_schedules_go_back_together():
         assert (schedule.last_epoch, state.batch) == (1, 21)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
     assert state.schedule.optimizer is optimizer
+
+
+def owed(optimizer):
+    parameters = optimizer.compression_state()["parameters"]
+    return torch.cat([own["residual"].flatten() for own in parameters.values()])
+
+
+@pytest.mark.parametrize("conserve", [False, True])
+def test_what_compression_holds_back_goes_back_with_the_rest(conserve):
+    model = linear(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    compression = hvd.Compression.onebit(min_elements=0)
+    optimizer = hvd.DistributedOptimizer(optimizer, model, compression=compression)
+    state = hvd.elastic.TorchState(model, optimizer, conserve=conserve)
+
+    def owe(value):  # one rank delivers all, and owes nothing by itself
+        saved = optimizer.compression_state()
+        for own in saved["parameters"].values():
+            own["residual"].fill_(value)
+        optimizer.load_compression_state(saved)
+
+    step(model, optimizer)
+    owe(3.0)
+    state.commit()
+    owe(5.0)
+    state.restore()  # the script's own
+    assert set(owed(optimizer).tolist()) == {3.0}
+    owe(5.0)
+    elastic._go_back(state)
+    hvd.shutdown()
+    hvd.init()
+    assert set(owed(optimizer).tolist()) == {3.0}
+    state.sync()
+    step(model, optimizer)  # what was owed is met, and sent
+    assert set(owed(optimizer).tolist()) == {0.0}
 
 
 def test_several_models_and_a_replaced_one():

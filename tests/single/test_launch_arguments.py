@@ -11,7 +11,7 @@ pytest.importorskip("horovod")
 
 from hvdx.cli import main
 from hvdx.errors import LaunchError
-from hvdx.launch.arguments import KEEP, parse
+from hvdx.launch.arguments import KEEP, RESTART, parse
 
 
 def test_flags_are_horovodruns():
@@ -60,6 +60,16 @@ def test_our_flag_counts_before_the_command(arguments):
     assert asked.plain[:2] == ["-np", "2"] and KEEP not in asked.plain[:3]
 
 
+def test_what_makes_a_job_elastic():
+    assert parse(["-np", "2", "train"]).elastic is None
+    asked = parse(["-np", "2", "--min-np", "1", "--max-np", "4", "--reset-limit", "9", "train"])
+    assert not asked.restart
+    assert asked.elastic[:3] == (1, 2, 4) and asked.elastic.resets == 9
+    asked = parse(["-np", "2", RESTART, "train", RESTART])
+    assert asked.restart and asked.command == ["train", RESTART]
+    assert asked.elastic[:3] == (2, 2, 2)
+
+
 def test_the_caller_gets_its_own_argv_back():
     before = list(sys.argv)
     parse(["-np", "2", "train"])
@@ -80,9 +90,11 @@ def test_the_caller_gets_its_own_argv_back():
         (["-np", "2", "--cycle-time-ms", "-1", "train"], "cycle_time_ms=-1.0"),
         (["-np", "2", "--config-file", "/nowhere.yaml", "train"], "/nowhere.yaml"),
         (["-np", "2", "-H", "a:1", "-hostfile", "f", "train"], "not allowed with"),
-        (["-np", "2", "--min-np", "1", "train"], "--min-np asks for elastic.*horovodrun"),
-        (["-np", "2", "--host-discovery-script", "s", "train"], "--host-discovery-script asks"),
-        (["-np", "2", "--reset-limit", "1", "train"], "--reset-limit asks for elastic"),
+        (["-np", "2", "--min-np", "3", "train"], "--min-np 3, -np 2"),
+        (["-np", "2", "--min-np", "0", "--restart", "train"], "--min-np 0"),
+        (["-np", "3", "--max-np", "2", "train"], "--max-np 2"),
+        (["-np", "2", "--blacklist-cooldown-range", "9", "3", "train"], "9 3"),
+        (["-np", "2", "--mpi", "--restart", "train"], "need Gloo"),
     ],
 )
 def test_what_makes_no_sense_is_told(arguments, message):

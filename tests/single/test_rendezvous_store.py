@@ -80,7 +80,7 @@ def test_bounds_leave_what_was_there():
     for scope, key, value in (
         ("global", "0", b"x" * (store.max_value + 1)),
         ("global", "a/b", b""),
-        ("global", "k" * 65, b""),
+        ("global", "k" * 273, b""),
         ("s p", "0", b""),
         ("s" * 321, "0", b""),
         ("", "0", b""),

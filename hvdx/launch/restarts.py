@@ -1,0 +1,105 @@
+"""``hvdx run --restart``: a job that fails begins again on the slots that are left.
+
+For what cannot go on in the same processes: a pipeline whose stage is gone, a script without an
+elastic state. The script starts from its checkpoint; on fewer ranks a pipeline is planned anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+
+from hvdx.errors import LaunchError
+from hvdx.launch.arguments import Arguments, Elastic
+from hvdx.launch.hosts import assign
+from hvdx.launch.job import Job, hosts_of
+from hvdx.launch.processes import Ended, Failure
+from hvdx.launch.remote import survey
+from hvdx.launch.slots import LOOK_SECONDS, Discovery, Slots
+
+SSH_FAILED = 255
+
+
+def run(asked: Arguments) -> Ended:
+    """Run the job, again and again, until it ends well or cannot go on; return its last end.
+
+    Raises:
+        LaunchError: it could not be started.
+    """
+    options, elastic = asked.horovod, asked.elastic
+    assert elastic is not None
+    script = options.host_discovery_script
+    discovery = Discovery(script, options.slots, lambda hosts: None) if script else None
+    slots = Slots(discovery.look() if discovery else hosts_of(options), elastic.cooldown)
+    taken, again = slots.usable()[: elastic.first], 0
+    if len(taken) < elastic.first:
+        assign(slots.hosts, elastic.first)  # says so
+    while True:
+        hosts = [
+            host._replace(slots=count)
+            for host in slots.hosts
+            if (count := sum(slot.host == host.name for slot in taken))
+        ]
+        folder = options.output_filename
+        if folder and again:
+            folder = os.path.join(folder, f"restart.{again}")
+        own = [{"HVDX_RESTARTS": str(again), "HVDX_HOST_SLOT": str(slot.number)} for slot in taken]
+        ended = Job(asked, survey(hosts, options)).run(assign(hosts, len(taken)), folder, own)
+        if ended.signal is not None or not ended.failures:
+            return ended
+        lost = _lost(ended.failures)
+        for failure in lost:
+            slots.ban(taken[failure.rank])
+        told = " and ".join(map(str, lost))
+        if elastic.resets is not None and again >= elastic.resets:
+            _say(f"{told}; the job has begun again {again} times (--reset-limit)")
+            return ended
+        if not _wait(slots, discovery, elastic):
+            _say(f"{told}; fewer slots are left than --min-np {elastic.least}")
+            return ended
+        _leave_out(slots, options)
+        taken = slots.usable()[: elastic.most]
+        if len(taken) < elastic.least:
+            _say(f"{told}; hosts cannot be reached")
+            return ended
+        again += 1
+        _say(f"{told}; the job begins again, time {again}, on {len(taken)} ranks")
+
+
+def _leave_out(slots: Slots, options: argparse.Namespace) -> None:
+    """Leave out hosts that are gone: the first failure tells of one of their ranks only."""
+    for host in list(slots.hosts):
+        try:
+            survey([host], options)
+        except LaunchError as error:
+            _say(f"left out: {error}")
+            slots.hosts.remove(host)
+
+
+def _lost(failures: list[Failure]) -> list[Failure]:
+    """Return the failures that have caused the end; others fail because those are gone."""
+    gone = (-signal.SIGKILL, 128 + signal.SIGKILL, SSH_FAILED)
+    return [each for each in failures if each is failures[0] or each.code in gone]
+
+
+def _wait(slots: Slots, discovery: Discovery | None, elastic: Elastic) -> bool:
+    """Wait until there are enough slots; False if that takes too long, or cannot happen."""
+    until = time.monotonic() + elastic.timeout
+    while True:
+        if discovery is not None:
+            try:
+                slots.hosts = discovery.look()
+            except LaunchError as error:
+                _say(str(error))
+        if len(slots.usable()) >= elastic.least:
+            return True
+        if time.monotonic() > until or not (discovery or slots.may_grow()):
+            return False
+        time.sleep(LOOK_SECONDS)
+
+
+def _say(text: str) -> None:
+    print(f"hvdx run: {text}.", file=sys.stderr, flush=True)
