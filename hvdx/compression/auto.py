@@ -45,7 +45,7 @@ def automatic(methods: Mapping[str, Compressor], pace: Pace) -> Compressor:
     return Compressor(name, _init, _reduce, stateful=True, prepare=Chooser(name, methods, pace))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compressors are keys, and methods have no hash
 class Chooser:
     """Chooses from ``methods``: see :attr:`Compressor.prepare`; a planner may read them."""
 

@@ -277,3 +277,9 @@ def test_it_cannot_be_used_before_ranks_have_met():
     auto = Compression.auto()
     with pytest.raises(CompressionError, match="when the ranks of an optimizer meet"):
         auto.init(OPS, spec(LARGE))
+
+
+def test_it_can_be_a_key():
+    """A tape keeps its buckets by compressor; once the methods' dictionary made that fail."""
+    one, other = (Compression.auto(methods=["onebit"]) for _ in range(2))
+    assert {one: 1, other: 2}[one] == 1
