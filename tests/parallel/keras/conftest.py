@@ -22,6 +22,7 @@ if keras.backend.backend() == "torch":  # Keras would load it to save a model: l
 def float32_afterwards() -> Iterator[None]:
     yield
     keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")  # Keras makes one of floatx once, and keeps it
 
 
 class Data(NamedTuple):
