@@ -551,8 +551,8 @@ class Pipeline(MovingPipeline):
         if names:
             variables = [self._params[name] for name in names]
             self._stages_of.apply(optimizer, [totals[name] for name in names], variables)
-        elif self._params:  # all are frozen now; schedules go on
-            optimizer.iterations.assign_add(1)
+        elif self._params:  # all are frozen now
+            _pass_by(optimizer)
 
     def _run(
         self,
@@ -601,7 +601,7 @@ class Pipeline(MovingPipeline):
         return self._stages_of.finite(gradients)  # type: ignore[no-any-return]  # loaded by name
 
     def _arrived(self, gradient: Any, unit: int, name: str) -> Any:
-        return self._stages_of.arrived(gradient, self._graph.units[unit].params[name])
+        return self._stages_of.arrived(gradient, self._weights(unit)[name])  # frozen ones, too
 
     def _joined(self, pieces: Sequence[Sequence[Any]], compared: bool) -> list[Any]:
         outputs = [
@@ -774,6 +774,19 @@ def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
         )
         start += size
     return pieces
+
+
+def _pass_by(optimizer: Any) -> None:
+    """Let a step go by that changes no variable here; schedules, and Nadam's product, go on."""
+    if hasattr(optimizer, "_u_product"):
+        product, beta = optimizer._u_product, optimizer.beta_1
+        factor = 1.0 - 0.5 * keras.ops.power(
+            keras.ops.cast(0.96, product.dtype),
+            keras.ops.cast(optimizer.iterations + 1, product.dtype),
+        )
+        on_torch = keras.backend.backend() == "torch"  # in its order, to the same bits
+        product.assign(product * (beta * factor) if on_torch else product * beta * factor)
+    optimizer.iterations.assign_add(1)
 
 
 def _anew(optimizer: Any) -> Any:
