@@ -25,6 +25,7 @@ again.
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import importlib
@@ -214,7 +215,7 @@ class StatefulHandler(StateHandler):
         self.value.load_state_dict(self._bcast_object(self.value.state_dict()))
 
 
-class OwedHandler(StateHandler):
+class OwedHandler(StateHandler, abc.ABC):
     """Keeps what compression holds back: each rank's own, and part of what training is owed.
 
     After a failure, training goes back to the last commit, and with it each rank to what it owed
@@ -230,21 +231,21 @@ class OwedHandler(StateHandler):
         self._gathered: Any = None
         self.save()
 
+    @abc.abstractmethod
     def own(self) -> Any:
         """Return what this rank holds back; None if it never does."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def together(self) -> Any:
         """Return what any number of ranks can start from; on all ranks. None if that is none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load(self, saved: Any) -> None:
         """Go on from ``saved``, on the ranks there are; without effect if it is of others."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def wait(self, saved: Any) -> None:
         """Take ``saved`` to the ranks that are met next."""
-        raise NotImplementedError
 
     def save(self) -> None:
         """Keep what was gathered just now, or this rank's own."""

@@ -12,7 +12,6 @@ after so many that a second passes; rank 0 measures how many, and tells all in t
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -152,9 +151,4 @@ def grace_seconds() -> float:
     Raises:
         HvdxError: it is no number of seconds.
     """
-    told = os.environ.get("HVDX_GRACE", str(DEFAULT_SECONDS))
-    with contextlib.suppress(ValueError):
-        seconds = float(told)
-        if 0 <= seconds < float("inf"):
-            return seconds
-    raise HvdxError(f"HVDX_GRACE={told!r} is no number of seconds: give one such as 30")
+    return watchdog.seconds_of("HVDX_GRACE", DEFAULT_SECONDS, "30")

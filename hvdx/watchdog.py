@@ -164,12 +164,21 @@ def timeout_seconds() -> float:
     Raises:
         HvdxError: it is no number of seconds.
     """
-    told = os.environ.get("HVDX_TIMEOUT", str(DEFAULT_SECONDS))
+    return seconds_of("HVDX_TIMEOUT", DEFAULT_SECONDS, "30, or 0")
+
+
+def seconds_of(variable: str, default: float, example: str) -> float:
+    """Return the seconds that an environment variable gives.
+
+    Raises:
+        HvdxError: it is no number of seconds.
+    """
+    told = os.environ.get(variable, str(default))
     with contextlib.suppress(ValueError):
         seconds = float(told)
         if 0 <= seconds < float("inf"):
             return seconds
-    raise HvdxError(f"HVDX_TIMEOUT={told!r} is no number of seconds: give one such as 30, or 0")
+    raise HvdxError(f"{variable}={told!r} is no number of seconds: give one such as {example}")
 
 
 def failure() -> StallError | None:

@@ -7,6 +7,7 @@ parallel, and are one tree when they are read.
 
 from __future__ import annotations
 
+import abc
 import importlib
 import random
 import sys
@@ -48,7 +49,7 @@ class Crew(Protocol):
         """Return rank 0's ``value`` on every rank."""
 
 
-class Part:
+class Part(abc.ABC):
     """An object, and how it is saved.
 
     Attributes:
@@ -62,29 +63,29 @@ class Part:
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  (most need nothing)
         """Make what the state is to be put into, if that is not there yet."""
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027  (most need nothing)
         """Bring ranks to a point at which they can be saved; a collective call."""
 
+    @abc.abstractmethod
     def state(self, rank: int) -> tuple[Tree, Tree]:
         """Return what is shared, or this rank's share of it, and what is this rank's own.
 
         None for what need not be written. A collective call.
         """
-        raise NotImplementedError
 
-    def about(self) -> Any:
+    def about(self) -> Any:  # noqa: B027  (most need nothing)
         """Return what the manifest tells of it, as JSON, on rank 0."""
 
     def problems(self, saved: Saved) -> list[str]:
         """Say what does not fit; nothing is changed."""
         return []
 
+    @abc.abstractmethod
     def load(self, saved: Saved, crew: Crew) -> None:
         """Take the state; a collective call."""
-        raise NotImplementedError
 
 
 class Plain(Part):
