@@ -258,7 +258,10 @@ def run_job(folder: Path, framework: str, fault: Fault) -> Ended:
     environ = environment(
         HVDX_TIMEOUT=str(TIMEOUT), HOROVOD_GLOO_TIMEOUT_SECONDS=str(fault.gloo), FAULT_MARK=mark,
         TMPDIR=str(folder / "tmp"), TORCHINDUCTOR_CACHE_DIR=str(folder / "torch"),
-        KERAS_BACKEND="tensorflow", **more,
+        KERAS_BACKEND="tensorflow",
+        # TensorFlow imports the modules that it writes to TMPDIR, beside which Python would leave
+        # their bytecode.
+        PYTHONDONTWRITEBYTECODE="1", **more,
     )  # fmt: skip
     script = [sys.executable, str(SCRIPT), str(folder)]
     with (folder / "out").open("w") as out:
