@@ -94,19 +94,6 @@ def adam(params: Any) -> Any:
     return torch.optim.Adam(params, 1e-4)
 
 
-def slowest(step: Any) -> float:
-    """Return milliseconds of a step that all ranks begin together, on the slowest of them."""
-    import torch
-    import torch.distributed as dist
-
-    dist.barrier()
-    start = time.perf_counter()
-    step()
-    taken = torch.tensor((time.perf_counter() - start) * 1e3)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken)
-
-
 def to_run(compared: list[Any], chosen: Any) -> list[Any]:
     """Return the chosen plan, the quickest, and a spread of each mesh; no others that taught."""
     own = [each for each in compared if each.prediction.candidate == chosen]
@@ -203,7 +190,7 @@ def grade(name: str, runs: int) -> Rows:
         held = hvd.allgather_object(counted(pipe, x, y))
         memory[told] = max(held), max(each.prediction.plan.memory)
         steps[told], predicted[told] = functools.partial(pipe.step, x, y), each.prediction.step
-    variants = {told: functools.partial(slowest, step) for told, step in steps.items()}
+    variants = {told: functools.partial(harness.slowest, step) for told, step in steps.items()}
     harness.interleave(variants, 1)
     samples = harness.interleave(variants, runs)
     taught = [each.prediction.candidate == chosen and each.taught for each in run]
@@ -248,36 +235,12 @@ def table(
 
 def work(file: str, name: str, runs: int) -> None:
     """Grade on one rank; rank 0 leaves the rows."""
-    import tempfile
-
-    import torch
-    import torch.distributed
-
     import hvdx as hvd
 
-    torch.set_num_threads(1)
-    hvd.init(framework="torch")
-    rendezvous = hvd.broadcast_object(tempfile.mktemp())
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("HOROVOD_GLOO_IFACE", "lo"))
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=hvd.rank(), world_size=hvd.size()
-    )
-    rows = grade(name, runs)
-    if hvd.rank() == 0:
-        harness.leave(rows, file)
-        os.unlink(rendezvous)
-    hvd.barrier()
-    torch.distributed.destroy_process_group()
-    hvd.shutdown()
-
-
-def verdict(rows: Rows) -> None:
-    """Say which bars are met."""
-    judged = [row for row in rows if row.baseline == "bar"]
-    for row in judged:
-        word = "met   " if row.ratio >= 1 else "MISSED"
-        print(f"{word}  {row.case}: {row.metric}: {row.value:.4g} (bar {row.baseline_value:.4g})")
-    print(f"{sum(row.ratio >= 1 for row in judged)} of {len(judged)} bars met")
+    with harness.torch_job():
+        rows = grade(name, runs)
+        if hvd.rank() == 0:
+            harness.leave(rows, file)
 
 
 def main() -> int:
@@ -301,7 +264,7 @@ def main() -> int:
         print(f"{model}, {ranks} ranks: {time.monotonic() - start:.0f} s; load {before:.1f} before",
               flush=True)  # fmt: skip
         harness.report(rows, told.json)
-    verdict(rows)
+    harness.verdict(rows)
     return 0
 
 
