@@ -16,7 +16,7 @@ from hvdx.planner.costs import Candidate, predict, tasks_of
 from hvdx.planner.facts import Codec, Job, Network, Profile, Trim
 from hvdx.planner.search import Wanted, candidates, counts, meshes, ranked, to_measure
 from hvdx.planner.table import advice, table
-from hvdx.planner.trim import Trial, trimmed
+from hvdx.planner.trim import Trial, calibrated
 
 MB = 1 << 20
 
@@ -253,7 +253,7 @@ def ran(candidate, given, job):
             if task.action is not None:
                 actions.setdefault(task.action[:2], []).append(span.end - span.start)
     medians = {key: statistics.median(each) for key, each in actions.items()}
-    return Trial(prediction, max(each[-1].end for each in taken), medians)
+    return Trial(prediction, [max(each[-1].end for each in taken)], medians)
 
 
 @pytest.mark.parametrize("lanes", [2, float("inf")])
@@ -261,12 +261,12 @@ def test_trials_of_three_plans_mend_the_predictions_of_all(lanes):
     given, job = profile(), Job(4, Network(Link(1e-4, 1e8)), lanes=lanes)
     row = tuple((rank,) for rank in range(4))
     teachers = [Candidate(row, 8), Candidate(row, 16), Candidate(((0, 1, 2, 3),), 4)]
-    trim = trimmed([ran(each, given, job) for each in teachers], given, job)
+    learnt = calibrated([ran(each, given, job) for each in teachers], given, job)
     errors = {"plain": [], "trimmed": []}
     for each in candidates(4, 32, Wanted(schedules=("gpipe", "1f1b", "interleaved"))):
         true = predict(each, given, job._replace(trim=TRUTH)).step
-        for name, own in (("plain", Trim()), ("trimmed", trim)):
-            found = predict(each, given, job._replace(trim=own)).step
+        for name, own in (("plain", job), ("trimmed", learnt)):
+            found = predict(each, given, own).step
             errors[name].append(abs(found / true - 1))
     assert max(errors["trimmed"]) < 0.05 < statistics.median(errors["plain"])
 
