@@ -152,7 +152,8 @@ def choose(pipe: BasePipeline, asked: Asked) -> Choice:
             if not more:
                 break
             found = tried(more)
-        found = tried(_near(found, _medians(taken)))
+        if near := _near(found, _medians(taken)):
+            found = tried(near)
         measured = _medians(taken)
     chosen = min(measured, key=lambda each: measured[each])
     made = next(each for each in found if each.candidate == chosen)

@@ -197,6 +197,5 @@ def to_try(found: Sequence[Prediction], measured: Mapping[Candidate, float]) -> 
     """
     enough = _CLOSE * min(measured.values(), default=math.inf)
     fresh = [each for each in found if each.candidate not in measured and each.step < enough]
-    known = {each[:2] for each in measured}
-    others = [each for each in fresh if each.candidate[:2] not in known]
-    return [*fresh[:1], *(each for each in others[:1] if each not in fresh[:1])]
+    known = {each[:2] for each in measured} | {each.candidate[:2] for each in fresh[:1]}
+    return [*fresh[:1], *[each for each in fresh if each.candidate[:2] not in known][:1]]

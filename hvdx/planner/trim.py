@@ -105,7 +105,7 @@ def _stepped(trials: Sequence[Trial], profile: Profile, job: Job) -> Job:
     def turned(knobs: Any) -> Job:
         trim, crowd = job.trim, _crowd(job)
         pace, lanes, sums = (math.exp(each) for each in knobs[:3])
-        more, most = knobs[3:]
+        more, most = map(float, knobs[3:])
         return job._replace(
             lanes=min(job.lanes * lanes, crowd),
             trim=Trim(
