@@ -37,9 +37,9 @@ from hvdx.integrations.keras3_trace import traced
 from hvdx.integrations.keras_loss_scale import LossScale
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
 from hvdx.pipeline import ir
-from hvdx.pipeline.base import Told, check_options, rows_of, settled
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.moves import MovingPipeline
+from hvdx.pipeline.options import Told, check_options, rows_of, settled
 from hvdx.pipeline.plan import Plan
 from hvdx.pipeline.rebalance import Rebalance
 from hvdx.replicas import broadcast_parameters
