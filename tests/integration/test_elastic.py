@@ -58,7 +58,8 @@ schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
 owing = torch.nn.Linear(64, 1, bias=False)  # its gradient is noise, and what is held back counts
 torch.nn.init.zeros_(owing.weight)
 onebit = hvd.Compression.onebit(min_elements=0)
-sender = hvd.DistributedOptimizer(torch.optim.SGD(owing.parameters(), 1.0), owing, compression=onebit)
+sender = torch.optim.SGD(owing.parameters(), 1.0)
+sender = hvd.DistributedOptimizer(sender, owing, compression=onebit)
 sampler = hvd.elastic.ElasticSampler(range(samples))
 loader = torch.utils.data.DataLoader(range(samples), batch_size=2, sampler=sampler)
 
