@@ -63,8 +63,8 @@ optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 1e-4, m
 schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
 owing = torch.nn.Linear(64, 1, bias=False)  # its gradient is noise, and what is held back counts
 torch.nn.init.zeros_(owing.weight)
-sender = torch.optim.SGD(owing.parameters(), 1.0)
 onebit = hvd.Compression.onebit(min_elements=0)
+sender = torch.optim.SGD(owing.parameters(), 1.0)
 sender = hvd.DistributedOptimizer(sender, owing, compression=onebit)
 sampler = hvd.elastic.ElasticSampler(range(samples))
 loader = torch.utils.data.DataLoader(range(samples), batch_size=2, sampler=sampler)
