@@ -3,7 +3,8 @@
     python benchmarks/elastic_churn.py --framework torch --minutes 3
 
 Four ranks of ``hvdx run --min-np 3 --max-np 4`` train a classifier. Again and again one of them,
-rank 0 too, is killed as soon as all are there; three go on, and a new one joins. Counted is, by
+rank 0 too, is killed as soon as all are there; three go on, and a new one joins. With ``--least
+2`` nobody waits for newcomers: one is killed every few seconds, of three ranks, too. Counted is, by
 parameters that lose 1 with each sample trained on and are saved, restored and shared like all
 others, that in every epoch each sample is trained on exactly once. The accuracy on held-out
 samples is compared with that of as many epochs without a failure.
@@ -17,13 +18,15 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SAMPLES, TEST, FEATURES, CLASSES, BATCH = 1023, 2000, 24, 6, 8
 FRAMEWORKS = ("torch", "tape", "keras on tensorflow", "keras on torch")
@@ -62,7 +65,8 @@ class Log:
         """Note a step."""
         self._steps += 1
         if self._hvd.rank() == 0:
-            told = {"pids": self._pids, "steps": self._steps, "epoch": epoch}
+            world = int(os.environ["HVDX_WORLD"])
+            told = {"pids": self._pids, "steps": self._steps, "epoch": epoch, "world": world}
             part = self._folder / "progress.part"
             part.write_text(json.dumps(told))
             part.rename(self._folder / "progress")
@@ -102,9 +106,7 @@ def train_torch(log_of: Any) -> None:
 
     import hvdx.torch as hvd
 
-    hvd.init()
-    log = log_of(hvd)
-    torch.manual_seed(hvd.rank())
+    torch.manual_seed(os.getpid())
     torch.set_num_threads(1)
     x, y, test_x, test_y = map(torch.as_tensor, task())
     model = torch.nn.Sequential(
@@ -112,6 +114,8 @@ def train_torch(log_of: Any) -> None:
     )
     counts = torch.nn.Embedding(SAMPLES, 1)
     torch.nn.init.zeros_(counts.weight)
+    hvd.init()  # from here on others wait for this rank
+    log = log_of(hvd)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     compression = hvd.Compression.onebit(min_elements=0)
     optimizer = hvd.DistributedOptimizer(optimizer, model, compression=compression)
@@ -154,9 +158,9 @@ def train_tape(log_of: Any) -> None:
     import hvdx.tensorflow as hvd
     from hvdx.data import Place, Progress, Steps, step_sizes
 
+    x, y, test_x, test_y = task()
     hvd.init()
     log = log_of(hvd)
-    x, y, test_x, test_y = task()
     draw = np.random.default_rng(hvd.rank())
     shapes = [(FEATURES, 64), (64,), (64, CLASSES), (CLASSES,)]
     weights = [
@@ -219,10 +223,10 @@ def train_keras(log_of: Any) -> None:
 
     import hvdx.keras as hvd
 
+    x, y, test_x, test_y = task()
     hvd.init()
     log = log_of(hvd)
     keras.utils.set_random_seed(hvd.rank())
-    x, y, test_x, test_y = task()
     numbered = np.concatenate([x, np.arange(SAMPLES, dtype="float32")[:, None]], 1)
     data = hvd.DistributedDataset(numbered, y, batch_size=BATCH)
     inputs = keras.Input((FEATURES + 1,))
@@ -269,6 +273,14 @@ def train_keras(log_of: Any) -> None:
 # -- the driver
 
 
+class Kill(NamedTuple):
+    """A rank that was killed."""
+
+    rank: int
+    of: int
+    seconds: float  # until others trained again
+
+
 class Churn:
     """One job, and its killer.
 
@@ -291,7 +303,7 @@ class Churn:
         options = self._options
         kind = [options.framework, str(0.0 if epochs else options.pace), str(epochs)]
         least = options.ranks if epochs else options.least
-        command = [sys.executable, "-m", "hvdx", "run", "-np", str(options.ranks)]
+        command = [sys.executable, "-m", "hvdx", "run", "--verbose", "-np", str(options.ranks)]
         command += ["--min-np", str(least), "--max-np", str(options.ranks)]
         command += ["--blacklist-cooldown-range", "1", "1", "--", sys.executable, __file__]
         backend = {"KERAS_BACKEND": options.framework.split()[-1]} if " " in kind[0] else {}
@@ -317,9 +329,10 @@ class Churn:
             print(told)
         return {**json.loads((self._folder / "result").read_text()), "kills": kills}
 
-    def _fire(self, job: subprocess.Popen[bytes]) -> list[int]:
+    def _fire(self, job: subprocess.Popen[bytes]) -> list[Kill]:
         """Kill ranks until it is enough; return which."""
-        options, kills = self._options, []
+        options = self._options
+        kills: list[Kill] = []
         end = time.monotonic() + 60 * options.minutes
         last = heard = time.monotonic()
         before = ""
@@ -332,18 +345,32 @@ class Churn:
             elif now - heard > PATIENCE:
                 raise RuntimeError(f"no step for {PATIENCE:.0f} s")
             enough = len(kills) >= options.kills if options.kills else now > end
-            whole = len(told["pids"]) == options.ranks and told["steps"] > 2
-            if enough and whole:
+            there, under_way = len(told["pids"]), told["steps"] > 2
+            if enough and under_way and there == options.ranks:
                 (self._folder / "stop").touch()
                 return kills
-            if whole and now > last + options.every:
-                rank = self._draw.randrange(options.ranks)
+            if enough or not under_way or there <= options.least or now < last + options.every:
+                continue
+            if self._world() == told["world"]:  # else ranks connect, and Horovod ends all of them
+                rank = self._draw.randrange(there)
                 os.kill(told["pids"][rank], signal.SIGKILL)
-                kills.append(rank)
-                last = now
-                while self._progress() == told and job.poll() is None:
-                    time.sleep(0.05)
+                kills.append(Kill(rank, there, self._recovered(job, told["pids"])))
+                last = time.monotonic()
         return kills
+
+    def _world(self) -> int:
+        """Return the number of the last world that the launcher has made."""
+        found = re.findall(r"hvdx run: world (\d+) has", (self._folder / "said").read_text())
+        return int(found[-1])
+
+    def _recovered(self, job: subprocess.Popen[bytes], pids: list[int]) -> float:
+        """Wait until others than these train; return how long that took."""
+        began = time.monotonic()
+        while self._progress()["pids"] == pids and job.poll() is None:
+            if time.monotonic() > began + PATIENCE:
+                raise RuntimeError(f"no step for {PATIENCE:.0f} s after a kill")
+            time.sleep(0.02)
+        return time.monotonic() - began
 
     def _progress(self) -> dict[str, Any]:
         path = self._folder / "progress"
@@ -363,9 +390,15 @@ def measure(options: argparse.Namespace) -> bool:
             calm = Churn(options, Path(folder)).run(epochs=churned["epochs"])
         good &= churned["accuracy"] >= calm["accuracy"] - TOLERANCE and not calm["wrong"]
         against = f" (undisturbed {calm['accuracy']:.3f})"
+    kills = churned["kills"]
+    sizes = sorted({kill.of for kill in kills}, reverse=True)
+    each = ", ".join(f"{sum(kill.of == size for kill in kills)} of {size}" for size in sizes)
+    waits = sorted(kill.seconds for kill in kills) or [0.0]
     print(
-        f"{options.framework:20} {seconds:5.0f} s  {len(churned['kills'])} kills "
-        f"(rank 0: {churned['kills'].count(0)})  {churned['epochs']} epochs of {SAMPLES} samples  "
+        f"{options.framework:20} {seconds:5.0f} s  {len(kills)} kills ({each} ranks; rank 0: "
+        f"{sum(kill.rank == 0 for kill in kills)})  others train again in "
+        f"{statistics.median(waits):.1f} s, at most {waits[-1]:.1f} s  "
+        f"{churned['epochs']} epochs of {SAMPLES} samples  "
         f"lost or twice: {churned['wrong']}  replicas equal: {churned['same']}  "
         f"accuracy {churned['accuracy']:.3f}{against}  "
         f"{'ok' if good else 'FAILED'}",
@@ -380,9 +413,11 @@ def main() -> int:
     parser.add_argument("--framework", choices=FRAMEWORKS, action="append")
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--kills", type=int, help="end after so many, not by time")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two, at least")
+    parser.add_argument(
+        "--every", type=float, default=5.0, help="seconds from the recovery to the next kill"
+    )
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--least", type=int, default=3)
+    parser.add_argument("--least", type=int, default=3, help="--min-np: fewer are never left")
     parser.add_argument("--pace", type=float, default=0.02, help="seconds for a step, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="torch, two kills")

@@ -155,6 +155,7 @@ class Progress:
         self._given = 0
         self._recorded: int | None = None
         self._enough: int | None = None  # of a pass that has begun
+        self._ended = False
         self._loaded = loaded
 
     def begin(self, samples: int, ranks: int, shuffle: bool) -> np.ndarray:
@@ -171,8 +172,16 @@ class Progress:
         return left
 
     def left(self, samples: int) -> int:
-        """Return how many samples the pass has that is under way or comes next."""
-        return samples if self.whole else samples - self.start
+        """Return how many samples the pass has that is under way or comes next.
+
+        Where batches are recorded, a pass is under way until the next one begins: batches may be
+        fetched ahead, and a script asks behind the last one whether it was that.
+        """
+        return samples if self._ended and self._recorded is None else samples - self.start
+
+    def end(self) -> None:
+        """Note that the pass has been asked for more than there is."""
+        self._ended = True
 
     @property
     def whole(self) -> bool:

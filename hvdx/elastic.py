@@ -197,6 +197,13 @@ class StatefulHandler(StateHandler):
         """Give all ranks what rank 0 has."""
         self.value.load_state_dict(self._bcast_object(self.value.state_dict()))
 
+    def reset(self) -> None:
+        """Go on where it stands: a change that only takes ranks away needs no ``sync``.
+
+        What shares out samples begins, when loaded, behind those that are done.
+        """
+        self.value.load_state_dict(self.value.state_dict())
+
 
 class OwedHandler(StateHandler, abc.ABC):
     """Keeps what compression holds back: each rank's own, and part of what training is owed.

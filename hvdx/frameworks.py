@@ -127,6 +127,9 @@ class Adapter(Protocol):
     def place(self, process_set: Any) -> int:
         """Return this rank's place among those of ``process_set``."""
 
+    def preload(self) -> None:
+        """Load what the framework loads late: in elastic jobs, before others wait for this rank."""
+
     def take_device(self, local_rank: int) -> None:
         """Compute on this host's GPU number ``local_rank``, if nobody has chosen before."""
 

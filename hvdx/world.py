@@ -59,6 +59,9 @@ def init(
     adapters = [frameworks.adapter(name) for name in chosen]
     fresh = [a for a in adapters if not a.horovod.is_initialized()]
     if fresh:
+        if "HVDX_WORKER" in os.environ:
+            for adapter in fresh:
+                adapter.preload()
         launch.prepare(mpi_built=bool(fresh[0].horovod.mpi_built()))
         launch.check_as_first("process_sets", _sets(process_sets), "the process sets")
     for adapter in adapters:

@@ -25,6 +25,10 @@ _BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
 class TorchAdapter(Collectives):
     """See :class:`hvdx.frameworks.Adapter` for what each method does."""
 
+    def preload(self) -> None:
+        """Make an optimizer: the first one loads TorchDynamo, which takes as long as PyTorch."""
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device="cpu"))])
+
     def take_device(self, local_rank: int) -> None:
         """Make the GPU the current one; the first is so already."""
         if not torch.cuda.is_initialized() and 0 < local_rank < torch.cuda.device_count():

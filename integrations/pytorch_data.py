@@ -114,6 +114,7 @@ class DistributedSampler(torch.utils.data.distributed.DistributedSampler[Any]):
         for index in data.share(left, rank, ranks, self._uneven).tolist():
             self._progress.give(ranks)
             yield index
+        self._progress.end()
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of ``epoch`` next."""
@@ -194,6 +195,7 @@ class DistributedBatchSampler(torch.utils.data.Sampler[list[int]]):
             own, _ = steps[step]
             self._progress.give(size)
             yield own.tolist()
+        self._progress.end()
 
     @property
     def epoch(self) -> int:

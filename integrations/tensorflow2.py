@@ -388,6 +388,9 @@ class TensorFlowAdapter:
             process_set=process_set,
         )
 
+    def preload(self) -> None:
+        """Do nothing: TensorFlow has all that it needs."""
+
     def take_device(self, local_rank: int) -> None:
         """Let TensorFlow see this GPU only: it takes memory on all that it sees."""
         gpus = tf.config.list_physical_devices("GPU")

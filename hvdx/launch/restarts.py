@@ -91,7 +91,7 @@ def _wait(slots: Slots, discovery: Discovery | None, elastic: Elastic) -> bool:
     while True:
         if discovery is not None:
             try:
-                slots.hosts = discovery.look()
+                slots.relist(discovery.look())
             except LaunchError as error:
                 _say(str(error))
         if len(slots.usable()) >= elastic.least:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import HVDX_RUN, environment, run
+from hosts import hosts, missing
+from launching import HVDX_RUN, environment, gone, run
 
 SAMPLES, EPOCHS = 48, 4
 CHURN = Path(__file__).parents[2] / "benchmarks" / "elastic_churn.py"
@@ -161,6 +167,70 @@ def test_a_job_survives_a_killed_rank_and_takes_another_in(kind, tmp_path):
     assert [call.split()[1] for call in calls] == ["2", "1", "2"], told
     # Every sample exactly once in every epoch, whoever trained on it.
     assert sorted(result["seen"]) == [[e, i] for e in range(EPOCHS) for i in range(SAMPLES)]
+
+
+#: Epoch 1: h2 dies, with all that runs there. Epoch 2: rank 0 waits until there is a rank again.
+HOST_DIES = """
+def after_step(state, hvd, epoch, step):
+    if os.environ["HOROVOD_HOSTNAME"] == "h2" and epoch == 1 and step == 3:
+        open(os.path.join(folder, "dies"), "w").close()
+        time.sleep(600)
+    if hvd.size() == 1 and epoch == 2 and step == 0:
+        open(os.path.join(folder, "alone"), "w").close()
+        until = time.monotonic() + 120
+        while launch.news() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1)
+"""
+
+
+def test_a_job_goes_on_without_a_host_and_takes_it_back(tmp_path):
+    """Over ssh, on hosts made of network namespaces."""
+    pytest.importorskip("torch")
+    if reason := missing():
+        pytest.skip(reason)
+    script = tmp_path / "train.py"
+    script.write_text(COMMON + HOST_DIES + TORCH)
+    flags = ["-np", "2", "--min-np", "1", "-H", "h1:1,h2:1", "--blacklist-cooldown-range", "1", "1"]
+    rank = [sys.executable, str(script), str(tmp_path), str(SAMPLES), str(EPOCHS)]
+    with hosts("h1", "h2") as net:
+        job = net.start("h1", *HVDX_RUN, *flags, "--", *rank, env=environment())
+        _come(tmp_path / "dies", job)
+        for pid in net.pids("h2"):
+            os.kill(pid, signal.SIGKILL)
+        _come(tmp_path / "alone", job)
+        assert net.pids("h2") == set()
+        net.serve_ssh("h2")
+        told = job.communicate(timeout=240)[0]
+        assert gone(_others(net)) == []
+    assert job.returncode == 0, told
+    lost = (
+        "process 1 on h2 exited with code 255 (ssh's own, if the connection broke); it was rank 1"
+    )
+    assert f"{lost}. 1 go on" in told, told
+    result = json.loads((tmp_path / "result").read_text())
+    assert (result["size"], result["same"]) == (2, True), told
+    assert sorted(result["seen"]) == [[e, i] for e in range(EPOCHS) for i in range(SAMPLES)]
+
+
+def _others(net) -> list[psutil.Process]:
+    """Return the hosts' processes, but for those that wait for ssh."""
+    found = []
+    for pid in [pid for name in net.addresses for pid in net.pids(name)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if "[listener]" not in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _come(path: Path, job) -> None:
+    """Wait until a rank has made this file."""
+    until = time.monotonic() + 240
+    while not path.exists():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < until, f"{path.name} never came"
+        time.sleep(0.05)
 
 
 def elastic(discover: Path, script: Path, folder: Path, **environ: str):

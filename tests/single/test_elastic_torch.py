@@ -167,6 +167,31 @@ def test_the_sampler_in_a_state_without_sync():
         assert list(sampler) == [4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("record", [True, False])
+def test_a_script_knows_the_last_batch_of_a_resumed_epoch(record):
+    batches = hvd.DistributedBatchSampler(range(30), 2, shuffle=False)
+    batches.load_state_dict({"epoch": 0, "processed_num": 20})
+    for step, own in enumerate(batches):
+        assert own == [20 + 2 * step, 21 + 2 * step]
+        if record:
+            batches.record_batch(step)
+        assert len(batches) == 5
+    for _ in batches:
+        assert len(batches) == 15
+
+
+def test_batches_go_on_where_ranks_are_only_taken_away():
+    batches = hvd.DistributedBatchSampler(range(10), 2, shuffle=False)
+    state = hvd.elastic.TorchState(linear(1.0), batches=batches)
+    for step, _ in enumerate(batches):
+        batches.record_batch(step)
+        if step == 1:
+            break
+    state.save()
+    state.on_reset()  # nobody synchronises
+    assert list(batches) == [[4, 5], [6, 7], [8, 9]]
+
+
 def test_the_sampler_repeats_some_where_shares_differ():
     with ranks(1, 2):
         sampler = hvd.elastic.ElasticSampler(range(5), shuffle=False)

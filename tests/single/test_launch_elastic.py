@@ -251,6 +251,7 @@ def test_a_process_that_was_given_up_ends():
 
 
 def test_a_rank_does_not_train_for_ever_without_a_launcher(monkeypatch):
+    monkeypatch.setattr(client, "_silent_since", None)  # and again afterwards
     rendezvous = Rendezvous(1, stays=True).start()
     environ = {**rendezvous.environment(), "HVDX_WORLD": "1"}
     rendezvous.put("news", b"1 2")
@@ -262,7 +263,6 @@ def test_a_rank_does_not_train_for_ever_without_a_launcher(monkeypatch):
     time.sleep(0.02)
     with pytest.raises(LaunchError, match=r"has not answered for 0.01 s \(HVDX_TIMEOUT"):
         client.news(environ)
-    monkeypatch.setattr(client, "_silent_since", None)
 
 
 @pytest.mark.parametrize(

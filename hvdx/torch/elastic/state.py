@@ -70,6 +70,9 @@ class ModelStateHandler(StatefulHandler):
         """Give all ranks what rank 0 has."""
         broadcast_parameters(self.value.state_dict(), root_rank=0)
 
+    def reset(self) -> None:
+        """Do nothing: it is what it was, whoever the ranks are."""
+
 
 class OptimizerStateHandler(StatefulHandler):
     """Saves and shares an optimizer's state and options, and what its compression holds back."""
@@ -91,6 +94,9 @@ class OptimizerStateHandler(StatefulHandler):
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
         broadcast_optimizer_state(self.value, root_rank=0)
+
+    def reset(self) -> None:
+        """Do nothing: it is what it was, whoever the ranks are."""
 
     def gather(self) -> None:
         """Bring together what compression holds back; on all ranks."""
