@@ -35,7 +35,7 @@ def values(model):
 WAYS = {
     "plain": {},
     "topk": {"compression": hvd.Compression.topk(0.3, min_elements=1), "eager": True},
-    "servers": {"sync": "parameter_server"},
+    "servers": {"sync": "parameter_server", "eager": True},
     "local": {"compression": hvd.Compression.diloco(3)},
 }
 

@@ -63,18 +63,23 @@ def train(model, optimizer, grads, way="fit", **options):
     """Train on one row of ``grads`` (step, element) per step."""
     if way == "fit":
         model.compile(optimizer, total, **options)
-        model.fit(grads, grads[:, :1], batch_size=1, shuffle=False, verbose=0)
-    else:
-        optimizer.build(model.trainable_variables)
-        apply = lambda gs: optimizer.apply(gs, model.trainable_variables)  # noqa: E731
-        if way == "graph":
-            import tensorflow as tf
+        return go_on(model, grads)
+    optimizer.build(model.trainable_variables)
+    apply = lambda gs: optimizer.apply(gs, model.trainable_variables)  # noqa: E731
+    if way == "graph":
+        import tensorflow as tf
 
-            apply = tf.function(apply)
-        for step in grads:
-            cut = np.split(step, np.cumsum([int(np.prod(s)) for s in SHAPES.values()])[:-1])
-            apply([keras.ops.convert_to_tensor(g.reshape(s))
-                   for g, s in zip(cut, SHAPES.values(), strict=True)])  # fmt: skip
+        apply = tf.function(apply)
+    for step in grads:
+        cut = np.split(step, np.cumsum([int(np.prod(s)) for s in SHAPES.values()])[:-1])
+        apply([keras.ops.convert_to_tensor(g.reshape(s))
+               for g, s in zip(cut, SHAPES.values(), strict=True)])  # fmt: skip
+    return [variable.numpy() for variable in model.trainable_variables]
+
+
+def go_on(model, grads):
+    """Train as ``train`` with ``fit``, without tracing anew."""
+    model.fit(grads, grads[:, :1], batch_size=1, shuffle=False, verbose=0)
     return [variable.numpy() for variable in model.trainable_variables]
 
 
@@ -332,18 +337,17 @@ def test_ranks_that_are_left_bring_what_they_owe(hvd, method):
 
 
 @TWO
-@pytest.mark.parametrize("way", ["fit" if GRAPHS else "eager"])
-def test_the_elastic_state_keeps_what_is_owed(hvd, way):
+def test_the_elastic_state_keeps_what_is_owed(hvd):
     """Through commits, undone steps, and a job that starts anew."""
     grads = gradients(hvd.rank())
     straight = train(given_gradients(), optimizer_with(hvd, "onebit"), grads, "eager")
     model, optimizer = given_gradients(), optimizer_with(hvd, "onebit")
     model.compile(optimizer, total)
     state = hvd.elastic.KerasState(model, optimizer)
-    train(model, optimizer, grads[:2], way)
+    go_on(model, grads[:2])
     state.save()
     before = optimizer.compression_state()
-    train(model, optimizer, grads[:1], way)  # to be undone
+    go_on(model, grads[:1])  # to be undone
     state.restore()
     assert optimizer.compression_state()["step"] == 2
     optimizer._averager.forget()  # as when the job ends
@@ -354,7 +358,7 @@ def test_the_elastic_state_keeps_what_is_owed(hvd, way):
             np.testing.assert_array_equal(after["parameters"][name][path], array)
     state.reset()
     state.sync()
-    ended = train(model, optimizer, grads[2:], way)
+    ended = go_on(model, grads[2:])
     for one, other in zip(straight, ended, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

@@ -105,7 +105,8 @@ def test_ranks_clip_alike_and_show_why_they_wait(shared):
 def _go_on(pipe, data, path):
     """A checkpoint of ranks goes on in one process, and in ranks, as if nothing had happened."""
     following = [float(pipe.step(x, y)) for x, y in data]
-    for place in (["cpu"] * 2, None):
+    places = [["cpu"] * 2, None] if keras.backend.backend() == "torch" else [["cpu"] * 2]
+    for place in places:  # TensorFlow traces each anew; the mesh's test goes on in ranks
         again = models.pipeline(models.made(models.dropped, seed=9), data[0][0], place=place)
         again.load(path)
         for x, _ in data:  # counts the calls that were made meanwhile

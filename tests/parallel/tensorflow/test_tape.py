@@ -33,6 +33,7 @@ def recorded(compute: Any, persistent: bool = False) -> tuple[tf.GradientTape, A
     return tape, target
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_structures_and_missing_gradients(hvd, run, kind):
     make = tf.Variable if kind == "tensorflow" else keras.Variable
@@ -244,7 +245,7 @@ def test_local_sources_that_are_sparse_or_missing(hvd):
     assert grads[1] is None
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(2)
 def test_training_equals_one_process(hvd, run):
     """Two layers, uneven buckets, double precision: N ranks with b rows are one with N * b."""
     random = np.random.default_rng(3)

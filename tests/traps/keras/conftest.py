@@ -29,6 +29,12 @@ def data(hvd: ModuleType) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
+def eager() -> dict[str, bool]:
+    """Options of ``compile`` where a graph, which takes its time to trace, is not the point."""
+    return {"loss": "mse", "run_eagerly": True}
+
+
+@pytest.fixture
 def fit(data: tuple[np.ndarray, np.ndarray]) -> Callable[..., Any]:
     """Train two steps; return the history."""
 

@@ -9,26 +9,26 @@ trap = pytest.mark.trap
 
 
 @trap(1, AttributeError, "has no attribute 'ref'")
-def test_broadcast_callback(hvd, make_model, fit, assert_replicas):
+def test_broadcast_callback(hvd, make_model, fit, eager, assert_replicas):
     model = make_model(seed=hvd.rank())
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.1)), "mse")
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.1)), **eager)
     fit(model, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
     assert_replicas(*model.get_weights())
 
 
 @trap(1, AttributeError, "has no attribute 'constant'")
-def test_metric_average_callback(hvd, make_model, fit, assert_replicas):
+def test_metric_average_callback(hvd, make_model, fit, eager, assert_replicas):
     model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), **eager)
     history = fit(model, callbacks=[hvd.callbacks.MetricAverageCallback()])
     assert_replicas(history.history["loss"])
 
 
 @trap(1, AttributeError, "has no attribute 'get_value'")
 @pytest.mark.parametrize("kind", ["warm-up", "schedule"])
-def test_learning_rate_callbacks(hvd, make_model, fit, kind):
+def test_learning_rate_callbacks(hvd, make_model, fit, eager, kind):
     model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.4)), "mse")
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.4)), **eager)
     if kind == "warm-up":  # from 1/size of the rate to all of it, in two epochs
         callback = hvd.callbacks.LearningRateWarmupCallback(0.4, warmup_epochs=2, steps_per_epoch=2)
     else:

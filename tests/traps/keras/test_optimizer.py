@@ -57,9 +57,9 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(hvd, make_model, assert_r
 
 
 @trap(12, TypeError, "'list' object is not callable")
-def test_a_wrapped_model_is_saved(hvd, make_model, fit, tmp_path):
+def test_a_wrapped_model_is_saved(hvd, make_model, fit, eager, tmp_path):
     model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.1)), "mse")
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.1)), **eager)
     fit(model)
     model.save(tmp_path / "model.keras")
     plain = keras.models.load_model(tmp_path / "model.keras")
