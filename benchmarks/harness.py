@@ -1,8 +1,12 @@
-"""What the benchmarks share: one job for all variants, interleaved; medians; table and JSON."""
+"""What the benchmarks share: one job for all variants, interleaved; medians; table and JSON.
+
+The frameworks are imported by the functions that need them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -10,7 +14,9 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,12 +127,29 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def launch(script: str, ranks: int, arguments: list[str]) -> list[Row]:
     """Run ``script --worker FILE`` on ``ranks`` processes; rank 0 leaves its rows in FILE."""
-    import tempfile
+    command = [sys.executable, "-m", "hvdx", "run", "-np", str(ranks), "--", sys.executable]
+    return _rows_of([*command, script, *arguments])
 
+
+def each_backend(script: str, short: bool) -> list[Row]:
+    """Run ``script`` on one rank with each backend of Keras, on one thread."""
+    rows = []
+    for backend in ("tensorflow", "torch"):
+        os.environ.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3", OMP_NUM_THREADS="1")
+        rows += launch(script, 1, ["--short"] * short)
+    return rows
+
+
+def alone(script: str, arguments: list[str], **variables: str) -> list[Row]:
+    """Run ``script --worker FILE`` in one process that no launcher starts."""
+    return _rows_of([sys.executable, script, *arguments], **variables)
+
+
+def _rows_of(command: list[str], **variables: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "hvdx", "run", "-np", str(ranks), "--", sys.executable]
-        subprocess.run([*command, script, *arguments, "--worker", str(result)], check=True)
+        environ = {**os.environ, **variables}
+        subprocess.run([*command, "--worker", str(result)], check=True, env=environ)
         return load(result)
 
 
@@ -138,3 +161,61 @@ def load(file: Path) -> list[Row]:
 def leave(rows: list[Row], file: str) -> None:
     """Leave ``rows`` for the process that launched this rank."""
     Path(file).write_text(json.dumps([row._asdict() for row in rows]))
+
+
+@contextlib.contextmanager
+def torch_job() -> Iterator[None]:
+    """Start hvdx and ``torch.distributed`` on every rank, on a thread each; end both."""
+    import torch
+    import torch.distributed
+
+    import hvdx as hvd
+
+    torch.set_num_threads(1)
+    hvd.init(framework="torch")
+    rendezvous = hvd.broadcast_object(tempfile.mktemp())
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("HOROVOD_GLOO_IFACE", "lo"))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=hvd.rank(), world_size=hvd.size()
+    )
+    yield
+    hvd.barrier()
+    torch.distributed.destroy_process_group()
+    if hvd.rank() == 0:
+        Path(rendezvous).unlink(missing_ok=True)
+    hvd.shutdown()
+
+
+def slowest(step: Callable[[], object]) -> float:
+    """Return milliseconds of a step that all ranks begin together, on the slowest of them."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    start = time.perf_counter()
+    step()
+    taken = torch.tensor((time.perf_counter() - start) * 1e3)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return float(taken)
+
+
+def one_thread(backend: str) -> None:
+    """Have Keras' backend compute on one thread."""
+    if backend == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    else:
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def verdict(rows: list[Row]) -> None:
+    """Say which bars are met."""
+    judged = [row for row in rows if row.baseline == "bar"]
+    for row in judged:
+        word = "met   " if row.ratio >= 1 else "MISSED"
+        print(f"{word}  {row.case}: {row.metric}: {row.value:.4g} (bar {row.baseline_value:.4g})")
+    print(f"{sum(row.ratio >= 1 for row in judged)} of {len(judged)} bars met")

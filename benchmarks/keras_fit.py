@@ -9,7 +9,6 @@ both variants take a few steps at a time in changing order. The bar: a ratio of 
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 
 import harness
 
-BACKENDS = ("tensorflow", "torch")
 BATCH = 32
 
 
@@ -67,15 +65,7 @@ def work(file: str, short: bool) -> None:
     import hvdx.keras as hvd
 
     backend = keras.backend.backend()
-    if backend == "torch":
-        import torch
-
-        torch.set_num_threads(1)
-    else:
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+    harness.one_thread(backend)
     hvd.init()
     rows: list[harness.Row] = []
     runs, steps = (3, 5) if short else (20, 30)
@@ -95,11 +85,7 @@ def work(file: str, short: bool) -> None:
 
 def measure(short: bool) -> list[harness.Row]:
     """Launch a rank per backend and return all rows."""
-    rows = []
-    for backend in BACKENDS:
-        os.environ.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3")
-        rows += harness.launch(__file__, 1, ["--short"] * short)
-    return rows
+    return harness.each_backend(__file__, short)
 
 
 def main() -> None:

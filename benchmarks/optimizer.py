@@ -12,12 +12,9 @@ changing order. A step is forward, backward, averaging and an SGD update.
 from __future__ import annotations
 
 import functools
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -130,19 +127,10 @@ def stepper(module: nn.Module, optimizer: Any, batch: torch.Tensor, steps: int) 
     return (time.perf_counter() - start) / steps * 1e3
 
 
-def work(file: str, short: bool) -> None:
-    """Measure on one rank; rank 0 leaves the rows."""
-    import torch.distributed
-
+def measure(short: bool) -> list[harness.Row]:
+    """Compare the variants' steps, on every rank."""
     import hvdx as hvd
 
-    torch.set_num_threads(1)
-    hvd.init()
-    rendezvous = hvd.broadcast_object(tempfile.mktemp())
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("HOROVOD_GLOO_IFACE", "lo"))
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=hvd.rank(), world_size=hvd.size()
-    )
     rows: list[harness.Row] = []
     runs, steps = (4, 3) if short else (20, 6)
     for case, (model, batch) in CASES.items():
@@ -162,10 +150,17 @@ def work(file: str, short: bool) -> None:
         waited = made["hvdx"][1].communication_seconds
         if hvd.rank() == 0:
             print(f"{case}: {waited / (runs * steps + 3) * 1e3:.1f} ms a step waiting", flush=True)
-    if hvd.rank() == 0:
-        harness.leave(rows, file)
-        Path(rendezvous).unlink(missing_ok=True)
-    torch.distributed.destroy_process_group()
+    return rows
+
+
+def work(file: str, short: bool) -> None:
+    """Measure on one rank; rank 0 leaves the rows."""
+    import hvdx as hvd
+
+    with harness.torch_job():
+        rows = measure(short)
+        if hvd.rank() == 0:
+            harness.leave(rows, file)
 
 
 def main() -> None:

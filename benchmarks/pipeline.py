@@ -25,12 +25,9 @@ import functools
 import itertools
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -56,19 +53,6 @@ def against_bar(
 def report_only(case: str, metric: str, value: float, runs: int = 1) -> harness.Row:
     """Return a row that is compared with nothing."""
     return harness.Row(case, metric, value, "", value, 1.0, runs, 0.0)
-
-
-def slowest(step: Callable[[], object]) -> float:
-    """Return milliseconds of a step that all ranks begin together, on the slowest of them."""
-    import torch
-    import torch.distributed as dist
-
-    dist.barrier()
-    start = time.perf_counter()
-    step()
-    taken = torch.tensor((time.perf_counter() - start) * 1e3)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken)
 
 
 # --- stages that sleep
@@ -138,8 +122,8 @@ def sleep(seconds: float, bar: float, runs: int) -> Rows:
         pipes[name] = pipe
         for step in (functools.partial(pipe.step, x, x), theirs):
             step()  # torch exchanges shapes in its first step
-        variants[name] = functools.partial(slowest, functools.partial(pipe.step, x, x))
-        variants[f"torch {name}"] = functools.partial(slowest, theirs)
+        variants[name] = functools.partial(harness.slowest, functools.partial(pipe.step, x, x))
+        variants[f"torch {name}"] = functools.partial(harness.slowest, theirs)
     samples = harness.interleave(variants, runs)
     rows = []
     for name in SCHEDULES:
@@ -362,7 +346,7 @@ def compute(runs: int) -> Rows:
 
     def variant(name: str) -> float:
         idle = "process" in name and hvd.rank() > 0
-        return slowest(lambda: None if idle else steps[name](x, x))
+        return harness.slowest(lambda: None if idle else steps[name](x, x))
 
     for name in steps:
         variant(name)
@@ -599,7 +583,7 @@ def plans(runs: int) -> Rows:
     steps = {name: functools.partial(pipe.step, x, y) for name, pipe in made.items()}
     for step in steps.values():
         step()
-    variants = {name: functools.partial(slowest, step) for name, step in steps.items()}
+    variants = {name: functools.partial(harness.slowest, step) for name, step in steps.items()}
     samples = harness.interleave(variants, runs)
     rows, errors = [], []
     for name, pipe in made.items():
@@ -651,26 +635,12 @@ def work(file: str, name: str, runs: int) -> None:
     if part.ranks == 1:
         harness.leave(part.measure(runs), file)
         return
-    import torch
-    import torch.distributed
-
     import hvdx as hvd
 
-    torch.set_num_threads(1)
-    hvd.init(framework="torch")
-    rendezvous = hvd.broadcast_object(tempfile.mktemp())
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("HOROVOD_GLOO_IFACE", "lo"))
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=hvd.rank(), world_size=hvd.size()
-    )
-    rows = part.measure(runs)
-    if hvd.rank() == 0:
-        harness.leave(rows, file)
-    hvd.barrier()
-    torch.distributed.destroy_process_group()
-    if hvd.rank() == 0:
-        Path(rendezvous).unlink(missing_ok=True)
-    hvd.shutdown()
+    with harness.torch_job():
+        rows = part.measure(runs)
+        if hvd.rank() == 0:
+            harness.leave(rows, file)
 
 
 def measure(name: str, runs: int) -> Rows:
@@ -680,23 +650,9 @@ def measure(name: str, runs: int) -> Rows:
     if PARTS[name].ranks > 1:
         rows = harness.launch(__file__, PARTS[name].ranks, told)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "rows.json"
-            command = [sys.executable, __file__, *told, "--worker", str(result)]
-            environ = {**os.environ, "KERAS_BACKEND": "tensorflow"}
-            subprocess.run(command, check=True, env=environ)
-            rows = harness.load(result)
+        rows = harness.alone(__file__, told, KERAS_BACKEND="tensorflow")
     print(f"{name}: {time.monotonic() - start:.0f} s; load {before:.1f} before", flush=True)
     return rows
-
-
-def verdict(rows: Rows) -> None:
-    """Say which bars are met."""
-    judged = [row for row in rows if row.baseline == "bar"]
-    for row in judged:
-        word = "met   " if row.ratio >= 1 else "MISSED"
-        print(f"{word}  {row.case}: {row.metric}: {row.value:.4g} (bar {row.baseline_value:.4g})")
-    print(f"{sum(row.ratio >= 1 for row in judged)} of {len(judged)} bars met")
 
 
 def main() -> int:
@@ -716,7 +672,7 @@ def main() -> int:
         part = PARTS[name]
         rows += measure(name, told.runs or (part.short if told.short else part.runs))
         harness.report(rows, told.json)
-    verdict(rows)
+    harness.verdict(rows)
     return 0
 
 

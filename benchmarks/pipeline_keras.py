@@ -10,7 +10,6 @@ micro-batches, that is what a unit costs, forward, backward and optimizer's part
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -18,7 +17,6 @@ from typing import Any
 
 import harness
 
-BACKENDS = ("tensorflow", "torch")
 UNITS, MICRO_BATCHES, BAR = 24, 4, 700.0
 
 
@@ -102,26 +100,9 @@ def work(file: str, short: bool) -> None:
     import keras
 
     backend = keras.backend.backend()
-    if backend == "torch":
-        import torch
-
-        torch.set_num_threads(1)
-    else:
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+    harness.one_thread(backend)
     rows = overhead(backend, 3 if short else 15) + digits(backend, 1 if short else 3)
     harness.leave(rows, file)
-
-
-def measure(short: bool) -> list[harness.Row]:
-    """Launch a rank per backend and return all rows."""
-    rows = []
-    for backend in BACKENDS:
-        os.environ.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3", OMP_NUM_THREADS="1")
-        rows += harness.launch(__file__, 1, ["--short"] * short)
-    return rows
 
 
 def main() -> None:
@@ -130,7 +111,7 @@ def main() -> None:
     if told.worker:
         work(told.worker, told.short)
     else:
-        harness.report(measure(told.short), told.json)
+        harness.report(harness.each_backend(__file__, told.short), told.json)
 
 
 if __name__ == "__main__":

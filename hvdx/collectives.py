@@ -22,6 +22,7 @@ from hvdx import world
 from hvdx.comm import (
     Allgather,
     Allreduce,
+    Among,
     Owners,
     Rank,
     Ranks,
@@ -203,6 +204,9 @@ def perform(
         return adapter.place(process_set)
     if isinstance(request, Owners):
         return None
+    if isinstance(request, Among):
+        own = request.process_set
+        return perform(adapter, request.request, name=name, process_set=own)
     if isinstance(request, Together):
         if reduction.startswith("grouped"):
             return _perform_group(adapter, request, name, process_set, reduction)

@@ -80,8 +80,19 @@ class Together(NamedTuple):
     requests: tuple[Any, ...]
 
 
+class Among(NamedTuple):
+    """Ask for ``request`` as if there were only these ranks, of which this one is.
+
+    All ranks ask at the same moment, each group its own.
+    """
+
+    ranks: tuple[int, ...]  # places among those that take part, ascending
+    request: Any  # a collective, and no alltoall with splits
+    process_set: Any = None  # which these ranks form for Horovod
+
+
 Request: TypeAlias = (
-    Allreduce | Allgather | Alltoall | Reducescatter | Rank | Ranks | Owners | Together
+    Allreduce | Allgather | Alltoall | Reducescatter | Rank | Ranks | Owners | Among | Together
 )
 Result = TypeVar("Result")
 Work: TypeAlias = Generator[Request, Any, Result]
@@ -133,6 +144,8 @@ def operations(request: Any) -> Iterator[Any]:
     if isinstance(request, Together):
         for each in request.requests:
             yield from operations(each)
+    elif isinstance(request, Among):
+        yield request.request
     elif not isinstance(request, FACTS):
         yield request
 
@@ -196,8 +209,10 @@ def _merged(requests: list[Any], ops: Any, rank: int | None, ranks: int) -> Work
     """Ask for all of these in as few requests as possible; return their answers in order."""
     groups: dict[Any, list[int]] = {}
     for index, request in enumerate(requests):
-        uneven, operator = _uneven(request), getattr(request, "op", None)
-        key = type(request), operator, uneven, ops.dtype(request.tensor)
+        among = request.ranks if isinstance(request, Among) else None
+        one = request if among is None else request.request
+        operator = getattr(one, "op", None)
+        key = among, type(one), operator, _uneven(one), ops.dtype(one.tensor)
         groups.setdefault(key, []).append(index)
     whole = tuple(_joined([requests[i] for i in group], ops, ranks) for group in groups.values())
     received = (yield Together(whole)) if len(whole) > 1 else [(yield whole[0])]
@@ -214,6 +229,9 @@ def _joined(requests: list[Any], ops: Any, ranks: int) -> Any:
     first = requests[0]
     if len(requests) == 1:
         return first
+    if isinstance(first, Among):
+        inner = _joined([each.request for each in requests], ops, len(first.ranks))
+        return first._replace(request=inner)
     if _uneven(first):
         return _joined_unevenly(requests, ops)
     rows = ranks if isinstance(first, Alltoall) else 1
@@ -240,6 +258,9 @@ def _parted(requests: list[Any], answer: Any, ops: Any, rank: int | None, ranks:
     """Cut the answer to :func:`_joined` into those to each request."""
     if len(requests) == 1:
         return [answer]
+    if isinstance(requests[0], Among):
+        inner = [each.request for each in requests]
+        return _parted(inner, answer, ops, None, len(requests[0].ranks))
     if _uneven(requests[0]):
         own = [request.splits[rank] for request in requests]
         rows = ops.reshape(answer, (ranks, sum(own)))
@@ -303,6 +324,8 @@ def answer_in_memory(requests: Sequence[Any]) -> list[Any]:
     if isinstance(first, Together):
         rounds = zip(*(r.requests for r in requests), strict=True)
         return [list(each) for each in zip(*map(answer_in_memory, rounds), strict=True)]
+    if isinstance(first, Among):
+        return _among_in_memory(requests)
     tensors = [np.asarray(r.tensor) for r in requests]
     told = {(r[1:], t.dtype, t.shape[not isinstance(first, Allreduce) :]) for r, t in
             zip(requests, tensors, strict=True)}  # fmt: skip
@@ -325,3 +348,15 @@ def answer_in_memory(requests: Sequence[Any]) -> list[Any]:
     }
     mean: Any = fold[first.op]()
     return [mean] * ranks
+
+
+def _among_in_memory(requests: Sequence[Among]) -> list[Any]:
+    answers: list[Any] = [None] * len(requests)
+    for group in {request.ranks for request in requests}:
+        asking = tuple(rank for rank, each in enumerate(requests) if each.ranks == group)
+        if asking != group:
+            raise AssertionError(f"ranks {asking} ask among {group}")
+        own = answer_in_memory([requests[rank].request for rank in group])
+        for rank, answer in zip(group, own, strict=True):
+            answers[rank] = answer
+    return answers

@@ -77,9 +77,16 @@ def checked_servers(sync: Any, servers: Any, ranks: Sequence[int]) -> tuple[int,
 def refuse_measuring(compressor: Compressor) -> None:
     """Refuse a compressor that measures what an allreduce takes, since none takes place.
 
+    And one that is hierarchical: owners are ranks, not hosts.
+
     Raises:
         ValueError: it is such a one.
     """
+    if compressor.sharers != 1:
+        raise ValueError(
+            f"sync='parameter_server' with compression={compressor}: parts of parameters belong to "
+            "ranks, not to hosts; name a method alone, such as hvd.Compression.int8()"
+        )
     if compressor.prepare is not None:
         raise ValueError(
             f"sync='parameter_server' with compression={compressor}: it chooses by the time that "

@@ -550,7 +550,12 @@ class Averager(abc.ABC):
         """Make the states of parameters, of what waits for them on any rank."""
         place, ranks = self.origin
         self.states.origin = place, ranks
-        if not in_order(origins):
+        carries = not in_order(origins)
+        if any(compressor.sharers > 1 for _, compressor, _ in parameters):
+            fits = self.states.fits(parameters)
+            found = self.adapter.allgather_object(fits, f"{prefix}.hosts", self.options.process_set)
+            carries |= not all(found)
+        if carries:
             if place == 0:
                 warn_of_lost(origins)
             answer = functools.partial(

@@ -20,6 +20,7 @@ from hvdx.compression.portable import (
     moved,
     pooled,
     restored,
+    shared_alike,
     shares,
 )
 from hvdx.compression.state import Leaf, leaves
@@ -104,6 +105,15 @@ class States:
         for (spec, *_), state in zip(parameters, found, strict=True):
             if own := leaves(state):
                 self._loaded[spec.name] = own
+
+    def fits(self, parameters: Sequence[tuple[Spec, Compressor, str]]) -> bool:
+        """Tell whether what waits for parameters is right for hosts as they are now."""
+        if self.left in (None, PORTABLE):
+            return True
+        return all(
+            shared_alike(compressor.init(self.ops, spec), self._loaded.get(spec.name, ()))
+            for spec, compressor, _ in parameters
+        )
 
     def meet(self, spec: Spec, compressor: Compressor, device: str) -> None:
         """Make the first state of a parameter that has none yet, or take the one loaded."""

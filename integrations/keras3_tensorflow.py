@@ -22,7 +22,7 @@ from hvdx.frameworks import Adapter
 from hvdx.integrations.keras3 import averaging
 from hvdx.integrations.keras3_averager import Averager, Bucket, Layout, Options, Rows
 from hvdx.integrations.keras3_state import Kept, States
-from hvdx.integrations.tensorflow2 import refuse_xla
+from hvdx.integrations.tensorflow_operations import refuse_xla
 from hvdx.ops import Ops, TensorFlowOps
 from hvdx.reduce_op import ReduceOp
 

@@ -144,6 +144,17 @@ def number(sets: list[Any]) -> None:
             ) from None
 
 
+def known(adapter: Adapter) -> dict[tuple[int, ...], Any]:
+    """Return the sets that the core of ``adapter`` knows, but that of all ranks, by their ranks."""
+    found = {}
+    with asking(adapter):
+        for ranks in horovod_sets._basics._get_process_set_ids_and_ranks().values():
+            if len(ranks) < adapter.ranks(None):
+                number([own := horovod_sets.ProcessSet(list(ranks))])
+                found[tuple(ranks)] = own
+    return found
+
+
 @contextlib.contextmanager
 def asking(adapter: Adapter) -> Iterator[None]:
     """:func:`point_at` a core for a while."""

@@ -16,6 +16,7 @@ from hvdx.comm import (
     Allgather,
     Allreduce,
     Alltoall,
+    Among,
     Owners,
     Rank,
     Ranks,
@@ -24,7 +25,6 @@ from hvdx.comm import (
     Together,
     Work,
 )
-from hvdx.errors import MismatchError
 from hvdx.frameworks import Adapter
 from hvdx.mismatch import explain, is_mismatch
 from hvdx.reduce_op import ReduceOp
@@ -115,7 +115,6 @@ class Flight:
         self._work = work
         self._name = name
         self._process_set = world.own_set(adapter.framework, process_set)
-        self._set = self._process_set or adapter.horovod.global_process_set
         self._collect: Callable[[], Any] | None = None
         self._handles: list[int] = []
         self._resume(None)
@@ -147,7 +146,7 @@ class Flight:
         else:
             self._handles = []
             with waiting("reduction", self._name):  # Horovod may have been stopped meanwhile
-                self._collect = self._submit(request, self._name)
+                self._collect = self._submit(request, self._name, self._process_set)
 
     def _place(self, request: Rank | Ranks | Owners) -> int | None:
         if isinstance(request, Owners):
@@ -155,19 +154,22 @@ class Flight:
         asked = self._adapter.ranks if isinstance(request, Ranks) else self._adapter.place
         return asked(self._process_set)
 
-    def _submit(self, request: Request, name: str) -> Callable[[], Any]:
-        """Start ``request``; the function returned waits for its answer."""
+    def _submit(self, request: Request, name: str, among: Any) -> Callable[[], Any]:
+        """Start ``request`` among ranks; the function returned waits for its answer."""
         if isinstance(request, FACTS):
             return lambda: self._place(request)
         if isinstance(request, Together):
             parts = [
-                self._submit(each, f"{name}/{index}") for index, each in enumerate(request.requests)
+                self._submit(each, f"{name}/{index}", among)
+                for index, each in enumerate(request.requests)
             ]
             return lambda: [part() for part in parts]
+        if isinstance(request, Among):
+            return self._submit(request.request, name, request.process_set)
         name = f"{name}/{request.phase}"
         if isinstance(request, Allreduce):
-            return self._submit_allreduce(request, name)
-        options: dict[str, Any] = {"name": name, "process_set": self._set}
+            return self._submit_allreduce(request, name, among)
+        options: dict[str, Any] = {"name": name, "process_set": self._known(among)}
         if isinstance(request, Allgather):
             start = self._horovod.allgather_async
         elif isinstance(request, Reducescatter):
@@ -178,46 +180,51 @@ class Flight:
                 options["splits"] = torch.tensor(request.splits, dtype=torch.int32)
         handle = start(request.tensor, **options)
         operation = type(request).__name__.lower()
-        self._count(operation, request.tensor)
-        collect = self._waiting(handle, request.tensor, name, operation)
+        self._count(operation, request.tensor, among)
+        collect = self._waiting(handle, request.tensor, name, among, operation)
         if isinstance(request, Alltoall):  # Horovod tells besides how much came from each rank
             return lambda: collect()[0]
         return collect
 
-    def _submit_allreduce(self, request: Allreduce, name: str) -> Callable[[], Any]:
+    def _known(self, among: Any) -> Any:
+        return among or self._horovod.global_process_set
+
+    def _submit_allreduce(self, request: Allreduce, name: str, among: Any) -> Callable[[], Any]:
         tensor, op, before = request.tensor, int(request.op), 1.0
-        options = {"name": name, "process_set": self._set}
+        options = {"name": name, "process_set": self._known(among)}
         if tensor.dtype not in _SUMMABLE and op == ReduceOp.Average:
             # Halves are divided before they are summed: a sum overflows long before a mean.
-            op, before = int(ReduceOp.Sum), 1.0 / self._adapter.ranks(self._process_set)
+            op, before = int(ReduceOp.Sum), 1.0 / self._adapter.ranks(among)
         if tensor.dtype == torch.bfloat16:  # no Horovod type; summed in float32
             wide = tensor.float()
             handle = self._horovod.allreduce_async_(wide, op=op, prescale_factor=before, **options)
-            self._count("allreduce", wide)
-            collect = self._waiting(handle, wide, name)
+            self._count("allreduce", wide, among)
+            collect = self._waiting(handle, wide, name, among)
             return lambda: tensor.copy_(collect()) if request.in_place else collect().bfloat16()
         call = self._horovod.allreduce_async_ if request.in_place else self._horovod.allreduce_async
         handle = call(tensor, op=op, prescale_factor=before, **options)
-        self._count("allreduce", tensor)
-        return self._waiting(handle, tensor, name)
+        self._count("allreduce", tensor, among)
+        return self._waiting(handle, tensor, name, among)
 
-    def _count(self, operation: str, tensor: torch.Tensor) -> None:
-        self._adapter.count(operation, tensor, self._adapter.ranks(self._process_set))
+    def _count(self, operation: str, tensor: torch.Tensor, among: Any) -> None:
+        self._adapter.count(operation, tensor, self._adapter.ranks(among))
 
     def _waiting(
-        self, handle: int, tensor: torch.Tensor, name: str, operation: str = "allreduce"
+        self,
+        handle: int,
+        tensor: torch.Tensor,
+        name: str,
+        among: Any,
+        operation: str = "allreduce",
     ) -> Callable[[], Any]:
         self._handles.append(handle)
 
         def collect() -> Any:
             try:
-                return wait(self._horovod, handle, name, operation, tensor, self._process_set)
+                return wait(self._horovod, handle, name, operation, tensor, among)
             except RuntimeError as error:
                 if not is_mismatch(error):
                     raise
-                raise self._explained(name, tensor) from None
+                raise explain(self._adapter, "reduction", name, [tensor], among) from None
 
         return collect
-
-    def _explained(self, name: str, tensor: torch.Tensor) -> MismatchError:
-        return explain(self._adapter, "reduction", name, [tensor], self._process_set)

@@ -18,6 +18,7 @@ from hvdx.compression.portable import (
     in_order,
     pooled,
     restored,
+    shared_alike,
     shares,
     warn_of_lost,
 )
@@ -131,7 +132,12 @@ class Kept:
     def _agreed(self, made: dict[str, Any]) -> dict[str, Any]:
         """Return ``made``, with what waits in it if that does not fit ranks as they are now."""
         assert self._adapter is not None
-        fits = all(_fits(made[name], held) for name, held in self._waiting.items() if name in made)
+        alike = self._origin == PORTABLE
+        fits = all(
+            _fits(made[name], held) and (alike or shared_alike(made[name], held))
+            for name, held in self._waiting.items()
+            if name in made
+        )
         told = (self._origin, self.steps, self._loaded, fits)
         everyone = self._adapter.allgather_object(told, f"{self._name}.states", self._process_set)
         loaded = {rank: steps for rank, (_, steps, own, _) in enumerate(everyone) if own}

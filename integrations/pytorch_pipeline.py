@@ -43,9 +43,10 @@ from hvdx.integrations.pytorch_profile import profiled, update_seconds
 from hvdx.integrations.pytorch_stages import Batch, TorchStage, usable_device
 from hvdx.integrations.pytorch_sync_batch_norm import SyncBatchNorm
 from hvdx.pipeline import ir
-from hvdx.pipeline.base import Told, check_options, rows_of, settled
 from hvdx.pipeline.channel import Key
+from hvdx.pipeline.connect import over_zmq
 from hvdx.pipeline.moves import MovingPipeline
+from hvdx.pipeline.options import Told, check_options, rows_of, settled
 from hvdx.pipeline.plan import Plan
 from hvdx.pipeline.post import PostChannel
 from hvdx.pipeline.rebalance import Rebalance
@@ -317,7 +318,7 @@ class Pipeline(MovingPipeline):
         if self._carrier == "nccl":
             check_gpus(self._home, self._core, next_name("pipeline"))
         options = {"backend": self._carrier, "device": self._home}
-        return self._over_zmq(DistributedChannel, place, **options)
+        return over_zmq(DistributedChannel, self._core, self._codec, self._rank, place, **options)
 
     @property
     def _home(self) -> torch.device:

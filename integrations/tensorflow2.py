@@ -3,99 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
-from tensorflow.python.ops import control_flow_util, resource_variable_ops
+from tensorflow.python.ops import resource_variable_ops
 
-from hvdx import world
 from hvdx.collectives import perform
 from hvdx.comm import Work, drive, sent_share
 from hvdx.compression import Spec
 from hvdx.compression.codecs import Codec
 from hvdx.compression.rows import gather_rows, row_codec
-from hvdx.errors import MismatchError
-from hvdx.integrations.tensorflow_watch import in_graph
-from hvdx.mismatch import explain, is_mismatch
+from hvdx.integrations.tensorflow_operations import differentiable, explained, operation
+from hvdx.integrations.tensorflow_types import (
+    as_splits,
+    by_dtype,
+    movable,
+    reducible,
+    restored,
+    scatterable,
+    times,
+)
+from hvdx.integrations.tensorflow_variables import broadcast_bytes, broadcast_in_graph
 from hvdx.objects import pickled, unpickled
 from hvdx.ops import ops_for
 from hvdx.reduce_op import ReduceOp
-from hvdx.watchdog import waiting, watched
-
-#: What Horovod reduces; all else is summed in float32 or refused.
-_REDUCIBLE = frozenset({tf.float32, tf.float64, tf.float16, tf.int32, tf.int64, tf.uint8, tf.int8})
-_SCATTERABLE = _REDUCIBLE - {tf.uint8, tf.int8}  # what its reducescatter takes
-_MOVABLE = _REDUCIBLE | {tf.uint16, tf.int16, tf.bool}
-_SAME_WIDTH = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
-_BROADCAST_BYTES = 64 << 20  # parameters travel in pieces of this size
-
-Call = TypeVar("Call", bound=Callable[..., Any])
-
-#: Whether TensorFlow's name scopes are part of an operation's name, as the caller decided.
-_scopes_kept: contextvars.ContextVar[bool | None] = contextvars.ContextVar("scopes", default=None)
-
-
-class TensorFlowMismatchError(MismatchError, tf.errors.FailedPreconditionError):
-    """Also what Horovod raises here, for scripts that catch TensorFlow's class."""
-
-    def __init__(self, message: str) -> None:
-        tf.errors.FailedPreconditionError.__init__(self, None, None, message)
-
-
-@contextlib.contextmanager
-def name_scopes(kept: bool) -> Iterator[None]:
-    """Decide for the operations within whether name scopes are part of their names.
-
-    Otherwise they are of unnamed operations only: an explicit name is the same in all graphs.
-    """
-    token = _scopes_kept.set(kept)
-    try:
-        yield
-    finally:
-        _scopes_kept.reset(token)
-
-
-def refuse_xla() -> None:
-    """Say at once what XLA would say late and in its own terms."""
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        raise ValueError(
-            "XLA cannot compile Horovod's operations, and this function is being compiled by it: "
-            "use tf.function(jit_compile=False), with Keras model.compile(..., jit_compile=False), "
-            "or hvd.callbacks.BroadcastGlobalVariablesCallback(0), which turns it off"
-        )
-
-
-def _explained(call: Call) -> Call:
-    """Say on every rank what each submitted, where Horovod only says that they differ.
-
-    Works for eager calls; inside a ``tf.function`` Horovod's own message surfaces, with the
-    name of the graph's node.
-    """
-
-    @tf.autograph.experimental.do_not_convert
-    @functools.wraps(call)
-    def checked(self: TensorFlowAdapter, tensors: Any, **options: Any) -> Any:
-        if not tf.executing_eagerly():
-            refuse_xla()
-        about = call.__name__, options["name"], tensors, options["process_set"]
-        try:
-            with waiting(*about):
-                return in_graph(functools.partial(call, self, tensors, **options), *about)
-        except tf.errors.OpError as error:
-            if not is_mismatch(error) or isinstance(error, MismatchError):
-                raise
-            given = list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
-            told = explain(self, call.__name__, options["name"], given, options["process_set"])
-            raise TensorFlowMismatchError(str(told)) from None
-
-    return checked  # type: ignore[return-value]
+from hvdx.watchdog import watched
 
 
 class TensorFlowAdapter:
@@ -117,7 +55,7 @@ class TensorFlowAdapter:
         self._sent = 0.0  # eagerly
         self._sent_in_graphs: Any = None
 
-    @_explained
+    @explained
     def allreduce(
         self,
         tensor: Any,
@@ -139,13 +77,13 @@ class TensorFlowAdapter:
             return self._allreduce_slices(
                 tensor, ReduceOp(op), name, prescale_factor * postscale_factor, process_set
             )
-        sent = _reducible(tensor)
+        sent = reducible(tensor)
         before, after, options = self._reduction(
             sent.dtype, op, prescale_factor, postscale_factor, process_set
         )
-        with _operation("Allreduce", name, [_scaled(sent, before)]) as ([sent], named):
+        with operation("Allreduce", name, [times(sent, before)]) as ([sent], named):
             result = mpi_ops._allreduce(sent, **named, **options)
-        return tf.cast(_scaled(result, after), tensor.dtype)
+        return tf.cast(times(result, after), tensor.dtype)
 
     def reduce_rows(
         self,
@@ -189,7 +127,7 @@ class TensorFlowAdapter:
             )
         if op is ReduceOp.Average:
             values = values / tf.cast(self.size_in_graph(process_set), values.dtype)
-        return tf.IndexedSlices(_scaled(values, factor), indices, slices.dense_shape)
+        return tf.IndexedSlices(times(values, factor), indices, slices.dense_shape)
 
     def _reduction(
         self, dtype: Any, op: int, before: float, after: float, process_set: Any
@@ -236,7 +174,7 @@ class TensorFlowAdapter:
                 "(see `hvdx doctor`) and launch with --mpi, or use op=hvd.Average"
             )
 
-    @_explained
+    @explained
     def grouped_allreduce(
         self,
         tensors: Sequence[Any],
@@ -263,47 +201,47 @@ class TensorFlowAdapter:
             before, after, options = self._reduction(
                 sent[0].dtype, op, prescale_factor, postscale_factor, process_set
             )
-            scaled = [_scaled(each, before) for each in sent]
-            with _operation("GroupedAllreduce", name, scaled) as (given, named):
+            scaled = [times(each, before) for each in sent]
+            with operation("GroupedAllreduce", name, scaled) as (given, named):
                 results = mpi_ops._grouped_allreduce(given, **named, **options)
-            return [_scaled(result, after) for result in results]
+            return [times(result, after) for result in results]
 
-        return _by_dtype(tensors, _reducible, reduce, tf.cast, name)
+        return by_dtype(tensors, reducible, reduce, tf.cast, name)
 
-    @_explained
+    @explained
     def allgather(self, tensor: Any, *, name: str | None, process_set: Any) -> Any:
         """Gather along the first dimension."""
 
         def gather(x: Any) -> Any:
-            with _operation("Allgather", name, [_movable(x)]) as ([sent], named):
+            with operation("Allgather", name, [movable(x)]) as ([sent], named):
                 result = mpi_ops.allgather(sent, process_set=process_set or self._everyone, **named)
-            return _restored(result, x.dtype)
+            return restored(result, x.dtype)
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
             return self._own_rows(grads, xs, process_set)
 
-        return _differentiable(gather, back, tensor)
+        return differentiable(gather, back, tensor)
 
-    @_explained
+    @explained
     def grouped_allgather(
         self, tensors: Sequence[Any], *, name: str | None, process_set: Any
     ) -> list[Any]:
         """Gather several tensors as one operation per dtype."""
 
         def send(sent: list[Any], name: str | None) -> list[Any]:
-            with _operation("GroupedAllgather", name, sent) as (given, named):
+            with operation("GroupedAllgather", name, sent) as (given, named):
                 results: list[Any] = mpi_ops.grouped_allgather(
                     given, process_set=process_set or self._everyone, **named
                 )
             return results
 
         def gather(*xs: Any) -> list[Any]:
-            return _by_dtype(xs, _movable, send, _restored, name)
+            return by_dtype(xs, movable, send, restored, name)
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
             return self._own_rows(grads, xs, process_set)
 
-        return list(_differentiable(gather, back, *tensors))
+        return list(differentiable(gather, back, *tensors))
 
     def _own_rows(self, grads: Sequence[Any], xs: Sequence[Any], process_set: Any) -> list[Any]:
         """Return the mean over the ranks of those rows of each gradient that came from here."""
@@ -330,16 +268,16 @@ class TensorFlowAdapter:
             process_set=process_set,
         )
 
-    @_explained
+    @explained
     def broadcast(self, tensor: Any, *, root_rank: int, name: str | None, process_set: Any) -> Any:
         """Return the root's tensor."""
 
         def send(x: Any) -> Any:
-            with _operation("Broadcast", name, [_movable(x)]) as ([sent], named):
+            with operation("Broadcast", name, [movable(x)]) as ([sent], named):
                 result = mpi_ops.broadcast(
                     sent, root_rank, process_set=process_set or self._everyone, **named
                 )
-            return _restored(result, x.dtype)
+            return restored(result, x.dtype)
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
             mean = self._mean(grads[0], process_set)
@@ -348,21 +286,21 @@ class TensorFlowAdapter:
             # Not a constant: a graph would drop the allreduce, and the root would wait for it.
             return [tf.math.multiply_no_nan(mean, tf.zeros([], mean.dtype))]
 
-        return _differentiable(send, back, tensor)
+        return differentiable(send, back, tensor)
 
-    @_explained
+    @explained
     def alltoall(self, tensor: Any, *, splits: Any, name: str | None, process_set: Any) -> Any:
         """Exchange slices of the first dimension."""
         given = splits is not None
-        splits = _splits(splits) if given else tf.constant([], tf.int32)
+        splits = as_splits(splits) if given else tf.constant([], tf.int32)
 
         def exchange(x: Any) -> tuple[Any, Any]:
             # Splits are always given, so that received ones come back.
-            with _operation("Alltoall", name, [_movable(x)]) as ([sent], named):
+            with operation("Alltoall", name, [movable(x)]) as ([sent], named):
                 result, received = mpi_ops.alltoall(
                     sent, splits, process_set=process_set or self._everyone, **named
                 )
-            return _restored(result, x.dtype), received
+            return restored(result, x.dtype), received
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
             (x,), received = xs, results[1]
@@ -371,10 +309,10 @@ class TensorFlowAdapter:
             padding = [[0, unsent], *[[0, 0]] * (len(x.shape) - 1)]
             return [tf.ensure_shape(tf.pad(own, padding), x.shape)]
 
-        result, received = _differentiable(exchange, back, tensor)
+        result, received = differentiable(exchange, back, tensor)
         return (result, received) if given else result
 
-    @_explained
+    @explained
     def reducescatter(
         self,
         tensor: Any,
@@ -388,7 +326,7 @@ class TensorFlowAdapter:
         """Reduce and keep this rank's slice."""
         return self._scatter([tensor], op, name, prescale_factor, postscale_factor, process_set)[0]
 
-    @_explained
+    @explained
     def grouped_reducescatter(
         self,
         tensors: Sequence[Any],
@@ -413,17 +351,17 @@ class TensorFlowAdapter:
     ) -> list[Any]:
         def send(sent: list[Any], name: str | None) -> list[Any]:
             first, last, options = self._reduction(sent[0].dtype, op, before, after, process_set)
-            sent = [_scaled(each, first) for each in sent]
+            sent = [times(each, first) for each in sent]
             if len(sent) == 1:
-                with _operation("Reducescatter", name, sent) as ([own], named):
+                with operation("Reducescatter", name, sent) as ([own], named):
                     results = [mpi_ops._reducescatter(own, **named, **options)]
             else:
-                with _operation("GroupedReducescatter", name, sent) as (given, named):
+                with operation("GroupedReducescatter", name, sent) as (given, named):
                     results = mpi_ops._grouped_reducescatter(given, **named, **options)
-            return [_scaled(result, last) for result in results]
+            return [times(result, last) for result in results]
 
         def scatter(*xs: Any) -> list[Any]:
-            return _by_dtype(xs, _scatterable, send, tf.cast, name)
+            return by_dtype(xs, scatterable, send, tf.cast, name)
 
         def back(grads: Any, xs: Any, results: Any) -> list[Any]:
             factor = before * after * (self.ranks(process_set) if op == ReduceOp.Sum else 1)
@@ -432,11 +370,11 @@ class TensorFlowAdapter:
             ]
             gathered = self.grouped_allgather(grads, name=None, process_set=process_set)
             return [
-                tf.ensure_shape(_scaled(each, factor), x.shape) if x.dtype.is_floating else None
+                tf.ensure_shape(times(each, factor), x.shape) if x.dtype.is_floating else None
                 for each, x in zip(gathered, xs, strict=True)
             ]
 
-        return list(_differentiable(scatter, back, *tensors))
+        return list(differentiable(scatter, back, *tensors))
 
     @watched
     def barrier(self, process_set: Any) -> None:
@@ -549,48 +487,14 @@ class TensorFlowAdapter:
         texts = [v for v in tensors.values() if v.dtype == tf.string]
         others = [v for v in tensors.values() if v.dtype != tf.string]
         if tf.executing_eagerly():
-            self._broadcast_bytes(others, root_rank, name, process_set)
+            broadcast_bytes(self, others, root_rank, name, process_set)
         else:
-            self._broadcast_in_graph(others, root_rank, name, process_set)
+            broadcast_in_graph(self, others, root_rank, name, process_set)
         for index, variable in enumerate(texts):
             with tf.init_scope():
                 value = variable.numpy()
                 value = self.broadcast_object(value, root_rank, f"{name}.text.{index}", process_set)
             variable.assign(value)
-
-    def _broadcast_bytes(
-        self, variables: Sequence[Any], root_rank: int, name: str, process_set: Any
-    ) -> None:
-        for index, piece in enumerate(_pieces(variables)):
-            arrays = [np.asarray(variable.numpy(), order="C") for variable in piece]
-            flat = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
-            result = self.broadcast(
-                tf.constant(flat),
-                root_rank=root_rank,
-                name=f"{name}.{index}",
-                process_set=process_set,
-            ).numpy()
-            ends = np.cumsum([array.nbytes for array in arrays])
-            for variable, array, end in zip(piece, arrays, ends, strict=True):
-                part = result[end - array.nbytes : end].copy().view(array.dtype)
-                variable.assign(part.reshape(array.shape))
-
-    def _broadcast_in_graph(
-        self, variables: Sequence[Any], root_rank: int, name: str, process_set: Any
-    ) -> None:
-        """Have the graph that is being traced do it, each time that it runs."""
-        for dtype in dict.fromkeys(variable.dtype for variable in variables):
-            alike = [variable for variable in variables if variable.dtype == dtype]
-            for index, piece in enumerate(_pieces(alike)):
-                flat = self.broadcast(
-                    tf.concat([tf.reshape(variable, [-1]) for variable in piece], 0),
-                    root_rank=root_rank,
-                    name=f"{name}.{dtype.name}.{index}",
-                    process_set=process_set,
-                )
-                parts = tf.split(flat, [int(np.prod(variable.shape)) for variable in piece])
-                for variable, part in zip(piece, parts, strict=True):
-                    variable.assign(tf.reshape(part, variable.shape))
 
     def broadcast_optimizer(self, optimizer: Any, root_rank: int, process_set: Any) -> None:
         """Refuse: TensorFlow's optimizers are Keras's, which broadcast as variables."""
@@ -661,147 +565,9 @@ class TensorFlowAdapter:
         return str(tensor.dtype.name)
 
 
-def broadcast_in_place(
-    variables: Sequence[Any], root_rank: int, name: str | None, process_set: Any
-) -> list[Any]:
-    """Overwrite ``tf.Variable``s with the root's as one operation; see ``hvd.broadcast_``."""
-    everyone = world.own_set("tensorflow", process_set) or mpi_ops.global_process_set
-    if not tf.executing_eagerly():
-        refuse_xla()
-    if not all(resource_variable_ops.is_resource_variable(variable) for variable in variables):
-        return mpi_ops.broadcast_(variables, root_rank, name, everyone)
-    easy = [variable for variable in variables if variable.dtype in _MOVABLE]
-    done = []
-    if easy:
-        operation = mpi_ops.MPI_LIB.horovod_broadcast_inplace_resource(
-            [variable.handle for variable in easy],
-            # By place: names of variables need not be unique.
-            variable_names=[f"{place}.{variable.name}" for place, variable in enumerate(easy)],
-            name=name and name.replace("/", "."),
-            root_rank=root_rank,
-            process_set_id=everyone.process_set_id,
-        )
-        done = [] if operation is None else [operation]
-    for place, variable in enumerate(variables):
-        if variable.dtype not in _MOVABLE:
-            value = mpi_ops.broadcast(
-                _movable(tf.convert_to_tensor(variable)),
-                root_rank,
-                name=name and f"{name}.{place}",
-                process_set=everyone,
-            )
-            variable.assign(_restored(value, variable.dtype))
-    with tf.control_dependencies(done):
-        return [variable.read_value() for variable in variables]
-
-
 def elastic() -> bool:
     """Tell whether ranks may come and go."""
     return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
-
-
-@contextlib.contextmanager
-def _operation(
-    kind: str, name: str | None, tensors: Sequence[Any]
-) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Prepare one of Horovod's operations: its tensors, and its arguments for the name.
-
-    TensorFlow's optimisers of graphs know of no side effect of Horovod's operations. On a rank
-    whose tensors happen to be constants they would carry them out once and for all, and merge
-    those that look alike, while the other ranks wait for them in every step. See :func:`_fresh`.
-
-    A name goes without slashes: where scopes are left out, Horovod takes what follows the last.
-    """
-    kept = _scopes_kept.get()
-    named = {"name": name, "ignore_name_scope": name is not None if kept is None else not kept}
-    if tf.executing_eagerly():
-        yield list(tensors), named
-        return
-    if name is None:  # as Horovod does
-        name = "_".join(dict.fromkeys([tensors[0].name, tensors[-1].name]))
-        name = mpi_ops._normalize_name(f"Horovod{kind}_{name}")
-    named["name"] = name.replace("/", ".")
-    yield [_fresh(tensor) for tensor in tensors], named
-
-
-def _fresh(tensor: Any) -> Any:
-    """Return ``tensor``, uncopied, as something that a graph's optimisers cannot foresee."""
-    with tf.device("CPU:0"):  # of a shape that ends in as many ones as a die with one side shows
-        zero = tf.raw_ops.RandomUniformInt(
-            shape=tf.constant([1]), minval=tf.constant(0), maxval=tf.constant(1), seed=1, seed2=1
-        )
-        shape = tf.concat([tf.shape(tensor), tf.fill(zero, 1)], 0)
-    fresh = tf.reshape(tensor, shape)
-    fresh.set_shape(tensor.shape)
-    return fresh
-
-
-def _differentiable(call: Callable[..., Any], back: Callable[..., list[Any]], *given: Any) -> Any:
-    """Return ``call(*tensors)``, whose gradients are those that ``back`` returns.
-
-    Args:
-        call: returns a tensor, or a list or tuple of them.
-        back: called with the lists of the results' gradients, the tensors and the results.
-        *given: tensors, or what can be converted to them.
-    """
-    tensors = [tf.convert_to_tensor(each) for each in given]
-    if not any(tensor.dtype.is_floating for tensor in tensors):
-        return call(*tensors)
-
-    @tf.custom_gradient
-    def run(*xs: Any) -> Any:
-        results = call(*xs)
-        return results, lambda *grads: back(grads, xs, tf.nest.flatten(results))
-
-    return run(*tensors)
-
-
-def _by_dtype(
-    tensors: Sequence[Any],
-    enter: Callable[[Any], Any],
-    call: Callable[[list[Any], str | None], list[Any]],
-    leave: Callable[[Any, Any], Any],
-    name: str | None,
-) -> list[Any]:
-    """Make one grouped ``call`` for each dtype among ``tensors``, since Horovod takes but one.
-
-    ``enter(tensor)`` and ``leave(result, dtype)`` convert. Slices make a group of their own.
-    """
-    sent = [enter(tensor) for tensor in tensors]
-    kinds = [
-        "sparse" if isinstance(each, tf.IndexedSlices) else str(each.dtype.name) for each in sent
-    ]
-    results: list[Any] = [None] * len(sent)
-    for kind in dict.fromkeys(kinds):
-        places = [place for place, other in enumerate(kinds) if other == kind]
-        own = name and f"{name}.{kind}" if len(places) < len(kinds) else name
-        for place, result in zip(places, call([sent[p] for p in places], own), strict=True):
-            results[place] = leave(result, tensors[place].dtype)
-    return results
-
-
-def _scaled(tensor: Any, factor: float) -> Any:
-    if factor == 1.0:
-        return tensor
-    return tensor * tf.cast(tf.constant(factor, tf.float64), tensor.dtype)
-
-
-def _splits(splits: Any) -> Any:
-    """Return the ``splits`` of an alltoall as Horovod wants them.
-
-    Raises:
-        tf.errors.InvalidArgumentError: they are no numbers of rows.
-    """
-    splits = tf.convert_to_tensor(splits)
-    fault = None
-    if not splits.dtype.is_integer:
-        fault = f"{splits.dtype.name} numbers"
-    elif tf.executing_eagerly() and splits.shape.num_elements() and int(tf.reduce_min(splits)) < 0:
-        fault = "negative numbers"
-    if fault:
-        message = f"alltoall(splits={splits}) has {fault}; give the rows for each rank as integers"
-        raise tf.errors.InvalidArgumentError(None, None, message)
-    return tf.cast(splits, tf.int32)
 
 
 def _codec_of(slices: Any, compressor: Any, name: str, ranks: int) -> Codec | None:
@@ -812,50 +578,3 @@ def _codec_of(slices: Any, compressor: Any, name: str, ranks: int) -> Codec | No
         return None  # of which it is not known whether 32 bits can number them
     spec = Spec(name, (0 if rows is None else int(rows[0]), *shape), slices.dtype.name, ranks)
     return row_codec(compressor.of(spec), spec.shape, spec.dtype)
-
-
-def _reducible(tensor: Any, among: frozenset[Any] = _REDUCIBLE) -> Any:
-    if isinstance(tensor, tf.IndexedSlices):
-        return tensor
-    tensor = tf.convert_to_tensor(tensor)
-    if tensor.dtype in among:
-        return tensor
-    if tensor.dtype.is_floating:
-        return tf.cast(tensor, tf.float32)
-    if tensor.dtype in (tf.uint8, tf.int8, tf.int16, tf.uint16):
-        return tf.cast(tensor, tf.int32)
-    raise ValueError(
-        f"Horovod cannot reduce {tensor.dtype.name} tensors; convert this one of shape "
-        f"{tuple(tensor.shape)} first, bool to uint8 for instance"
-    )
-
-
-def _scatterable(tensor: Any) -> Any:
-    return _reducible(tensor, _SCATTERABLE)
-
-
-def _movable(tensor: Any) -> Any:
-    if tensor.dtype in _MOVABLE:
-        return tensor
-    if tensor.dtype.size not in _SAME_WIDTH:
-        raise ValueError(f"Horovod cannot move {tensor.dtype.name} tensors")
-    return tf.bitcast(tensor, _SAME_WIDTH[tensor.dtype.size])
-
-
-def _restored(result: Any, dtype: Any) -> Any:
-    return result if result.dtype == dtype else tf.bitcast(result, dtype)
-
-
-def _pieces(variables: Iterable[Any]) -> Iterable[list[Any]]:
-    """Split variables into runs of at most ``_BROADCAST_BYTES``, one variable at least."""
-    piece: list[Any] = []
-    held = 0
-    for variable in variables:
-        weight = int(np.prod(variable.shape)) * variable.dtype.size
-        if piece and held + weight > _BROADCAST_BYTES:
-            yield piece
-            piece, held = [], 0
-        piece.append(variable)
-        held += weight
-    if piece:
-        yield piece

@@ -86,6 +86,10 @@ class Compressor(NamedTuple):
     rows: Callable[[int], Codec] | None = None
     """What writes the rows, of so many numbers each, of sparse gradients; None: they travel raw."""
 
+    sharers: int = 1
+    """How many ranks, which follow each other, keep equal states; 0: that is known once
+    :attr:`prepare` has returned. See :mod:`hvdx.compression.hierarchy`."""
+
     updates: Messenger | None = None
     """How parameter servers send back what they have changed; None: parameters travel raw."""
 

@@ -54,7 +54,15 @@ def error_feedback(compressor: Compressor) -> Compressor:
     The residual is local: it subtracts what this rank has sent, not the mean, which would let
     ranks' residuals drift apart without bound. Where a gradient is not finite nothing was sent,
     and the residual stays.
+
+    Raises:
+        CompressionError: ``compressor`` is hierarchical.
     """
+    if compressor.sharers != 1:
+        raise CompressionError(
+            f"error_feedback({compressor}): hosts lose what is compressed, not ranks; write "
+            "hierarchical(error_feedback(...))"
+        )
     return each_phase(compressor, _with_feedback)
 
 

@@ -18,6 +18,7 @@ from hvdx.compression.base import (
 from hvdx.compression.exchange import exchange
 from hvdx.compression.feedback import check_momentum, error_feedback, min_size, only_floats
 from hvdx.compression.feedback import momentum as with_momentum
+from hvdx.compression.hierarchy import hierarchical
 from hvdx.compression.local import Local, diloco, local_sgd
 from hvdx.compression.policy import by_layer
 from hvdx.compression.powersgd import alternating_power_sgd, power_sgd
@@ -173,6 +174,20 @@ class Compression:
             default: for parameters that no pattern matches.
         """
         return by_layer(rules, default, as_compressor)
+
+    @staticmethod
+    def hierarchical(compression: Any, local_size: int | None = None) -> Compressor:
+        """Raw within a host, where the network is fast; ``compression`` between hosts.
+
+        What is applied is what that method makes of the hosts' means, as if each host were one
+        rank. Needs ``hvd.init(process_sets="dynamic")``, and hosts with equal numbers of ranks.
+
+        Args:
+            compression: any method but ``auto``.
+            local_size: how many ranks, which follow each other, are near each other; by default
+                those of a host, as the launcher says.
+        """
+        return hierarchical(as_compressor(compression), local_size)
 
     @staticmethod
     def auto(
@@ -357,6 +372,11 @@ def as_compressor(value: Any) -> Compressor:
         raise CompressionError(
             "compression=hvd.Compression.by_layer: call it, with a compressor by pattern of "
             "parameters' names"
+        )
+    if value == Compression.hierarchical:
+        raise CompressionError(
+            "compression=hvd.Compression.hierarchical: call it, with the method that serves "
+            "between hosts"
         )
     if value in _METHODS:
         return value()  # type: ignore[no-any-return]

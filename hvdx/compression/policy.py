@@ -111,9 +111,15 @@ def _choosing(name: str, policy: Callable[[Spec], Compressor], *, stateful: bool
 
 def _made(meant: Meant, value: Any, place: str) -> Compressor:
     try:
-        return meant(value)
+        made = meant(value)
     except CompressionError as error:
         raise CompressionError(f"Compression.by_layer, {place}: {error}") from None
+    if made.sharers != 1:
+        raise CompressionError(
+            f"Compression.by_layer, {place}: {made} goes around the whole: "
+            "hierarchical(by_layer(...))"
+        )
+    return made
 
 
 def _prepared(

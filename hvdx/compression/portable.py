@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from hvdx.comm import Allreduce, Rank, Ranks, Work
 from hvdx.compression.base import CompressionError
-from hvdx.compression.state import Leaf, leaves, rebuilt
+from hvdx.compression.state import Leaf, leaves, plain, rebuilt, sharers
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
@@ -47,6 +47,15 @@ def warn_of_lost(origins: Sequence[Origin | None]) -> None:
                 "lost: none of the ranks there are now has their states",
                 stacklevel=3,
             )
+
+
+def shared_alike(like: Any, held: Sequence[Leaf]) -> bool:
+    """Tell whether as many ranks have the leaves ``held`` in common as those of state ``like``.
+
+    If not, ranks that must have equal states may hold different ones.
+    """
+    told = {leaf.path: sharers(leaf.kind) for leaf in held}
+    return all(sharers(kind) == told.get(path, sharers(kind)) for path, _, kind in leaves(like))
 
 
 _FIELDS = frozenset({"compressor", "step", "rank", "ranks", "kinds", "parameters"})
@@ -100,7 +109,7 @@ def pooled(ops: Ops, held: Sequence[Leaf]) -> Work[dict[str, Any]]:
     rank, ranks = (yield Rank()), (yield Ranks())
     tensors = shares(ops, held, rank, ranks)
     for path, _, kind in held:
-        if kind in ("owed", "averaged"):
+        if plain(kind) in ("owed", "averaged"):
             tensors[path] = yield Allreduce(tensors[path], op=ReduceOp.Sum)
     return tensors
 
@@ -122,7 +131,7 @@ def carried(ops: Ops, like: Any, given: Mapping[str, Any], lead: bool) -> Work[A
     """
     tensors = {}
     for path, first, kind in leaves(like):
-        if kind == "piece":
+        if plain(kind) == "piece":
             continue
         own = given.get(path)
         if own is None or tuple(own.shape) != tuple(first.shape):
@@ -146,11 +155,13 @@ def moved(ops: Ops, like: Any, held: Sequence[Leaf], origin: Origin) -> tuple[An
         The state, and the paths of what is owed and has no place in it.
     """
     given = shares(ops, held, *origin)
-    kinds = {leaf.path: leaf.kind for leaf in held}
+    kinds = {leaf.path: plain(leaf.kind) for leaf in held}
     taken = {}
     for path, first, kind in leaves(like):
         own = given.get(path)
-        if own is not None and kind == kinds[path] and tuple(own.shape) == tuple(first.shape):
+        if own is None or plain(kind) != kinds[path]:
+            continue
+        if tuple(own.shape) == tuple(first.shape):
             taken[path] = own if kind == "same" else ops.scale(own, origin[1])
     lost = [path for path, kind in kinds.items() if kind == "owed" and path not in taken]
     return rebuilt(like, iter([taken.get(path, first) for path, first, _ in leaves(like)])), lost
@@ -164,14 +175,16 @@ def shares(ops: Ops, held: Sequence[Leaf], rank: int, ranks: int) -> dict[str, A
     tensors: dict[str, Any] = {}
     owed = ""
     for path, tensor, kind in held:
-        if kind == "piece":  # of what is owed, which every state has before them
-            around = [rank * tensor.shape[0], (ranks - 1 - rank) * tensor.shape[0]]
+        if plain(kind) == "piece":  # of what is owed, which every state has before them
+            place, last = rank // sharers(kind), (ranks - 1) // sharers(kind)
+            around = [place * tensor.shape[0], (last - place) * tensor.shape[0]]
             before, after = (ops.zeros((size,), "float32") for size in around)
             shape = tuple(tensors[owed].shape)
-            whole = ops.concat([before, tensor, after])[: math.prod(shape)]
+            own = ops.scale(tensor, 1.0 / sharers(kind))
+            whole = ops.concat([before, own, after])[: math.prod(shape)]
             tensors[owed] = tensors[owed] + ops.reshape(whole, shape)
         else:
-            owed = path if kind == "owed" else owed
+            owed = path if plain(kind) == "owed" else owed
             tensors[path] = tensor if kind == "same" else ops.scale(tensor, 1.0 / ranks)
     return tensors
 
@@ -189,7 +202,8 @@ def restored(like: Any, tensors: Mapping[str, Any]) -> Any:
     """
     wanted = leaves(like)
     unknown = sorted(set(tensors) - {leaf.path for leaf in wanted})
-    missing = [leaf.path for leaf in wanted if leaf.path not in tensors and leaf.kind != "piece"]
+    needed = [leaf.path for leaf in wanted if plain(leaf.kind) != "piece"]
+    missing = [path for path in needed if path not in tensors]
     if unknown or missing:
         raise CompressionError(
             f"the saved state holds {_spelt(tensors)}, but the compressor keeps "

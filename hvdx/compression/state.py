@@ -7,6 +7,7 @@ that :mod:`hvdx.compression.portable` needs to know of a method.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
 
@@ -25,7 +26,35 @@ class Leaf(NamedTuple):
 
     path: str  # inner.momentum; empty where the state is the tensor
     tensor: Any
-    kind: str = "same"  # on all ranks; or "owed", "averaged", "piece"
+    kind: str = "same"  # on all ranks; or "owed", "averaged", "piece"; see :func:`plain`
+
+
+def plain(kind: str) -> str:
+    """Return the kind of which every rank has its own, for one that some ranks have together.
+
+    ``"owed*2"`` is equal on ranks 0 and 1, on 2 and 3, and so on: see :func:`in_common`.
+    """
+    return kind.partition("*")[0]
+
+
+def sharers(kind: str) -> int:
+    """Return how many ranks, which follow each other, have a leaf of this kind in common."""
+    return int(kind.partition("*")[2] or 1)
+
+
+class InCommon(NamedTuple):
+    """A state that several ranks, which follow each other, have in common; see :func:`in_common`.
+
+    In files it looks like the state in it, but for the kinds of its leaves.
+    """
+
+    inner: Any
+
+
+@functools.cache
+def in_common(ranks: int) -> Any:
+    """Return the :class:`InCommon` of so many ranks."""
+    return type("InCommon", (InCommon,), {"__slots__": (), "sharers": ranks})
 
 
 def leaves(state: Any, path: str = "", kind: str = "same") -> list[Leaf]:
@@ -34,12 +63,19 @@ def leaves(state: Any, path: str = "", kind: str = "same") -> list[Leaf]:
         return []
     if not hasattr(state, "_fields"):
         return [Leaf(path, state, kind)]
+    if (ranks := getattr(type(state), "sharers", 1)) > 1:
+        found = leaves(state.inner, path, kind)
+        return [each._replace(kind=_together(each.kind, ranks)) for each in found]
     kinds = _kinds(type(state))
     return [
         leaf
         for field, value in zip(state._fields, state, strict=True)
         for leaf in leaves(value, f"{path}.{field}" if path else field, kinds[field])
     ]
+
+
+def _together(kind: str, ranks: int) -> str:
+    return kind if kind == "same" else f"{kind}*{ranks}"
 
 
 def _kinds(state: type) -> dict[str, str]:

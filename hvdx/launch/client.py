@@ -48,6 +48,7 @@ def ask(environ: Mapping[str, str], verb: str, key: str, body: bytes = b"") -> b
 POLL_SECONDS = 0.05
 
 _reported = _compared = False
+_silent_since: float | None = None  # the launcher of an elastic job does not answer
 
 
 def check_as_first(
@@ -142,7 +143,7 @@ def take_place(environ: MutableMapping[str, str]) -> None:
     Sets the variables that Horovod reads.
 
     Raises:
-        LaunchError: the launcher is gone.
+        LaunchError: the launcher is gone, or has given this process up.
     """
     number, world = environ["HVDX_WORKER"], environ.get("HVDX_WORLD", "0")
     try:
@@ -159,6 +160,11 @@ def take_place(environ: MutableMapping[str, str]) -> None:
             "did the launcher end?"
         ) from None
     environ["HVDX_WORLD"] = str(place.pop("world"))
+    if not place:
+        raise LaunchError(
+            f"process {number} of the job: the launcher has given it up, for the connection to "
+            "this host was lost; others go on"
+        )
     environ.update({f"HOROVOD_{name.upper()}": str(value) for name, value in place.items()})
 
 
@@ -168,12 +174,26 @@ def news(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
     Returns:
         The number of the world that has to end, and whether ranks are removed (1), added (2) or
         both, as in Horovod's ``HostUpdateResult``.
+
+    Raises:
+        LaunchError: the launcher has not answered for ``HVDX_TIMEOUT`` seconds.
     """
+    global _silent_since
     environ = os.environ if environ is None else environ
     try:
         told = ask(environ, "GET", "news") or b""
-    except OSError:  # the launcher's end ends this process, too
+    except OSError as error:  # its end ends this process, too, unless the network is gone
+        from hvdx.watchdog import timeout_seconds
+
+        now, patience = time.monotonic(), timeout_seconds()
+        _silent_since = _silent_since or now
+        if patience and now > _silent_since + patience:
+            raise LaunchError(
+                f"the rendezvous at {_place(environ)} has not answered for {patience:g} s (HVDX_"
+                f"TIMEOUT; {error}): the launcher is gone, or its host is cut off"
+            ) from None
         return None
+    _silent_since = None
     words = told.decode().split()
     if len(words) != 2 or words[0] != environ.get("HVDX_WORLD"):
         return None

@@ -23,16 +23,18 @@ import json
 import signal
 import sys
 import time
+from collections import deque
 from queue import Empty
 from typing import NamedTuple
 
 from hvdx.errors import LaunchError
+from hvdx.launch import network
 from hvdx.launch.arguments import Arguments
 from hvdx.launch.environment import cross
 from hvdx.launch.hosts import Host, assign
 from hvdx.launch.job import Job, hosts_of
 from hvdx.launch.processes import Crew, Ended, Failure, Rank
-from hvdx.launch.remote import survey
+from hvdx.launch.remote import Scouts, survey
 from hvdx.launch.rendezvous import OWN_SCOPE
 from hvdx.launch.shell import GRACE_SECONDS
 from hvdx.launch.slots import Discovery, Slot, Slots
@@ -41,6 +43,7 @@ from hvdx.watchdog import timeout_seconds
 
 TICK_SECONDS = 0.2
 TOGETHER_SECONDS = 10.0  # newcomers that are ready wait for others that are not
+NONE = json.dumps({"world": sys.maxsize}).encode()  # the place of a process given up
 REMOVED, ADDED = 1, 2  # the bits of Horovod's HostUpdateResult
 
 
@@ -101,7 +104,9 @@ def run(asked: Arguments) -> Ended:
     discovery = Discovery(script, options.slots, found.append) if script else None
     hosts = discovery.look() if discovery else hosts_of(options)
     assign(hosts, elastic.first)  # raises where they have too few slots
-    job = Job(asked, survey(hosts, options))
+    may_spread = script and options.nics  # to other machines, though none may be there yet
+    address = network.address_of(min(options.nics)) if may_spread else None
+    job = Job(asked, survey(hosts, options, address))
     if discovery is not None:
         discovery.start(hosts)
     digits = len(str(elastic.most or elastic.first))
@@ -134,6 +139,11 @@ class Launcher:
         self._slots = slots
         self._crew = crew
         self._found = found
+        self._listed = list(slots.hosts)  # hosts, as the script tells them
+        self._known = {host.name for host in slots.hosts}  # those that can be reached
+        self._excuses: dict[str, str] = {}  # why others cannot
+        options, address = job.asked.horovod, job.found.address
+        self._scouts = Scouts(lambda host: survey([host], options, address))
         self._workers: dict[int, Worker] = {}
         self._world: list[int] = []  # processes by rank; those that are gone are left out
         self._generation = 0
@@ -142,6 +152,7 @@ class Launcher:
         self._short_since: float | None = None  # too few ranks
         self._news = 0
         self._failures: list[Failure] = []
+        self._ended: deque[int] = deque(maxlen=1000)  # one may live on a host that was cut off
         self._gave_up = False
         self._patience = timeout_seconds()
         self._rendezvous = job.rendezvous(
@@ -184,6 +195,8 @@ class Launcher:
 
     def _gone(self, worker: Worker, code: int) -> None:
         worker.process.end()  # also what it has left running
+        self._ended.append(worker.number)
+        self._rendezvous.put(f"place_{worker.number}", NONE)
         member = worker.number in self._world
         if member:
             rank = self._world.index(worker.number)
@@ -213,29 +226,26 @@ class Launcher:
 
     def _look_at_hosts(self) -> None:
         """Take note of hosts that have come or gone."""
-        if not self._found:
+        if self._found:
+            self._listed = self._found[-1]
+            self._found.clear()
+            names = {host.name for host in self._listed}
+            self._known &= names
+            self._excuses = {name: why for name, why in self._excuses.items() if name in names}
+        self._scouts.send(host for host in self._listed if host.name not in self._known)
+        for host, answer in self._scouts.answers():
+            if isinstance(answer, LaunchError):
+                if self._excuses.get(host.name) != str(answer):
+                    _say(f"left out for now: {answer}".rstrip("."))
+                self._excuses[host.name] = str(answer)
+            else:
+                site = self._job.sites[host.name] = answer.sites[host.name]
+                self._rendezvous.admit(site.addresses)
+                self._known.add(host.name)
+        hosts = [host for host in self._listed if host.name in self._known]
+        if hosts == self._slots.hosts:
             return
-        hosts = self._found[-1]
-        self._found.clear()
-        known = {host.name for host in self._slots.hosts}
-        for host in [each for each in hosts if each.name not in known]:
-            try:
-                found = survey([host], self._job.asked.horovod)
-                if self._job.found.address == "127.0.0.1" and found.sites[host.name].ssh:
-                    raise LaunchError(
-                        f"host {host.name!r} is another machine, but the job has begun on this "
-                        "one alone, on loopback: let the script tell of one at the start"
-                    )
-            except LaunchError as error:
-                _say(f"left out: {error}")
-                hosts = [each for each in hosts if each is not host]
-                continue
-            site = found.sites[host.name]
-            if site.ssh is None:  # this machine, under another name
-                site = next(s for s in self._job.sites.values() if s.ssh is None)
-            self._job.sites[host.name] = site
-            self._rendezvous.admit(site.addresses)
-        self._slots.hosts = hosts
+        self._slots.relist(hosts)
         for worker in self._workers.values():
             if worker.slot not in self._slots.offered() and worker.number not in self._world:
                 self._dismiss(worker)
@@ -299,14 +309,19 @@ class Launcher:
     def _end_laggards(self, world: list[Worker]) -> None:
         """Kill ranks that do not notice that others have left their world: they hang."""
         left = [worker.since for worker in world if worker.asked == self._generation]
-        if not left or not self._patience or time.monotonic() < min(left) + self._patience:
+        if not left or not self._patience:
             return
+        passed = time.monotonic() - min(left)
+        offered = set(self._slots.offered())
         for worker in world:
-            if worker.asked != self._generation and not worker.killed:
+            listed = worker.slot in offered
+            patience = self._patience if listed else min(self._patience, GRACE_SECONDS)
+            if worker.asked != self._generation and passed > patience and not worker.killed:
                 worker.killed = True
+                why = "(HVDX_TIMEOUT)" if listed else "and its host is not listed any more"
                 _say(
                     f"process {worker.number} on {worker.slot.host} does not answer: others left "
-                    f"{self._patience:g} s ago (HVDX_TIMEOUT); it is killed"
+                    f"{patience:g} s ago {why}; it is killed"
                 )
                 worker.process.kill()
 
@@ -338,7 +353,7 @@ class Launcher:
         self._news = 0
         self._world = [worker.number for worker in members]
         numbered = zip(members, seats([worker.slot for worker in members]), strict=True)
-        values: dict[tuple[str, str], bytes] = {}
+        values = {(OWN_SCOPE, f"place_{number}"): NONE for number in self._ended}
         for worker, seat in numbered:
             own = f"{worker.slot.host}:{seat.local_rank}"
             values["rank_and_size", own] = ",".join(map(str, seat)).encode()

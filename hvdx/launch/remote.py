@@ -9,19 +9,29 @@ network than the data.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import re
 import subprocess
-from collections.abc import Collection, Iterable
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from shlex import quote
 from typing import NamedTuple
 
 from hvdx.errors import LaunchError
 from hvdx.launch import network
 from hvdx.launch.hosts import Host
+from hvdx.watchdog import timeout_seconds
 
 CONNECT_SECONDS = 10
+ALIVE_SECONDS = 5  # at least, between ssh's questions to a host that is silent
+ALIVE_COUNT = 3  # it ends when so many are not answered
+AGAIN_SECONDS = 10.0  # until a host that did not answer is asked again
+LOOPBACK = "127.0.0.1"
 
 _QUESTIONS = """\
 {{
@@ -50,12 +60,15 @@ class Survey(NamedTuple):
     reason: str
 
 
-def survey(hosts: Iterable[Host], options: argparse.Namespace) -> Survey:
+def survey(
+    hosts: Iterable[Host], options: argparse.Namespace, address: str | None = None
+) -> Survey:
     """Find out how to reach ``hosts`` and over which network they talk.
 
     Args:
-        hosts: the job's hosts.
+        hosts: the job's hosts, or some of them.
         options: horovodrun's; ``nics``, ``ssh_port``, ``ssh_identity_file``, ``start_timeout``.
+        address: where the rendezvous listens, if that is settled already.
 
     Raises:
         LaunchError: a host is unknown or not reachable, or lacks an interface or the folder.
@@ -63,14 +76,22 @@ def survey(hosts: Iterable[Host], options: argparse.Namespace) -> Survey:
     found = {host: _address(host) for host in hosts}
     others = [host for host, address in found.items() if not network.is_local(address)]
     wanted = sorted(options.nics or ())
-    if not others:
+    if others and address == LOOPBACK:
+        raise LaunchError(
+            f"host {others[0].name!r} is another machine, but the job has begun on this one alone, "
+            "on loopback: let the script tell of one at the start, or give --network-interfaces"
+        )
+    if not others and address in (None, LOOPBACK):
         for name in wanted:
             network.address_of(name)
-        here = Site(None, wanted or [network.loopback()], frozenset({"127.0.0.1"}))
+        here = Site(None, wanted or [network.loopback()], frozenset({LOOPBACK}))
         reason = "loopback, because all ranks run on this machine"
-        return Survey({host.name: here for host in found}, "127.0.0.1", reason)
+        return Survey({host.name: here for host in found}, LOOPBACK, reason)
 
-    if wanted:
+    if address is not None:
+        interfaces = wanted or [network.addresses()[address]]
+        reason = f"{interfaces[0]}, where the job has begun"
+    elif wanted:
         address = network.address_of(wanted[0])
         interfaces, reason = wanted, f"{wanted[0]}, from --network-interfaces"
     else:
@@ -79,7 +100,7 @@ def survey(hosts: Iterable[Host], options: argparse.Namespace) -> Survey:
 
     seconds = options.start_timeout or int(os.environ.get("HOROVOD_START_TIMEOUT", "30"))
     sites = {}
-    with ThreadPoolExecutor(max_workers=min(len(others), 32)) as pool:
+    with ThreadPoolExecutor(max_workers=min(len(others), 32) or 1) as pool:
         commands = {host: _ssh(host, options) for host in others}
         answers = pool.map(lambda host: _ask(host, commands[host], address, seconds), others)
         for host, answer in zip(others, answers, strict=True):
@@ -90,6 +111,44 @@ def survey(hosts: Iterable[Host], options: argparse.Namespace) -> Survey:
         if host not in others:
             sites[host.name] = Site(None, interfaces, frozenset({address}))
     return Survey(sites, address, reason)
+
+
+class Scouts:
+    """Find out how to reach hosts that are listed while a job runs.
+
+    A host may be listed before it answers, or never answer: each is asked in a thread of its own,
+    which keeps nobody waiting, and again as long as it is listed.
+
+    Args:
+        ask: surveys one host; raises LaunchError.
+    """
+
+    def __init__(self, ask: Callable[[Host], Survey]) -> None:
+        self._ask = ask
+        self._answers: SimpleQueue[tuple[Host, Survey | LaunchError]] = SimpleQueue()
+        self._next: dict[Host, float] = {}  # when to ask; those that are being asked: never
+
+    def send(self, hosts: Iterable[Host]) -> None:
+        """See to it that these hosts are asked, and no others."""
+        self._next = {host: self._next.get(host, 0.0) for host in hosts}
+        for host in [host for host, when in self._next.items() if when <= time.monotonic()]:
+            self._next[host] = math.inf
+            threading.Thread(target=self._go, args=(host,), name="hvdx scout", daemon=True).start()
+
+    def _go(self, host: Host) -> None:
+        try:
+            self._answers.put((host, self._ask(host)))
+        except LaunchError as error:
+            self._answers.put((host, error))
+
+    def answers(self) -> Iterator[tuple[Host, Survey | LaunchError]]:
+        """Yield what has come of it since, for hosts that are still wanted."""
+        with contextlib.suppress(Empty):
+            while True:
+                host, answer = self._answers.get_nowait()
+                if host in self._next:
+                    self._next[host] = time.monotonic() + AGAIN_SECONDS
+                    yield host, answer
 
 
 def _address(host: Host) -> str:
@@ -119,6 +178,10 @@ def _ssh(host: Host, options: argparse.Namespace) -> list[str]:
     """
     command = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new"]
     command += ["-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+    if patience := timeout_seconds():  # after the watchdog, whose message says more
+        pause = max(ALIVE_SECONDS, math.ceil(patience / ALIVE_COUNT))
+        command += ["-o", f"ServerAliveInterval={pause}"]
+        command += ["-o", f"ServerAliveCountMax={ALIVE_COUNT}"]
     if options.ssh_port is not None:
         command += ["-p", str(options.ssh_port)]
     if options.ssh_identity_file is not None:

@@ -40,6 +40,14 @@ class Slots:
         self._failures: dict[Slot, int] = {}
         self._until: dict[Slot, float] = {}
 
+    def relist(self, hosts: Sequence[Host]) -> None:
+        """Offer these hosts; one that was gone may be another machine: it begins anew."""
+        before = {host.name for host in self.hosts}
+        self.hosts = list(hosts)
+        for slot in [slot for slot in self._until if slot.host not in before]:
+            self._until.pop(slot)
+            self._failures.pop(slot, None)
+
     def offered(self) -> list[Slot]:
         """Return the slots of all hosts, banned or not, host by host."""
         return [Slot(host.name, index) for host in self.hosts for index in range(host.slots)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import collections
 import contextlib
-import functools
 import math
 import os
 import time
@@ -17,10 +16,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import Any
 
 from hvdx import watchdog, world
 from hvdx.agreement import check_same, next_name
@@ -30,25 +26,23 @@ from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError
 from hvdx.frameworks import Adapter
 from hvdx.ops import ops_for
 from hvdx.pipeline.channel import Failure, Key
-from hvdx.pipeline.horovod_channel import HorovodChannel
+from hvdx.pipeline.connect import over_horovod, over_zmq
 from hvdx.pipeline.ir import Graph
-from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, check_mesh, make, stage_times
+from hvdx.pipeline.options import CHANNELS, Told, checked_mesh, devices_for, is_mesh, placed
+from hvdx.pipeline.plan import Link, Means, Plan, make, stage_times
 from hvdx.pipeline.post import Codec, PostChannel
 from hvdx.pipeline.probe import THREADS, measure_link
 from hvdx.pipeline.replicas import Row, Sums, Weight
 from hvdx.pipeline.run import LocalRanks, run
-from hvdx.pipeline.schedule import CHECKPOINTS, Schedule, recomputed
+from hvdx.pipeline.schedule import Schedule, recomputed
 from hvdx.pipeline.simulator import Times
+from hvdx.pipeline.tied import exchange_tied
 from hvdx.pipeline.timeline import write as write_timeline
-from hvdx.pipeline.zmq_channel import ZmqChannel, own_address
+from hvdx.pipeline.zmq_channel import ZmqChannel
 
-#: Running statistics of batch normalization move once per batch, or with each micro-batch.
-BATCHNORMS = ("deferred", "micro")
 _LAST_STEPS = 8  # that a timeline can show
 _PROFILING_SECONDS = 600.0  # for which the other ranks wait for rank 0
 _DISK_SECONDS = 3600.0  # likewise, while it reads or writes
-CHANNELS = "zmq", "horovod"
-Channel = TypeVar("Channel", bound=ZmqChannel)
 
 
 class BasePipeline(abc.ABC):
@@ -308,22 +302,13 @@ class BasePipeline(abc.ABC):
             self._asked = compressor_named(stages.compression)
         micro_batches, schedule = given.micro_batches, given.schedule
         assert micro_batches is not None and schedule is not None  # see settled
-        ranks = world.size() if self._across else self._devices and len(self._devices)
-        mesh = _checked_mesh(self._mesh, world.size() if self._across else 1)
+        ranks = world.size() if self._across else len(self._devices or ())
+        mesh = checked_mesh(self._mesh, world.size() if self._across else 1)
         if isinstance(stages, Plan):
-            plan = replace(stages, mesh=mesh) if mesh and not stages.mesh else stages
-            if ranks and plan.ranks != ranks:
-                what = "ranks" if self._across else "devices"
-                raise PlanError(f"the plan is for {plan.ranks} {what}, but there are {ranks}")
-            if mesh and plan.mesh != mesh:
-                told, own = ([list(row) for row in each] for each in (mesh, plan.mesh))
-                raise PlanError(f"place={told}, but the plan has {own}: give one of them")
+            plan = placed(stages, mesh, ranks, "ranks" if self._across else "devices")
             plan.edges(self._line)
             return plan
-        if not ranks:
-            count = 1 if stages is None else stages if isinstance(stages, int) else (
-                len(stages) + isinstance(next(iter(stages), ""), str))  # fmt: skip
-            ranks = max(1, count // SCHEDULES.get(schedule, 1))
+        ranks = ranks or devices_for(stages, schedule)
         by, link = by or ("time" if schedule == "auto" else "params"), Link()
         if schedule == "auto" or by != "params" or memory is not None:
             self._graph.line, link = self._profiled(sample, micro_batches)
@@ -439,7 +424,7 @@ class BasePipeline(abc.ABC):
         compressor = as_compressor(self._asked)
         if compressor.prepare is not None:
             raise CompressionError(
-                f"compression={compressor} measures Horovod's network, but replicas of a stage use "
+                f"compression={compressor} looks at Horovod's network, but replicas of a stage use "
                 "the pipeline's own: name a method, such as hvd.Compression.int8"
             )
         for name, options in optimizers.items():
@@ -476,30 +461,8 @@ class BasePipeline(abc.ABC):
     def _connected(self, place: Sequence[int | Sequence[int]]) -> PostChannel:
         """Open a channel between ``place``'s ranks; all ranks of the job call it."""
         if self._carrier == "horovod":
-            return HorovodChannel(
-                place,
-                self._rank,
-                world.size(),
-                functools.partial(_alltoall, self._core, next_name("pipeline")),
-                self._codec,
-                seconds=watchdog.timeout_seconds(),
-            )
-        return self._over_zmq(ZmqChannel, place)
-
-    def _over_zmq(
-        self, kind: type[Channel], place: Sequence[int | Sequence[int]], **options: Any
-    ) -> Channel:
-        """Open a :class:`ZmqChannel`, or what builds on one."""
-        core = self._core
-        return kind(
-            place,
-            self._rank,
-            lambda each: core.allgather_object(each, next_name("pipeline"), None),
-            self._codec,
-            address=own_address(one_machine=core.horovod.local_size() == core.horovod.size()),
-            seconds=watchdog.timeout_seconds(),
-            **options,
-        )
+            return over_horovod(self._core, self._codec, self._rank, place)
+        return over_zmq(ZmqChannel, self._core, self._codec, self._rank, place)
 
     # --- a step
 
@@ -617,7 +580,9 @@ class BasePipeline(abc.ABC):
                 self._sum_stage(stage)
             found = self._sums.finish()
         if self._channel is not None:
-            self._exchange(self._channel, found)
+            exchange_tied(
+                self._channel, self._row, self.plan, self._line, self._step, found, self._arrived
+            )
         totals: dict[str, Any] = {}
         for (_, name), gradient in sorted(found.items(), key=lambda entry: entry[0][0]):
             totals[name] = totals[name] + gradient if name in totals else gradient
@@ -653,33 +618,6 @@ class BasePipeline(abc.ABC):
             for rank in others:
                 found.append([each.numpy().tolist() for each in self._channel.receive(rank, key)])
         return found
-
-    def _exchange(self, channel: PostChannel, found: dict[tuple[int, str], Any]) -> None:
-        """Give and get the gradients of parameters that several rows have.
-
-        All ranks of a row have the same: each gives it to those of the others whose turn it is.
-        """
-        rows, place = self.plan.rows, self._row.place
-        row_of = [self.plan.place[number] for number in self._stage_of()]
-        own = rows.index(self._row.ranks)
-        shared = []
-        for index, (name, units) in enumerate(sorted(self._line.tied().items())):
-            owners: dict[int, list[int]] = {}
-            for unit in units:
-                owners.setdefault(row_of[unit], []).append(unit)
-            if own in owners and len(owners) > 1:
-                shared.append((name, owners, Key("T", self._step, index, 0)))
-        for name, owners, key in shared:
-            mine = [found.get((unit, name)) for unit in owners[own]]
-            for row in set(owners) - {own}:
-                for rank in rows[row][place :: len(rows[own])]:
-                    channel.send(rank, key, mine)
-        for name, owners, key in shared:
-            for row in set(owners) - {own}:
-                theirs = channel.receive(rows[row][place % len(rows[row])], key)
-                for unit, gradient in zip(owners[row], theirs, strict=True):
-                    if gradient is not None:
-                        found[unit, name] = self._arrived(gradient, unit, name)
 
     def _compression_state(self) -> dict[str, Any]:
         """Return by parameter and path what this row's compressors keep, for any mesh.
@@ -783,88 +721,6 @@ class BasePipeline(abc.ABC):
         return self._core.broadcast_object(value, 0, next_name("pipeline"), None)
 
 
-def check_options(
-    micro_batches: Any,
-    place: Any,
-    clip_norm: Any = None,
-    checkpoint: Any = "never",
-    batchnorm: Any = "deferred",
-    channel: Any = "zmq",
-    channels: Sequence[str] = CHANNELS,
-) -> None:
-    """Refuse options that mean nothing for any framework.
-
-    Raises:
-        PlanError: one does; the message names it and what there is.
-    """
-    if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
-        raise PlanError(f"micro_batches={micro_batches!r}: give a whole number from 1")
-    if place is not None and place != "auto" and (isinstance(place, str) or not len(place)):
-        raise PlanError(
-            f"place={place!r}: give a list of devices, such as ['cpu', 'cpu'], rows of ranks, or "
-            "'auto'"
-        )
-    if clip_norm is not None and not clip_norm > 0:
-        raise PlanError(f"clip_norm={clip_norm!r}: give a number above 0, or None")
-    if checkpoint is not None and checkpoint not in CHECKPOINTS:
-        raise PlanError(f"checkpoint={checkpoint!r}: use one of {', '.join(CHECKPOINTS)}")
-    if batchnorm == "sync":
-        raise PlanError(
-            "batchnorm='sync' takes statistics of all replicas of a stage together, but here each "
-            "stage has one: use 'deferred', whose running statistics are those of whole batches"
-        )
-    if batchnorm not in BATCHNORMS:
-        raise PlanError(f"batchnorm={batchnorm!r}: use one of {', '.join(BATCHNORMS)}")
-    if channel not in channels:
-        raise PlanError(f"channel={channel!r}: use one of {', '.join(channels)}")
-
-
-class Told(NamedTuple):
-    """Options that a plan may bring, or the planner choose; None: left to it."""
-
-    micro_batches: int | None
-    schedule: str | None
-    checkpoint: str | None
-
-
-def settled(told: Told, place: Any, stages: Any) -> Told:
-    """Fill in what the user has left out: from a plan, or the defaults; nothing for the planner."""
-    planned = isinstance(stages, Plan)
-    if isinstance(place, str) and place == "auto" and not planned:
-        return told
-    kept = stages.checkpoint if planned else ""
-    return Told(
-        8 if told.micro_batches is None else told.micro_batches,
-        told.schedule or "1f1b",
-        told.checkpoint or kept or "never",
-    )
-
-
-def rows_of(shapes: Sequence[Sequence[int]]) -> int:
-    """Count the rows of a batch from its tensors' shapes; those of scalars do not matter.
-
-    Raises:
-        ValueError: they differ in that, or there is none.
-    """
-    counts = {shape[0] for shape in shapes if len(shape)}
-    if len(counts) != 1 or counts == {0}:
-        told = ", ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(
-            f"the batch has tensors of shapes {told or 'none'}: all need the same first dimension, "
-            "of at least 1, along which micro-batches are cut"
-        )
-    return counts.pop()
-
-
-def _alltoall(
-    core: Adapter, name: str, rows: np.ndarray, counts: list[int]
-) -> tuple[np.ndarray, list[int]]:
-    """Exchange rows through Horovod; see :class:`HorovodChannel`."""
-    sent = core.from_numpy(rows)
-    found, received = core.alltoall(sent, splits=counts, name=name, process_set=None)
-    return core.to_numpy(found), core.to_numpy(received).tolist()
-
-
 def _largest(plan: Plan, most: int, times: Times | None) -> Schedule:
     """Return the schedule with the most micro-batches, up to ``most``, that there is."""
     problem: PlanError | None = None
@@ -875,24 +731,3 @@ def _largest(plan: Plan, most: int, times: Times | None) -> Schedule:
             problem = problem or error
     assert problem is not None
     raise PlanError(f"a batch of {most} rows: {problem}")
-
-
-def is_mesh(place: Any) -> bool:
-    """Tell whether ``place`` has rows of ranks, not devices."""
-    return isinstance(place, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in place)
-
-
-def _checked_mesh(told: Sequence[Any], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Return the rows that a user has given; none if each has the rank of its number alone.
-
-    Raises:
-        PlanError: they do not have each rank of the job once.
-    """
-    if not told:
-        return ()
-    for row in told:
-        if not isinstance(row, (list, tuple)) or not all(type(rank) is int for rank in row):
-            raise PlanError(f"place={told!r} has {row!r}, which is no list of ranks")
-    check_mesh(told, ranks)
-    mesh = tuple(map(tuple, told))
-    return () if mesh == tuple((rank,) for rank in range(ranks)) else mesh

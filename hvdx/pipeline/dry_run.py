@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hvdx.errors import PlanError
-from hvdx.pipeline.base import rows_of
 from hvdx.pipeline.ir import Graph
+from hvdx.pipeline.options import rows_of
 from hvdx.pipeline.partition import size_text
 from hvdx.pipeline.plan import Link, Means, Plan, make, stage_times, table
 from hvdx.pipeline.simulator import Times, simulate

@@ -36,9 +36,10 @@ from hvdx.pipeline.balance import (
     typical,
     whole,
 )
-from hvdx.pipeline.base import BasePipeline, Told
+from hvdx.pipeline.base import BasePipeline
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.ir import Graph
+from hvdx.pipeline.options import Told
 from hvdx.pipeline.plan import Link, Means, Plan, make, stage_times
 from hvdx.pipeline.rebalance import rebalance_of
 

@@ -2,9 +2,11 @@
 
 All ranks measure at the same time, as they will compute, and one of each host once more alone: so
 it shows how far ranks of a host slow each other down. All plan from the same numbers, and rank 0's
-ranking is everyone's. A few steps of plain plans trim the predictions;
-then the best are tried. Trials are pipelines made the ordinary way, of the same model: what they
-change of it is put back to the bit, and their optimizers are thrown away.
+ranking is everyone's. A few steps of plain plans of each kind correct the predictions; then what
+may be quicker than the quickest so far is tried, and corrects them again, and so on. Plans whose
+steps come out close are run once more, before the quickest is taken. Trials are pipelines made the
+ordinary way, of the same model: what they change of it is put back to the bit, and their
+optimizers are thrown away.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,15 +37,16 @@ from hvdx.pipeline.probe import THREADS, measure_link
 from hvdx.pipeline.replicas import Row
 from hvdx.planner.costs import Candidate, Prediction
 from hvdx.planner.facts import Codec, Job, Network, Profile, faster, seconds_of
-from hvdx.planner.search import Wanted, candidates, ranked, to_measure
+from hvdx.planner.search import Wanted, candidates, corrected, ranked, to_measure, to_try
 from hvdx.planner.table import advice, table
-from hvdx.planner.trim import Trial, trimmed
+from hvdx.planner.trim import Trial, calibrated
 
 if TYPE_CHECKING:
     from hvdx.pipeline.base import BasePipeline
 
 _WHOLE = "gpipe", "1f1b", "1f1b-slack", "interleaved"  # schedules that teach about whole backwards
-_TRIED = 3  # of the best
+_LOOKS = 3  # at what may be quicker, of two plans at most
+_FINAL, _NEAR = 3, 1.15  # plans that are run once more, if their steps are so near to the quickest
 _WARM, _STEPS, _LEAST = 2, 7, 3  # steps of a trial, the least where they take long
 _LONG = 0.5  # seconds of a step
 _RUNS = 3  # of which units' times are the median
@@ -80,13 +83,11 @@ class Compared(NamedTuple):
 
     Attributes:
         prediction: of it.
-        measured: seconds of a step; None: it was not tried.
-        taught: whether these steps have trimmed the predictions.
+        measured: seconds of a step, which have helped to correct predictions; None: not tried.
     """
 
     prediction: Prediction
     measured: float | None
-    taught: bool
 
 
 class Choice(NamedTuple):
@@ -132,15 +133,28 @@ def choose(pipe: BasePipeline, asked: Asked) -> Choice:
         wanted = _wanted(asked, methods)
         every = list(candidates(ranks, rows, wanted))
         profile, job = _measured(pipe, asked, every, rows, methods)
-        first = _agreed(pipe, every, profile, job)
-        trials = [_tried(pipe, each, asked, methods) for each in _plain(first)]
-        job = job._replace(trim=trimmed(trials, profile, job))
-        found = _agreed(pipe, every, profile, job)
-        taught = {trial.prediction.candidate: trial.seconds for trial in trials}
-        measured = dict(taught)
-        for each in _best(found):
-            if each.candidate not in measured:
-                measured[each.candidate] = _tried(pipe, each, asked, methods).seconds
+        first = _agreed(pipe, lambda: ranked(every, profile, job))
+        trials: list[Trial] = []
+        taken: dict[Candidate, list[float]] = {}
+
+        def tried(several: Sequence[Prediction]) -> list[Prediction]:
+            """Try some plans; return all there are, as corrected by that."""
+            for each in several:
+                trials.append(_tried(pipe, each, asked, methods))
+                taken.setdefault(each.candidate, []).extend(trials[-1].steps)
+            return _agreed(
+                pipe, lambda: corrected(first, profile, calibrated(trials, profile, job))
+            )
+
+        found = tried(_plain(first))
+        for _ in range(_LOOKS):
+            more = to_try(found, _medians(taken))
+            if not more:
+                break
+            found = tried(more)
+        if near := _near(found, _medians(taken)):
+            found = tried(near)
+        measured = _medians(taken)
     chosen = min(measured, key=lambda each: measured[each])
     made = next(each for each in found if each.candidate == chosen)
     if pipe._rank == 0:
@@ -152,9 +166,7 @@ def choose(pipe: BasePipeline, asked: Asked) -> Choice:
             file=sys.stderr,
         )
     line = profile.at(chosen.micro_batches)
-    compared = [
-        Compared(each, measured.get(each.candidate), each.candidate in taught) for each in found
-    ]
+    compared = [Compared(each, measured.get(each.candidate)) for each in found]
     return Choice(made, line, methods.get(chosen.compression, none), compared)
 
 
@@ -208,14 +220,12 @@ def _wanted(asked: Asked, methods: Mapping[str, Compressor]) -> Wanted:
     return found._replace(compressions=(*raw, *methods))
 
 
-def _agreed(
-    pipe: BasePipeline, every: Sequence[Candidate], profile: Profile, job: Job
-) -> list[Prediction]:
-    """Return rank 0's ranking on every rank, or raise its error there."""
+def _agreed(pipe: BasePipeline, ranking: Callable[[], list[Prediction]]) -> list[Prediction]:
+    """Return rank 0's ranking on every rank, or raise its error there; the others make none."""
     own = _Ranking([])
     if pipe._rank == 0:
         try:
-            own = _Ranking(ranked(every, profile, job))
+            own = _Ranking(ranking())
         except PlanError as error:
             own = _Ranking([], str(error))
     told: _Ranking = pipe._from_first(own)
@@ -225,28 +235,36 @@ def _agreed(
 
 
 def _plain(found: Sequence[Prediction]) -> list[Prediction]:
-    """Return three plans that teach most: of few rows, of many, of other micro-batches."""
+    """Return plans that teach most: of one row, of many, of both, of other micro-batches."""
     plain = [each for each in found if each.candidate.schedule in _WHOLE
              and each.candidate.checkpoint == "never"
              and each.candidate.compression == "none"]  # fmt: skip
     if not plain:
         return []
-    few, many = (choice(len(each.candidate.mesh) for each in plain) for choice in (min, max))
-    short = next(each for each in plain if len(each.candidate.mesh) == few)
-    long = next(each for each in plain if len(each.candidate.mesh) == many)
-    other = max(
-        (each for each in plain if len(each.candidate.mesh) == many),
-        key=lambda each: abs(each.candidate.micro_batches - long.candidate.micro_batches),
-    )
-    return list({each.candidate: each for each in (short, long, other)}.values())
+    by_rows: dict[int, list[Prediction]] = {}
+    for each in plain:
+        by_rows.setdefault(len(each.candidate.mesh), []).append(each)
+    few, most = min(by_rows), max(by_rows)
+    long = by_rows[most][0]
+    other = max(by_rows[most], key=lambda each: abs(each.candidate.micro_batches
+                                                    - long.candidate.micro_batches))  # fmt: skip
+    both = [each for each in plain if few < len(each.candidate.mesh) < most]
+    chosen = (by_rows[few][0], long, other, *both[:1])
+    return list({each.candidate: each for each in chosen}.values())
 
 
-def _best(found: Sequence[Prediction]) -> list[Prediction]:
-    """Return the quickest, and the quickest of another mesh: errors of one may be alike."""
-    first = found[: _TRIED - 1]
-    meshes = {each.candidate.mesh for each in first}
-    other = next((each for each in found if each.candidate.mesh not in meshes), None)
-    return [*first, other] if other is not None else list(found[:_TRIED])
+def _medians(taken: Mapping[Candidate, Sequence[float]]) -> dict[Candidate, float]:
+    """Return what a step takes."""
+    return {candidate: statistics.median(steps) for candidate, steps in taken.items()}
+
+
+def _near(found: Sequence[Prediction], measured: Mapping[Candidate, float]) -> list[Prediction]:
+    """Return those that chance may have ordered, the slowest first; nothing if one is ahead."""
+    tried = [each for each in found if each.candidate in measured]
+    order = sorted(tried, key=lambda each: measured[each.candidate])[:_FINAL]
+    most = _NEAR * measured[order[0].candidate]
+    near = [each for each in order if measured[each.candidate] <= most]
+    return near[::-1] if len(near) > 1 else []
 
 
 # --- measuring
@@ -428,7 +446,7 @@ def _codec(pipe: BasePipeline, compressor: Compressor) -> Codec:
 def _tried(
     pipe: BasePipeline, found: Prediction, asked: Asked, methods: Mapping[str, Compressor]
 ) -> Trial:
-    """Take a few steps of a plan; return what the slowest rank took, the same on all.
+    """Take a few steps of a plan; return what the slowest rank took of each, the same on all.
 
     Raises:
         PlanError: the loss does not take the model's outputs for a target.
@@ -465,7 +483,7 @@ def _tried(
         for key, seconds in theirs.items():
             actions.setdefault(key, []).extend(seconds)
     medians = {key: statistics.median(seconds) for key, seconds in actions.items()}
-    return Trial(found, statistics.median(steps), medians)
+    return Trial(found, steps, medians)
 
 
 @contextlib.contextmanager

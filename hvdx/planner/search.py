@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from hvdx.errors import PlanError
 from hvdx.pipeline.partition import size_text
 from hvdx.pipeline.plan import SCHEDULES
-from hvdx.planner.costs import Candidate, Prediction, described, leanest, overfull, predict
+from hvdx.planner.costs import Candidate, Prediction, described, leanest, overfull, predict, priced
 from hvdx.planner.facts import Job, Profile
 
 Mesh = tuple[tuple[int, ...], ...]
@@ -19,6 +19,7 @@ _SEVERAL = 8  # ranks up to which rows need not be equal
 _PIECES = 1, 2, 4, 8, 16  # micro-batches for each replica of the longest row
 _MEASURED = 5  # numbers of micro-batches; between them costs follow lines
 _MOST_PIECES = 4  # for each rank: more only make matrix products small
+_CLOSE = 1.1  # times the quickest step that was measured: who is predicted to take less may win
 
 
 class Wanted(NamedTuple):
@@ -145,6 +146,15 @@ def ranked(found: Iterable[Candidate], profile: Profile, job: Job) -> list[Predi
     raise problems[0] if problems else PlanError("there is no candidate: give a larger batch")
 
 
+def corrected(found: Iterable[Prediction], profile: Profile, job: Job) -> list[Prediction]:
+    """Predict the same plans again, as ``job`` has come to be known, the quickest first."""
+    again = [
+        priced(each.candidate, each.plan, profile.at(each.candidate.micro_batches), profile, job)
+        for each in found
+    ]
+    return sorted(again, key=lambda each: each.step)
+
+
 def _shortage(every: Iterable[Candidate], profile: Profile, job: Job) -> str:
     """Say which candidate needs least, and what it needs."""
     lean = []
@@ -173,3 +183,19 @@ def best_of(found: Sequence[Prediction]) -> list[Prediction]:
     for each in found:
         best.setdefault(each.candidate.mesh, each)
     return list(best.values())
+
+
+def to_try(found: Sequence[Prediction], measured: Mapping[Candidate, float]) -> list[Prediction]:
+    """Return what to try next, if anything: what may be quicker than the quickest so far.
+
+    The quickest that was not tried, and the quickest on a mesh, or with a number of micro-batches,
+    that was not tried there: errors of likes are alike, so that others teach more.
+
+    Args:
+        found: all predictions, the quickest first.
+        measured: seconds of a step, of those that were tried.
+    """
+    enough = _CLOSE * min(measured.values(), default=math.inf)
+    fresh = [each for each in found if each.candidate not in measured and each.step < enough]
+    known = {each[:2] for each in measured} | {each.candidate[:2] for each in fresh[:1]}
+    return [*fresh[:1], *[each for each in fresh if each.candidate[:2] not in known][:1]]

@@ -1,42 +1,64 @@
 """What real steps teach about predicted ones.
 
 Units are measured alone, so that their sum lacks what the engine, the loss, cold caches and the
-machine's other ranks cost. A few steps of a few plans show it: how long each stage's actions
-took, and the whole step. The factors and the remainders that explain them best, in the sense of
-least squares of relative errors, correct all other predictions. They are held near 1 and 0, so that
-two noisy steps cannot lead far astray.
+machine's other ranks cost. A few steps of a few plans show it, in two ways:
+
+    actions    how long each stage's forward and backward took: factors, and what is added to each
+    steps      how long all of it took: how fast ranks that share cores are together, what sums of
+               gradients and a step's beginning and end cost, and the pace of all
+
+First actions are explained, by least squares of relative errors, then, from there, steps, by those
+of their logarithms. Both are held near what is known before, so that two noisy steps cannot lead
+far astray.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hvdx.planner.clock import clock
 from hvdx.planner.costs import Prediction, tasks_of
 from hvdx.planner.facts import Job, Profile, Trim
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _NOISE = 0.03  # of a measured action
 _FACTOR = 0.3  # by which factors may differ from 1 before that counts as much as noise does
-_TURNS = 4
-_SHOWS = 0.02  # of a step that sums must be, to learn about them
-_SUMS = 0.3, 3.0  # what they may be found to take, times what was measured alone
 _REMAINDER = 0.1  # share of a typical action that remainders may be
+_TURNS = 4  # of explaining actions, since how far ranks slow each other down depends on it
+_AGAIN = 2  # of all, since it depends on what steps show, too
+
+_STEP_NOISE = 0.05
+#: Knobs that steps turn, and how far, before that counts as much as noise does. The first three are
+#: logarithms of factors; the others are shares of a typical action and step.
+_SURE = {"pace": 0.2, "lanes": 0.4, "sums": 0.5, "action": 0.1, "step": 0.05}
+_NUDGE = {"pace": 0.02, "lanes": -0.02, "sums": 0.02, "action": 0.02, "step": 0.01}
+_MOST = 1.5  # that a knob is turned
+_ROUNDS = 4  # of linearizing
+_ENOUGH = 0.98  # of the sum of squares: less is not worth another round
 
 
 class Trial(NamedTuple):
     """What a few steps of a plan took.
 
     Attributes:
-        prediction: under no trim.
-        seconds: of a step, the median.
+        prediction: for which the plan was made.
+        steps: seconds of each.
         actions: (kind, stage) -> median seconds.
     """
 
     prediction: Prediction
-    seconds: float
+    steps: Sequence[float]
     actions: Mapping[tuple[str, int], float]
+
+    @property
+    def seconds(self) -> float:
+        """Return those of a step, the median."""
+        return statistics.median(self.steps)
 
 
 class _Point(NamedTuple):
@@ -49,36 +71,67 @@ class _Point(NamedTuple):
     back_loss: float
 
 
-def trimmed(trials: Sequence[Trial], profile: Profile, job: Job) -> Trim:
-    """Return what explains the trials best: actions first, then steps, then replicas' sums."""
-    found = Trim()
-    for _ in range(_TURNS):  # how far ranks slow each other down depends on what is found
-        slowed = job._replace(trim=found)
-        points = [point for trial in trials for point in _points(trial, profile, slowed)]
-        found = _fitted(points) if points else found
-
-    def late(trial: Trial) -> float:
-        return trial.seconds - _step(trial, profile, job._replace(trim=found))
-
-    shared = [trial for trial in trials if _shares(trial)]
-    alone = [late(trial) for trial in trials if not _shares(trial)]
-    alone = alone or [late(trial) for trial in shared]
-    if alone:  # the least: what else the machine does only adds
-        found = found._replace(step=max(0.0, min(alone)))
-    factors = []
-    for trial in shared:
-        free = _step(trial, profile, job._replace(trim=found._replace(sums=0.0)))
-        whole = _step(trial, profile, job._replace(trim=found))
-        if whole - free > _SHOWS * whole:
-            factors.append((trial.seconds - free) / (whole - free))
-    if factors:
-        low, high = _SUMS
-        found = found._replace(sums=min(high, max(low, statistics.median(factors))))
+def calibrated(trials: Sequence[Trial], profile: Profile, job: Job) -> Job:
+    """Return the job with the trim and the lanes that explain the trials best."""
+    if not trials:
+        return job
+    found = job._replace(lanes=min(job.lanes, _crowd(job)), trim=Trim())
+    for _ in range(_AGAIN):
+        for _ in range(_TURNS):
+            points = [point for trial in trials for point in _points(trial, profile, found)]
+            if points:
+                told = found.trim
+                found = found._replace(
+                    trim=_fitted(points)._replace(sums=told.sums, step=told.step)
+                )
+        found = _stepped(trials, profile, found)
     return found
 
 
-def _shares(trial: Trial) -> bool:
-    return any(len(row) > 1 for row in trial.prediction.candidate.mesh)
+def _crowd(job: Job) -> int:
+    """Return how many ranks the fullest host has; as many lanes are enough."""
+    hosts = job.hosts or (0,) * job.ranks
+    return max(map(hosts.count, hosts))
+
+
+def _stepped(trials: Sequence[Trial], profile: Profile, job: Job) -> Job:
+    """Turn the knobs until predicted steps are closest to measured ones, by Gauss and Newton."""
+    import numpy as np
+
+    action = statistics.median(seconds for trial in trials for seconds in trial.actions.values())
+    step = statistics.median(trial.seconds for trial in trials)
+    sure, nudge = (np.array(list(each.values())) for each in (_SURE, _NUDGE))
+
+    def turned(knobs: Any) -> Job:
+        trim, crowd = job.trim, _crowd(job)
+        pace, lanes, sums = (math.exp(each) for each in knobs[:3])
+        more, most = map(float, knobs[3:])
+        return job._replace(
+            lanes=min(job.lanes * lanes, crowd),
+            trim=Trim(
+                trim.forward * pace, trim.backward * pace, max(0.0, trim.action + more * action),
+                trim.loss * pace, trim.back_loss * pace, trim.sums * sums,
+                max(0.0, trim.step + most * step),
+            ),
+        )  # fmt: skip
+
+    def errors(knobs: Any) -> np.ndarray:
+        """Return what noise would have to be, and knobs, in units of what is to be expected."""
+        own = turned(knobs)
+        ratios = [_step(trial, profile, own) / trial.seconds for trial in trials]
+        return np.concatenate([np.log(ratios) / _STEP_NOISE, knobs / sure])
+
+    knobs = np.zeros(len(_SURE))
+    now = errors(knobs)
+    for _ in range(_ROUNDS):
+        slopes = [(errors(knobs + each) - now) / each.sum() for each in np.diag(nudge)]
+        way = np.linalg.lstsq(np.array(slopes).T, -now, rcond=None)[0]
+        tries = [np.clip(knobs + part * way, -_MOST, _MOST) for part in (1.0, 0.3)]
+        then, better = min(((errors(each), each) for each in tries), key=lambda x: x[0] @ x[0])
+        if then @ then > _ENOUGH * (now @ now):
+            break
+        knobs, now = better, then
+    return turned(knobs)
 
 
 def _step(trial: Trial, profile: Profile, job: Job) -> float:

@@ -33,12 +33,13 @@ from hvdx.world import shutdown
 _horovod = frameworks.adapter("tensorflow").horovod
 
 from hvdx.integrations.process_sets import ProcessSet, everyone  # noqa: E402
-from hvdx.integrations.tensorflow2 import broadcast_in_place, name_scopes  # noqa: E402
+from hvdx.integrations.tensorflow_operations import name_scopes  # noqa: E402
 from hvdx.integrations.tensorflow_tape import (  # noqa: E402
     TapeOptions,
     distributed,
     variable_of,
 )
+from hvdx.integrations.tensorflow_variables import broadcast_in_place  # noqa: E402
 from hvdx.tensorflow import data, elastic  # noqa: E402
 from hvdx.tensorflow.compression import Compression  # noqa: E402
 

@@ -105,16 +105,16 @@ def test_the_bytes_are_those_of_the_format(name, way):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_large_tensors_are_treated_in_pieces(name, monkeypatch):
-    monkeypatch.setattr("hvdx.ops._PIECE", 2048)
+    monkeypatch.setattr("hvdx.ops.shared.PIECE", 2048)
     codec, rows = CODECS[name], awkward()
     for ops, tensor in ((NumpyOps(), np.array), (TorchOps(), pytest.importorskip("torch").tensor)):
         assert len(ops.pieces(tensor(rows).reshape(-1, codec.block), codec.block)) == 6
         data = written(ops, codec, tensor(rows), used(rows))
         assert hashlib.sha256(np.asarray(data).tobytes()).hexdigest()[:16] == GOLDEN[name]
         back = np.asarray(codec.decode(ops, data, COLUMNS))
-        monkeypatch.setattr("hvdx.ops._PIECE", 2**18)
+        monkeypatch.setattr("hvdx.ops.shared.PIECE", 2**18)
         np.testing.assert_array_equal(back, np.asarray(codec.decode(ops, data, COLUMNS)))
-        monkeypatch.setattr("hvdx.ops._PIECE", 2048)
+        monkeypatch.setattr("hvdx.ops.shared.PIECE", 2048)
 
 
 def test_bfloat16_is_rounded_to_even(way):

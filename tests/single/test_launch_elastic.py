@@ -19,8 +19,11 @@ import pytest
 pytest.importorskip("horovod")
 
 from hvdx.errors import LaunchError
-from hvdx.launch.elastic import seats
+from hvdx.launch import client
+from hvdx.launch.elastic import NONE, seats
 from hvdx.launch.hosts import Host
+from hvdx.launch.remote import Scouts, Survey
+from hvdx.launch.rendezvous import Rendezvous
 from hvdx.launch.slots import Discovery, Slot, Slots
 
 #: A rank that tells where it stands, and does what the file with its number says.
@@ -199,6 +202,67 @@ def test_slots_come_back_later_each_time(monkeypatch):
         assert slots.usable() == []
         now += 1
         assert slots.usable() == [Slot("h1", 0)]
+
+
+def test_a_host_that_is_listed_again_begins_anew():
+    h1, h2 = Host("h1", "h1", 1), Host("h2", "h2", 1)
+    slots = Slots([h1, h2], None)
+    slots.relist([h1])
+    for host in (h1, h2):  # a rank on the host that was taken away may end later
+        slots.ban(Slot(host.name, 0))
+    slots.relist([h1, h2])
+    assert slots.usable() == [Slot("h2", 0)]
+
+
+def test_hosts_that_do_not_answer_are_asked_again(monkeypatch):
+    monkeypatch.setattr("hvdx.launch.remote.AGAIN_SECONDS", 0.02)
+    asked = []
+
+    def ask(host):
+        asked.append(host.name)
+        if host.name == "never" or asked.count(host.name) < 3:
+            raise LaunchError(f"{host.name} is not there")
+        return Survey({}, "", host.name)
+
+    scouts, never, late = Scouts(ask), Host("never", "never", 1), Host("late", "late", 1)
+    heard, until = [], time.monotonic() + 60
+    while not any(isinstance(answer, Survey) for _, answer in heard):
+        assert time.monotonic() < until
+        scouts.send([never, late])
+        heard += scouts.answers()
+        time.sleep(0.01)
+    assert [str(answer) for host, answer in heard if host == late][:2] == ["late is not there"] * 2
+    scouts.send([])
+    time.sleep(0.1)
+    before = len(asked)
+    scouts.send([])
+    assert len(asked) == before and list(scouts.answers()) == []
+
+
+def test_a_process_that_was_given_up_ends():
+    rendezvous = Rendezvous(1, stays=True).start()
+    environ = {**rendezvous.environment(), "HVDX_WORKER": "3", "HVDX_WORLD": "2"}
+    rendezvous.put("place_3", NONE)
+    try:
+        with pytest.raises(LaunchError, match="process 3 of the job: the launcher has given it up"):
+            client.take_place(environ)
+    finally:
+        rendezvous.close()
+
+
+def test_a_rank_does_not_train_for_ever_without_a_launcher(monkeypatch):
+    rendezvous = Rendezvous(1, stays=True).start()
+    environ = {**rendezvous.environment(), "HVDX_WORLD": "1"}
+    rendezvous.put("news", b"1 2")
+    assert client.news(environ) == (1, 2)
+    rendezvous.close()
+    monkeypatch.setenv("HVDX_TIMEOUT", "1000")
+    assert client.news(environ) is None
+    monkeypatch.setenv("HVDX_TIMEOUT", "0.01")
+    time.sleep(0.02)
+    with pytest.raises(LaunchError, match=r"has not answered for 0.01 s \(HVDX_TIMEOUT"):
+        client.news(environ)
+    monkeypatch.setattr(client, "_silent_since", None)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from hvdx.pipeline.simulator import simulate
 from hvdx.planner.clock import Need, Task, clock
 from hvdx.planner.costs import Candidate, predict, tasks_of
 from hvdx.planner.facts import Codec, Job, Network, Profile, Trim
-from hvdx.planner.search import Wanted, candidates, counts, meshes, ranked, to_measure
+from hvdx.planner.search import Wanted, candidates, counts, meshes, ranked, to_measure, to_try
 from hvdx.planner.table import advice, table
-from hvdx.planner.trim import Trial, trimmed
+from hvdx.planner.trim import Trial, calibrated
 
 MB = 1 << 20
 
@@ -242,18 +242,19 @@ def test_five_numbers_of_micro_batches_are_measured_at_most():
 TRUTH = Trim(1.2, 0.9, action=2e-4, loss=1e-4, back_loss=3e-4, sums=1.5, step=1e-3)
 
 
-def ran(candidate, given, job):
-    """A trial of a candidate whose steps take exactly what ``TRUTH`` makes of them."""
+def ran(candidate, given, job, **truth):
+    """A trial of a candidate whose steps take exactly what ``TRUTH``, or else, makes of them."""
     prediction = predict(candidate, given, job)
-    rows = tasks_of(prediction, given, job._replace(trim=TRUTH))
-    taken = clock(rows, job.lanes, job.hosts)
+    real = job._replace(**{"trim": TRUTH, **truth})
+    rows = tasks_of(prediction, given, real)
+    taken = clock(rows, real.lanes, real.hosts)
     actions = {}
     for row, spans in zip(rows, taken, strict=True):
         for task, span in zip(row, spans, strict=True):
             if task.action is not None:
                 actions.setdefault(task.action[:2], []).append(span.end - span.start)
     medians = {key: statistics.median(each) for key, each in actions.items()}
-    return Trial(prediction, max(each[-1].end for each in taken), medians)
+    return Trial(prediction, [max(each[-1].end for each in taken)], medians)
 
 
 @pytest.mark.parametrize("lanes", [2, float("inf")])
@@ -261,14 +262,39 @@ def test_trials_of_three_plans_mend_the_predictions_of_all(lanes):
     given, job = profile(), Job(4, Network(Link(1e-4, 1e8)), lanes=lanes)
     row = tuple((rank,) for rank in range(4))
     teachers = [Candidate(row, 8), Candidate(row, 16), Candidate(((0, 1, 2, 3),), 4)]
-    trim = trimmed([ran(each, given, job) for each in teachers], given, job)
+    learnt = calibrated([ran(each, given, job) for each in teachers], given, job)
     errors = {"plain": [], "trimmed": []}
     for each in candidates(4, 32, Wanted(schedules=("gpipe", "1f1b", "interleaved"))):
         true = predict(each, given, job._replace(trim=TRUTH)).step
-        for name, own in (("plain", Trim()), ("trimmed", trim)):
-            found = predict(each, given, job._replace(trim=own)).step
+        for name, own in (("plain", job), ("trimmed", learnt)):
+            found = predict(each, given, own).step
             errors[name].append(abs(found / true - 1))
     assert max(errors["trimmed"]) < 0.05 < statistics.median(errors["plain"])
+
+
+def test_steps_correct_what_was_taken_for_the_number_of_ranks_that_compute_side_by_side():
+    given, job = profile(), Job(4, Network(Link(1e-4, 1e8)), lanes=3.4)
+    row = tuple((rank,) for rank in range(4))
+    teachers = [Candidate(row, 4), Candidate(row, 16), Candidate(((0, 1), (2, 3)), 8),
+                Candidate(((0, 1, 2, 3),), 4)]  # fmt: skip
+    learnt = calibrated([ran(each, given, job, lanes=2.0) for each in teachers], given, job)
+    errors = {"plain": [], "learnt": []}
+    for each in candidates(4, 32, Wanted(schedules=("1f1b",))):
+        true = predict(each, given, job._replace(trim=TRUTH, lanes=2.0)).step
+        for name, own in (("plain", job), ("learnt", learnt)):
+            errors[name].append(abs(predict(each, given, own).step / true - 1))
+    assert statistics.median(errors["learnt"]) < 0.05 < 0.3 < statistics.median(errors["plain"])
+    assert max(errors["learnt"]) < 0.15
+
+
+def test_what_may_be_quicker_is_tried_next_and_not_its_likes_alone():
+    several = candidates(4, 32, Wanted(schedules=("1f1b", "zb1p")))
+    found = ranked(several, profile(), Job(4, Network(Link(1e-4, 1e8)), lanes=2))
+    first, unlike = (each.candidate for each in to_try(found, {}))
+    assert first == found[0].candidate and unlike[:2] != first[:2]
+    more = [each.candidate for each in to_try(found, {first: found[0].step})]
+    assert more[0] == found[1].candidate and first not in more
+    assert to_try(found, {found[-1].candidate: 0.5 * found[0].step}) == []
 
 
 # --- in words
