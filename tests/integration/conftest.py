@@ -11,6 +11,22 @@ from pathlib import Path
 
 import pytest
 
+#: Files whose tests share what a fixture starts, or measure the machine.
+WHOLE = {"test_faults.py", "test_hosts.py", "test_rig.py", "test_watchdog.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Share out these files whole and all else by test: some files take longer than many others."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if Path(file).name in WHOLE else nodeid
+
+    return Scheduling(config, log)
+
 
 class Environment:
     """A virtual environment whose packages are links to those of the running one.
@@ -23,7 +39,7 @@ class Environment:
         self.path = path
         self.python = path / "bin" / "python"
         command = [sys.executable, "-m", "venv", "--without-pip", str(path)]
-        subprocess.run(command, check=True, timeout=60)
+        subprocess.run(command, check=True, timeout=180)
         self.packages = next((path / "lib").glob("python*")) / "site-packages"
         for entry in Path(sysconfig.get_path("purelib")).iterdir():
             name = entry.name.lower().split("-")[0]
@@ -33,7 +49,7 @@ class Environment:
         scripts = [path / "bin", sysconfig.get_path("scripts"), os.environ["PATH"]]
         self.environ = {**os.environ, "PATH": os.pathsep.join(map(str, scripts))}
 
-    def hvdx(self, *arguments, timeout=120, **environ):
+    def hvdx(self, *arguments, timeout=240, **environ):
         """Run ``hvdx`` in there, away from the source tree."""
         return subprocess.run(
             [self.python, "-m", "hvdx", *map(str, arguments)],
@@ -44,7 +60,7 @@ class Environment:
             env={**self.environ, **{k: str(v) for k, v in environ.items()}},
         )
 
-    def run(self, code, timeout=60):
+    def run(self, code, timeout=180):
         """Run Python code in there and return what it prints."""
         command = [self.python, "-c", code]
         done = subprocess.run(

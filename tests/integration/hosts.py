@@ -54,7 +54,7 @@ class Hosts:
 
     def run(self, name: str, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run ``command`` on host ``name`` to its end."""
-        settings = {"capture_output": True, "text": True, "timeout": 120, **options}
+        settings = {"capture_output": True, "text": True, "timeout": 240, **options}
         return subprocess.run(self.command(name, *command), **settings)
 
     def start(self, name: str, *command: str, **options: Any) -> subprocess.Popen[str]:

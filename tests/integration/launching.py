@@ -17,8 +17,15 @@ from typing import Any
 import psutil
 
 HVDX_RUN = (sys.executable, "-m", "hvdx", "run")
-HOROVODRUN = (sys.executable, "-m", "horovod.runner.launch")
-SECONDS = 120
+#: horovodrun asks the frameworks' extensions, in turn, whether they have Gloo. TensorFlow's, the
+#: first, would take longer to import than most jobs take.
+HOROVODRUN = (
+    sys.executable,
+    "-c",
+    "import sys; sys.modules['horovod.tensorflow'] = None; "
+    "from horovod.runner.launch import run_commandline; run_commandline()",
+)
+SECONDS = 240  # that anything may take, on a busy machine
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
 
 #: A rank that meets the others: before() runs before init, after() when all are up.
@@ -34,6 +41,13 @@ total = hvd.allreduce(torch.full((4,), float(hvd.rank() + 1)), op=hvd.Sum, name=
 # In one piece: ranks may share a pipe.
 print(f"rank {{hvd.rank()}} of {{hvd.size()}} got {{total.tolist()}}\\n", end="", flush=True)
 """
+
+
+#: What a rank runs, ``after`` all are up, to print where it stands.
+PLACE = (
+    "print('place', hvd.rank(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), "
+    "hvd.cross_size(), flush=True)"
+)
 
 
 def train(folder: Path, *, before: str = "", after: str = "") -> list[str]:
@@ -184,6 +198,6 @@ class Watch:
             return set(self.seen)
 
 
-def gone(processes: Iterable[psutil.Process], seconds: float = 15) -> list[psutil.Process]:
+def gone(processes: Iterable[psutil.Process], seconds: float = SECONDS) -> list[psutil.Process]:
     """Wait for processes to end; return those that did not."""
     return psutil.wait_procs(list(processes), timeout=seconds)[1]

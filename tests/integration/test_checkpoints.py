@@ -22,7 +22,7 @@ from launching import HVDX_RUN, run
 pytest.importorskip("horovod")
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SECONDS = 120
+SECONDS = 240
 
 ALONE = """
     import sys

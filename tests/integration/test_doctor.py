@@ -67,19 +67,26 @@ def test_framework_that_kills_its_process(torch_only):
     assert checks["allreduce, torch"]["ok"] is None
 
 
-def test_built_for_another_version(torch_only):
+def test_built_for_another_version_and_a_corrupt_cache(torch_only, cache):
     record = torch_only.packages / "horovod" / "metadata.json"
     record.write_text(json.dumps({"pytorch": "2.1.0"}))
+    (wheel,) = cache.glob("wheels/*/*.whl")
+    wheel.write_bytes(b"no wheel")
     code, checks = torch_only.doctor("--no-run")
     assert code == 1
+    assert str(wheel) in checks["wheel cache"]["value"]
+    assert "checksum" in checks["wheel cache"]["value"]
     assert "built against torch 2.1.0, but" in checks["horovod.torch"]["value"]
     assert checks["horovod.torch"]["remedy"] == "Run: hvdx install"
 
 
-def test_extension_missing(torch_only):
+def test_extension_missing_and_an_unwritable_cache(torch_only, tmp_path):
     next(torch_only.packages.glob("horovod/torch/mpi_lib*.so")).unlink()
-    code, checks = torch_only.doctor()
+    (tmp_path / "file").touch()
+    code, checks = torch_only.doctor(XDG_CACHE_HOME=tmp_path / "file")
     assert code == 1
+    assert "cannot write" in checks["wheel cache"]["value"]
+    assert "XDG_CACHE_HOME" in checks["wheel cache"]["remedy"]
     assert checks["horovod.torch"]["ok"] is False
     assert "hvdx install --force" in checks["horovod.torch"]["remedy"]
     assert checks["allreduce, torch"]["ok"] is None
@@ -94,23 +101,6 @@ def test_job_that_fails(torch_only):
     assert checks["horovod.torch"]["ok"] is True
     assert checks["allreduce, torch"]["ok"] is False
     assert "AssertionError" in checks["allreduce, torch"]["value"]
-
-
-def test_corrupt_cache(torch_only, cache):
-    (wheel,) = cache.glob("wheels/*/*.whl")
-    wheel.write_bytes(b"no wheel")
-    code, checks = torch_only.doctor("--no-run")
-    assert code == 1
-    assert str(wheel) in checks["wheel cache"]["value"]
-    assert "checksum" in checks["wheel cache"]["value"]
-
-
-def test_unwritable_cache(torch_only, tmp_path):
-    (tmp_path / "file").touch()
-    code, checks = torch_only.doctor("--no-run", XDG_CACHE_HOME=tmp_path / "file")
-    assert code == 1
-    assert "cannot write" in checks["wheel cache"]["value"]
-    assert "XDG_CACHE_HOME" in checks["wheel cache"]["remedy"]
 
 
 def test_keras_backend_without_horovod(environment):

@@ -237,15 +237,15 @@ def elastic(discover: Path, script: Path, folder: Path, **environ: str):
     launcher = [*HVDX_RUN, "-np", "2", "--min-np", "1", "--max-np", "2"]
     launcher += ["--host-discovery-script", str(discover), "--"]
     rank = [sys.executable, str(script), str(folder), str(SAMPLES), str(EPOCHS)]
-    return run(*launcher, *rank, env=environment(**environ), timeout=240)
+    return run(*launcher, *rank, env=environment(**environ), timeout=480)
 
 
-@pytest.mark.parametrize(("framework", "ranks", "kills"), [("torch", 3, 2), ("tape", 2, 1)])
-def test_every_sample_is_trained_on_once_while_ranks_die(framework, ranks, kills):
+@pytest.mark.parametrize(("framework", "ranks"), [("torch", 3), ("tape", 2)])
+def test_every_sample_is_trained_on_once_though_rank_0_dies(framework, ranks):
     """With compression; counted by parameters, which go back and are shared like all others."""
     pytest.importorskip({"tape": "tensorflow"}.get(framework, framework))
     command = [sys.executable, str(CHURN), "--short", "--exact-only", "--framework", framework]
-    command += ["--ranks", str(ranks), "--least", str(ranks - 1), "--kills", str(kills)]
+    command += ["--ranks", str(ranks), "--least", str(ranks - 1), "--kills", "1", "--seed", "1"]
     done = run(*command, env=environment(), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} kills" in done.stdout and "lost or twice: 0" in done.stdout
+    assert "1 kills (rank 0: 1)" in done.stdout and "lost or twice: 0" in done.stdout

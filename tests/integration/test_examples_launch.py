@@ -13,7 +13,18 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import SECONDS, environment, free_port, run, start, together, told, train, words
+from launching import (
+    PLACE,
+    SECONDS,
+    environment,
+    free_port,
+    run,
+    start,
+    together,
+    told,
+    train,
+    words,
+)
 
 from hvdx.launch import network
 
@@ -193,7 +204,7 @@ def test_pods_of_the_manifest(manifest, tmp_path):
     port = str(free_port())  # on a machine of many, the manifest's may be taken
     more = {"HVDX_SIZE": "2", "HVDX_RENDEZVOUS_PORT": port, "HOROVOD_START_TIMEOUT": "60"}
     environs = [{**pod, **more} for pod in pods(job, "a secret")]
-    command = train(tmp_path)
+    command = train(tmp_path, after=PLACE)
     if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
         for pod in environs:  # hosts cannot be renamed here: rank 0 by its address
             pod["HVDX_RENDEZVOUS_ADDR"] = own
@@ -204,4 +215,5 @@ def test_pods_of_the_manifest(manifest, tmp_path):
         (tmp_path / "hosts-0").write_text(files[0])
         (tmp_path / "hosts-1").write_text(f"{files[1]}{own} train-0.train\n")
         command = ["unshare", "--uts", "--mount", "sh", "-ec", POD, str(tmp_path), *command]
-    assert together(environs, command) == words(2)
+    places = ["place 0 0 1 0 2", "place 1 0 1 1 2"]
+    assert together(environs, command) == [*places, *words(2)]

@@ -20,7 +20,7 @@ def test_the_sweep_tells_bytes_and_draws(framework, tmp_path):
         pytest.importorskip(module)
     script = EXAMPLES / f"compression_sweep_{framework}.py"
     picture = tmp_path / "sweep.png"
-    told = ["--methods", "none", "fp16", "--epochs", "2", "--png", str(picture)]
+    told = ["--methods", "none", "fp16", "--epochs", "1", "--png", str(picture)]
     on_torch = environment(KERAS_BACKEND="torch")  # starts sooner than TensorFlow
     job = run(*HVDX_RUN, "-np", "2", "--", sys.executable, str(script), *told, env=on_torch)
     assert job.returncode == 0, job.stdout + job.stderr

@@ -11,7 +11,19 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import HOROVODRUN, HVDX_RUN, Gate, environment, gone, run, start, sums, train, tree
+from launching import (
+    HOROVODRUN,
+    HVDX_RUN,
+    SECONDS,
+    Gate,
+    environment,
+    gone,
+    run,
+    start,
+    sums,
+    train,
+    tree,
+)
 
 pytest.importorskip("horovod")
 SHOW = "import os; print(*sorted(f'{k}={v}' for k, v in os.environ.items() if k[:7] == 'HOROVOD'))"
@@ -22,8 +34,8 @@ def shell(words: str) -> list[str]:
 
 
 def test_ranks_average_over_gloo(tmp_path):
-    job = run(*HVDX_RUN, "-np", "4", "--", *train(tmp_path))
-    assert (job.returncode, sorted(job.stdout.splitlines())) == (0, sums(4)), job.stderr
+    job = run(*HVDX_RUN, "-np", "3", "--", *train(tmp_path))
+    assert (job.returncode, sorted(job.stdout.splitlines())) == (0, sums(3)), job.stderr
 
 
 def test_horovodrun_still_launches_the_same_script(tmp_path):
@@ -81,7 +93,7 @@ def test_the_first_rank_that_fails_ends_the_job_and_is_named(tmp_path, end, stat
     words = f"if [ $HOROVOD_RANK = 1 ]; then cat {gate.path}; {end}; else exec sleep 600; fi"
     job = start(*HVDX_RUN, "-np", "3", *shell(words))
     gate.open()
-    _, said = job.communicate(timeout=15)
+    _, said = job.communicate(timeout=SECONDS)
     assert (job.returncode, told in said) == (status, True), said
 
 
@@ -90,7 +102,7 @@ def test_a_rank_killed_in_the_middle_of_training_ends_the_job(tmp_path):
     once = f"if hvd.rank() == 1:\n    {gate.code}\n    os.kill(os.getpid(), 9)"
     job = start(*HVDX_RUN, "-np", "2", "--", *train(tmp_path, after=once))
     gate.open()
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=SECONDS)
     assert job.returncode != 0
     assert "rank 1 on localhost was killed by signal 9" in said
 
@@ -101,7 +113,7 @@ def test_a_rank_that_ends_well_waits_for_nobody(tmp_path):
     job = start(*HVDX_RUN, "-np", "2", *shell(words))
     assert job.stdout.readline() == "[0]<stdout>:early\n"
     gate.open()
-    assert job.communicate(timeout=30)[0] == "[1]<stdout>:late\n"
+    assert job.communicate(timeout=SECONDS)[0] == "[1]<stdout>:late\n"
     assert job.returncode == 0
 
 
@@ -150,7 +162,7 @@ def test_a_signal_to_the_launcher_ends_ranks_and_their_children(number, status):
     job = start(*HVDX_RUN, "-np", "2", *shell(PARENT))
     processes = family(job, 2)
     job.send_signal(number)
-    job.communicate(timeout=15)
+    job.communicate(timeout=SECONDS)
     assert job.returncode == status
     assert gone(processes) == []
 
@@ -160,7 +172,7 @@ def test_ranks_that_ignore_sigterm_are_killed():
     job = start(*HVDX_RUN, "-np", "2", *shell(words), env=environment(HVDX_GRACE="2"))
     processes = family(job, 2)
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=15)
+    job.communicate(timeout=SECONDS)
     assert job.returncode == 143
     assert gone(processes) == []
 
@@ -169,7 +181,7 @@ def test_a_killed_launcher_leaves_nothing_behind():
     job = start(*HVDX_RUN, "-np", "2", *shell(PARENT))
     processes = family(job, 2)
     os.kill(job.pid, signal.SIGKILL)
-    job.wait(timeout=15)
+    job.wait(timeout=SECONDS)
     assert gone(processes) == []
 
 
@@ -177,7 +189,7 @@ def test_a_reader_that_goes_away_ends_the_job():
     job = start(*HVDX_RUN, "-np", "2", *shell("while true; do echo $$; done"))
     processes = family(job, 1)
     job.stdout.close()
-    job.wait(timeout=15)
+    job.wait(timeout=SECONDS)
     assert job.returncode == 128 + signal.SIGPIPE
     assert gone(processes) == []
 
@@ -191,7 +203,7 @@ def test_secrets_of_the_environment_do_not_show_in_ps(tmp_path):
     commands = [" ".join(process.cmdline()) for process in tree(job.pid)]
     assert len(commands) >= 3  # launcher, rank, and the watcher beside it
     gate.open()
-    job.communicate(timeout=15)
+    job.communicate(timeout=SECONDS)
     assert not [line for line in commands if token in line or "opensesame" in line]
 
 
@@ -230,10 +242,9 @@ def test_the_parallel_tests_driver_tells_a_rank_that_fails_and_one_that_hangs(tm
     (tmp_path / "torch").mkdir()
     file = tmp_path / "torch" / "test_it.py"
     driver = (sys.executable, str(here / "run.py"), "2", "--tests", str(tmp_path))
-    for body, last, told in (
-        ("pass", "2 passed, 0 failed", "2 passed in"),
-        ("assert hvdx.rank() == 0", " passed, 1 failed", "[1]<stdout>:E   assert 1 == 0"),
-        ("hvdx.rank() and hvdx.barrier() or time.sleep(99)", " passed, 1 failed", "time.sleep"),
+    for body, told in (  # all other tests show what it says of those that pass
+        ("assert hvdx.rank() == 0", "[1]<stdout>:E   assert 1 == 0"),
+        ("hvdx.rank() and hvdx.barrier() or time.sleep(99)", "time.sleep"),
     ):
         file.write_text(
             "import time, hvdx, pytest\n"
@@ -242,7 +253,7 @@ def test_the_parallel_tests_driver_tells_a_rank_that_fails_and_one_that_hangs(tm
         )
         limit = ["--test-limit", "5"] if "sleep" in body else []
         job = run(*driver, *limit, cwd=tmp_path)
-        assert job.stdout.splitlines()[-1].endswith(last), job.stdout
+        assert job.stdout.splitlines()[-1].endswith(" passed, 1 failed"), job.stdout
         assert told in job.stdout
-        assert job.returncode == (0 if body == "pass" else 1)
+        assert job.returncode == 1
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)]

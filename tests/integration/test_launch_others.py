@@ -13,6 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from launching import (
+    PLACE,
+    SECONDS,
     Gate,
     Watch,
     environment,
@@ -25,15 +27,8 @@ from launching import (
     words,
 )
 
-from hvdx.launch import network
-
 pytest.importorskip("horovod")
 pytest.importorskip("torch")
-
-PLACE = (
-    "print('place', hvd.rank(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), "
-    "hvd.cross_size(), flush=True)"
-)
 
 
 def test_ranks_of_torchrun_on_one_machine_listen_on_loopback_only(tmp_path):
@@ -49,7 +44,7 @@ else:
     watch = Watch(int(job.stdout.readline()))
     seen = watch.wait(lambda seen: len(seen) >= 2)  # rendezvous, and Gloo waiting for rank 1
     gate.open()
-    out, said = job.communicate(timeout=60)
+    out, said = job.communicate(timeout=SECONDS)
     assert (job.returncode, told(out)) == (0, words(2)), said
     assert {address for address, _ in seen | watch.seen} == {"127.0.0.1"}
 
@@ -68,12 +63,7 @@ def slurm(rank: int, node: int, local: int) -> dict[str, str]:
     }
 
 
-def test_srun_with_unequal_nodes(tmp_path):
-    lines = together([slurm(0, 0, 0), slurm(1, 0, 1), slurm(2, 1, 0)], train(tmp_path, after=PLACE))
-    assert lines == ["place 0 0 2 0 2", "place 1 1 2 0 1", "place 2 0 1 1 2", *words(3)]
-
-
-def test_srun_with_cyclic_ranks(tmp_path):
+def test_srun_with_unequal_nodes_and_cyclic_ranks(tmp_path):
     lines = together([slurm(0, 0, 0), slurm(1, 1, 0), slurm(2, 0, 1)], train(tmp_path, after=PLACE))
     assert lines == ["place 0 0 2 0 2", "place 1 0 1 1 2", "place 2 1 2 0 1", *words(3)]
 
@@ -82,17 +72,6 @@ def test_an_environment_that_contradicts_itself_ends_with_one_clear_message(tmp_
     job = run(*train(tmp_path), env=environment(**slurm(0, 0, 0) | {"SLURM_NTASKS": "5"}))
     assert job.returncode == 1
     assert job.stderr.splitlines()[-1].startswith("hvdx.errors.LaunchError: Slurm's variables")
-
-
-def test_pods_of_an_indexed_job(tmp_path):
-    own = [address for address in network.addresses() if not address.startswith("127.")]
-    if not own:
-        pytest.skip("this machine has no network interface besides loopback")
-    common = {"HVDX_SIZE": "2", "HVDX_RENDEZVOUS_ADDR": own[0], "HVDX_JOB_TOKEN": "a secret"}
-    common["HVDX_RENDEZVOUS_PORT"] = str(free_port())
-    pods = [{**common, "JOB_COMPLETION_INDEX": str(index)} for index in range(2)]
-    lines = together(pods, train(tmp_path, after=PLACE))
-    assert lines == ["place 0 0 1 0 2", "place 1 0 1 1 2", *words(2)]
 
 
 def test_a_lone_process_needs_no_launcher(tmp_path):

@@ -51,4 +51,4 @@ def test_a_killed_rank_is_named_over_horovod(tmp_path):
     told = re.search(r"told at ([\d.]+): rank 0, stage 0, .* in step 2: (.*)", job.stdout)
     assert told is not None, job.stdout + job.stderr
     assert "rank 1 has left the job without a word: killed, crashed or cut off" in told[2]
-    assert float(told[1]) - killed < 2.5  # a machine may be busy; 0.2 s on an idle one
+    assert float(told[1]) - killed < 20  # of 0.2: and no deadline is as short

@@ -23,7 +23,7 @@ def test_the_script_trains_on_two_ranks(tmp_path):
     (tmp_path / "train_stages.py").write_text(script + told)
     job = subprocess.run(
         [sys.executable, "-m", "hvdx", "run", "-np", "2", "--", sys.executable, "train_stages.py"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     losses = re.findall(r"\[\d\]<stdout>:([\d.]+)", job.stdout)

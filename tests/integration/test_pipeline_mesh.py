@@ -72,4 +72,4 @@ def test_unequal_replicas_learn_and_name_a_rank_that_is_killed(tmp_path):
     for note in notes.values():
         when, _, told = note.read_text().partition(" ")
         assert "rank 1 is gone: its connection broke" in told
-        assert float(when) - killed < 2
+        assert float(when) - killed < 20  # of 0.1: and no deadline is as short

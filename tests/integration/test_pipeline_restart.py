@@ -60,10 +60,11 @@ train(pipe, os.path.join(folder, "model.pt"), torch.as_tensor)
 """
 
 KERAS = """
+import random
 import keras
 
 hvd.init()
-keras.utils.set_random_seed(1)
+random.seed(1)  # keras.utils.set_random_seed() would import TensorFlow, too
 layers = [keras.layers.Dense(6, activation="tanh") for _ in range(3)]
 model = keras.Sequential([keras.Input((6,)), *layers, keras.layers.Dense(4)])
 pipe = hvd.Pipeline(model, np.zeros((8, 6), "f4"), loss="mse",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import HVDX_RUN, environment, start
+from launching import HVDX_RUN, SECONDS, environment, start
 
 pytest.importorskip("horovod")
 
@@ -81,7 +81,7 @@ def test_all_ranks_save_after_the_same_step(tmp_path, framework, whom):
         job.send_signal(signal.SIGTERM)
     else:
         os.kill(ranks[1], signal.SIGTERM)
-    out, said = job.communicate(timeout=90)
+    out, said = job.communicate(timeout=SECONDS)
     saved = re.findall(r"saved after (\d+) by rank (\d)", out)
     assert job.returncode == 143, out + said
     assert sorted(rank for _, rank in saved) == ["0", "1"], out + said
@@ -100,5 +100,5 @@ def test_a_job_that_saves_too_long_is_killed(tmp_path):
     job = start(*HVDX_RUN, "-np", "1", *command, env=environment(HVDX_GRACE="1"))
     assert job.stdout.readline() == "[0]<stdout>:ready\n"
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
+    job.communicate(timeout=SECONDS)
     assert job.returncode == 143

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launching import HVDX_RUN, run
 
 pytest.importorskip("horovod")
-SECONDS = 10
+SECONDS = 60  # of 5, on a busy machine: no job waits for a deadline
 
 #: Each rank notes its error and how long it took from the moment when all had imported what they
 #: need. It then waits for the others' notes: the launcher ends all when the first one fails.
@@ -46,7 +46,7 @@ def told_by(folder: Path, *, imports: str, act: str) -> list[str]:
     """Run two ranks that fail; return each one's error, after a look at how long it took."""
     script = folder / "train.py"
     script.write_text(RANK.format(folder=str(folder), imports=imports, act=act))
-    job = run(*HVDX_RUN, "-np", "2", "--", sys.executable, str(script), timeout=60)
+    job = run(*HVDX_RUN, "-np", "2", "--", sys.executable, str(script))
     assert job.returncode == 1, job.stdout + job.stderr
     assert "exited with code 1" in job.stderr
     errors = []
@@ -105,7 +105,7 @@ for call in (hvd.init, lambda: __import__("hvdx.torch"), hvd.nccl_built):
     except hvd.HorovodMissingError as error:
         assert isinstance(error, ImportError)
         print(error)
-assert time.monotonic() - start < 10
+assert time.monotonic() - start < 60
 """
     told = bare.run(code).splitlines()
     assert told == [

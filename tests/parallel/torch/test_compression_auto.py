@@ -154,5 +154,7 @@ def test_it_really_measures_in_training(hvd, links):
     for _ in range(5 + 6 + 1 + 2 + 6 + 1 + 2):
         given.step()
         torch.testing.assert_close(given.applied() + given.owed(), given.true, rtol=0, atol=1e-4)
+        if len(measured) > 3:  # alike on all ranks
+            break
     assert len(measured) >= 3
     assert hvd.allgather_object(measured) == [measured] * hvd.size()
