@@ -100,20 +100,9 @@ def adam(params: Any) -> Any:
     return torch.optim.Adam(params, 1e-4)
 
 
-def slowest(step: Any) -> float:
-    """Return milliseconds of a step that all ranks begin together, on the slowest of them."""
-    import torch
-    import torch.distributed as dist
-
-    each = []
-    for _ in range(STEPS):
-        dist.barrier()
-        start = time.perf_counter()
-        step()
-        each.append(time.perf_counter() - start)
-    taken = torch.tensor(each[1:]) * 1e3
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken.median())
+def turn(step: Any) -> float:
+    """Return milliseconds of a step among several on end."""
+    return statistics.median([harness.slowest(step) for _ in range(STEPS)][1:])
 
 
 def to_run(compared: list[Any], chosen: Any) -> list[Any]:
@@ -213,7 +202,7 @@ def grade(name: str, runs: int) -> Rows:
         held = hvd.allgather_object(counted(pipe, x, y))
         memory[told] = max(held), max(each.prediction.plan.memory)
         steps[told], predicted[told] = functools.partial(pipe.step, x, y), each.prediction.step
-    variants = {told: functools.partial(slowest, step) for told, step in steps.items()}
+    variants = {told: functools.partial(turn, step) for told, step in steps.items()}
     harness.interleave(variants, 1)
     samples = harness.interleave(variants, runs)
     tried = {told: each.measured for told, each in zip(steps, run, strict=True)}
@@ -264,27 +253,12 @@ def table(
 
 def work(file: str, name: str, runs: int) -> None:
     """Grade on one rank; rank 0 leaves the rows."""
-    import tempfile
-
-    import torch
-    import torch.distributed
-
     import hvdx as hvd
 
-    torch.set_num_threads(1)
-    hvd.init(framework="torch")
-    rendezvous = hvd.broadcast_object(tempfile.mktemp())
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("HOROVOD_GLOO_IFACE", "lo"))
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=hvd.rank(), world_size=hvd.size()
-    )
-    rows = grade(name, runs)
-    if hvd.rank() == 0:
-        harness.leave(rows, file)
-        os.unlink(rendezvous)
-    hvd.barrier()
-    torch.distributed.destroy_process_group()
-    hvd.shutdown()
+    with harness.torch_job():
+        rows = grade(name, runs)
+        if hvd.rank() == 0:
+            harness.leave(rows, file)
 
 
 def verdict(rows: Rows) -> None:
