@@ -8,6 +8,8 @@ order: Horovod without and with fp16, ``DistributedDataParallel`` without and wi
 and hvdx with each of its methods. A ratio compares with Horovod uncompressed unless the row says
 otherwise; bytes are those that host 0 sends over its link, with all headers and Horovod's own
 talk. Where all hosts are this machine, computing takes longer than on machines of their own.
+
+With ``--local 2`` each host has two ranks, and ``hierarchical int8`` stands beside ``int8``.
 """
 
 from __future__ import annotations
@@ -50,14 +52,17 @@ class Setting(NamedTuple):
     rate: float | None  # Mbit/s; None: not limited
     variants: Sequence[str]
     runs: int
+    local: int = 1  # ranks on each host
 
     @property
     def case(self) -> str:
         """Name the setting."""
-        return f"{self.hosts} hosts, " + (f"{self.rate:g} Mbit/s" if self.rate else "unlimited")
+        each = f"{self.hosts} hosts" + (f" of {self.local} ranks" if self.local > 1 else "")
+        return f"{each}, " + (f"{self.rate:g} Mbit/s" if self.rate else "unlimited")
 
 
 ALL = (BASELINE, *OTHERS, *METHODS)
+HIERARCHICAL = tuple(f"hierarchical {name}" for name in METHODS if name != "auto")
 SETTINGS = [
     *(Setting(hosts, rate, ALL, 7) for rate in (100, 1000) for hosts in (2, 4)),
     Setting(2, 10, (BASELINE, "int4", "onebit", "powersgd 4", "auto"), 3),
@@ -147,6 +152,8 @@ def compression(name: str) -> Any:
     """Return hvdx's method: ``topk 0.01`` is ``Compression.topk(0.01)``."""
     import hvdx as hvd
 
+    if name.startswith("hierarchical "):
+        return hvd.Compression.hierarchical(compression(name.removeprefix("hierarchical ")))
     method, _, option = name.partition(" ")
     made = getattr(hvd.Compression, method)
     return made(float(option) if "." in option else int(option)) if option else made
@@ -225,7 +232,8 @@ def work(file: str, setting: Setting) -> None:
     import hvdx as hvd
 
     torch.set_num_threads(1)
-    hvd.init(framework="torch")
+    dynamic = "dynamic" if setting.local > 1 else None  # process sets, for hierarchical
+    hvd.init(framework="torch", process_sets=dynamic)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://{os.environ['MASTER_ADDR']}:29477", rank=hvd.rank(),
         world_size=hvd.size(),
@@ -288,7 +296,9 @@ def rows(
 
 
 def _bytes(setting: Setting, name: str, runner: Runner) -> harness.Row:
-    value, right = statistics.median(runner.sent), formula(name, setting.hosts)
+    value = statistics.median(runner.sent)
+    flat = setting.local > 1 and not name.startswith("hierarchical ")
+    right = None if flat else formula(name.removeprefix("hierarchical "), setting.hosts)
     told = right if right is not None else value
     return harness.Row(
         setting.case, f"{name}, kB sent a step", value / 1e3, "formula" if right else "itself",
@@ -298,11 +308,15 @@ def _bytes(setting: Setting, name: str, runner: Runner) -> harness.Row:
 
 def measure(setting: Setting) -> list[harness.Row]:
     """Run one setting on the rig."""
-    with tempfile.TemporaryDirectory() as folder, rig.network(setting.hosts, setting.rate) as made:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        rig.network(setting.hosts, setting.rate, setting.local) as made,
+    ):
         result = Path(folder) / "rows.json"
         told = [
             "--hosts", str(setting.hosts), "--rate", str(setting.rate or 0),
             "--methods", ",".join(setting.variants), "--runs", str(setting.runs),
+            "--local", str(setting.local),
         ]  # fmt: skip
         command = [sys.executable, __file__, "--worker", str(result), *told]
         if rig.run(made, command, {"OMP_NUM_THREADS": "1"}):
@@ -329,7 +343,7 @@ def chosen(told: Any) -> list[Setting]:
         settings = [each._replace(variants=told.methods.split(",")) for each in settings]
     if told.runs:
         settings = [each._replace(runs=told.runs) for each in settings]
-    return settings
+    return [each._replace(local=told.local) for each in settings]
 
 
 def main() -> int:
@@ -338,9 +352,10 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, help="only settings of so many hosts")
     parser.add_argument("--rate", type=float, help="only settings of so many Mbit/s; 0: no limit")
     parser.add_argument("--methods", metavar="NAMES", help=f"by comma, of: {', '.join(ALL)}")
+    parser.add_argument("--local", type=int, default=1, help="ranks on each host")
     parser.add_argument("--runs", type=int, help="turns of each variant")
     told = parser.parse_args()
-    unknown = set((told.methods or BASELINE).split(",")) - set(ALL)
+    unknown = set((told.methods or BASELINE).split(",")) - {*ALL, *HIERARCHICAL}
     if unknown:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; use some of {', '.join(ALL)}")
     settings = chosen(told)

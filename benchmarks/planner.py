@@ -101,7 +101,7 @@ def adam(params: Any) -> Any:
 
 
 def turn(step: Any) -> float:
-    """Return milliseconds of a step among several on end."""
+    """Return milliseconds of a step on the slowest rank: the median of those after the first."""
     return statistics.median([harness.slowest(step) for _ in range(STEPS)][1:])
 
 
@@ -268,15 +268,6 @@ def work(file: str, name: str, runs: int) -> None:
             harness.leave(rows, file)
 
 
-def verdict(rows: Rows) -> None:
-    """Say which bars are met."""
-    judged = [row for row in rows if row.baseline == "bar"]
-    for row in judged:
-        word = "met   " if row.ratio >= 1 else "MISSED"
-        print(f"{word}  {row.case}: {row.metric}: {row.value:.4g} (bar {row.baseline_value:.4g})")
-    print(f"{sum(row.ratio >= 1 for row in judged)} of {len(judged)} bars met")
-
-
 def main() -> int:
     """Print the table."""
     parser = harness.options(__doc__)
@@ -298,7 +289,7 @@ def main() -> int:
         print(f"{model}, {ranks} ranks: {time.monotonic() - start:.0f} s; load {before:.1f} before",
               flush=True)  # fmt: skip
         harness.report(rows, told.json)
-    verdict(rows)
+    harness.verdict(rows)
     return 0
 
 

@@ -42,10 +42,13 @@ def missing() -> str | None:
 
 
 class Network:
-    """``hosts`` namespaces on one switch; make one with :func:`network`."""
+    """``hosts`` namespaces on one switch; make one with :func:`network`.
 
-    def __init__(self, hosts: int, megabits: float | None) -> None:
-        self.hosts = hosts
+    Jobs have ``local`` ranks on each host, numbered host by host.
+    """
+
+    def __init__(self, hosts: int, megabits: float | None, local: int = 1) -> None:
+        self.hosts, self.local = hosts, local
         self.prefix = f"{PREFIX}-{os.getpid()}-{secrets.token_hex(2)}"
         self._build(megabits)
 
@@ -59,12 +62,14 @@ class Network:
         return subprocess.Popen(inside, text=True, **options)
 
     def rank(
-        self, host: int, command: Sequence[str], environ: dict[str, str] | None = None, **kw: Any
+        self, rank: int, command: Sequence[str], environ: dict[str, str] | None = None, **kw: Any
     ) -> subprocess.Popen[str]:
-        """Start a command as the rank of ``host``, in a job with one rank per host."""
+        """Start a command as a rank of a job, on its host."""
+        host, number = divmod(rank, self.local)
         place = {
-            "RANK": host, "WORLD_SIZE": self.hosts, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
-            "GROUP_RANK": host, "MASTER_ADDR": self.address(0), "MASTER_PORT": 29400,
+            "RANK": rank, "WORLD_SIZE": self.hosts * self.local, "LOCAL_RANK": number,
+            "LOCAL_WORLD_SIZE": self.local, "GROUP_RANK": host,
+            "MASTER_ADDR": self.address(0), "MASTER_PORT": 29400,
             "HOROVOD_GLOO_IFACE": "eth0", "GLOO_SOCKET_IFNAME": "eth0",
         }  # fmt: skip
         told = {**os.environ, **(environ or {}), **{k: str(v) for k, v in place.items()}}
@@ -124,11 +129,11 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(hosts: int, megabits: float | None = None) -> Iterator[Network]:
+def network(hosts: int, megabits: float | None = None, local: int = 1) -> Iterator[Network]:
     """Provide a network of ``hosts`` on links of ``megabits`` per second, gone afterwards."""
     _sweep()
     with _unwinding():
-        made = Network(hosts, megabits)
+        made = Network(hosts, megabits, local)
         try:
             yield made
         finally:
@@ -175,31 +180,32 @@ def _run(tool: str, *words: str) -> str:
 
 
 def run(made: Network, command: Sequence[str], environ: dict[str, str] | None = None) -> int:
-    """Run ``command`` as one rank per host; print rank 0's output; return the worst status.
+    """Run ``command`` as all ranks; print rank 0's output; return the worst status.
 
     Where a rank fails the others are ended, and its output is shown too.
     """
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    ranks = [made.rank(host, command, environ, **pipe) for host in range(made.hosts)]
+    size = made.hosts * made.local
+    ranks = [made.rank(rank, command, environ, **pipe) for rank in range(size)]
     output: list[list[str]] = [[] for _ in ranks]
 
-    def read(host: int) -> None:
-        for line in ranks[host].stdout or ():
-            output[host].append(line)
-            if host == 0:
+    def read(rank: int) -> None:
+        for line in ranks[rank].stdout or ():
+            output[rank].append(line)
+            if rank == 0:
                 print(line, end="", flush=True)
-        if ranks[host].wait():
+        if ranks[rank].wait():
             for other in ranks:
                 other.terminate()
 
-    readers = [threading.Thread(target=read, args=(host,)) for host in range(made.hosts)]
+    readers = [threading.Thread(target=read, args=(rank,)) for rank in range(size)]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
-    for host, lines in enumerate(output[1:], start=1):
-        if ranks[host].returncode:
-            print(f"--- rank {host}, exit status {ranks[host].returncode}", *lines[-30:], sep="\n")
+    for rank, lines in enumerate(output[1:], start=1):
+        if ranks[rank].returncode:
+            print(f"--- rank {rank}, exit status {ranks[rank].returncode}", *lines[-30:], sep="\n")
     return max((abs(each.returncode) for each in ranks), default=0)
 
 
@@ -207,6 +213,7 @@ def main() -> int:
     """Run a command on a rig."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--local", type=int, default=1, help="ranks on each host")
     parser.add_argument("--rate", type=float, help="Mbit/s of each link; unlimited by default")
     parser.add_argument("command", nargs="+")
     told = parser.parse_args()
@@ -214,7 +221,7 @@ def main() -> int:
     if reason:
         print(f"no rig here: {reason}", file=sys.stderr)
         return 2
-    with network(told.hosts, told.rate) as made:
+    with network(told.hosts, told.rate, told.local) as made:
         status = run(made, told.command)
         sent = ", ".join(f"host {h}: {made.sent(h) / 1e6:.1f} MB" for h in range(made.hosts))
         print(f"sent {sent}")

@@ -8,13 +8,14 @@ some megabytes lie between: few operations, and the first leaves while backward 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from hvdx.errors import HvdxError
 
 #: Over Gloo on two processes, 4 to 16 MB are within noise; HVDX_BUCKET_MB overrides.
 DEFAULT_MEGABYTES = 16.0
+Thing = TypeVar("Thing")
 
 
 class Entry(NamedTuple):
@@ -95,3 +96,23 @@ def evenly(count: int, parts: int) -> list[range]:
     """Cut ``range(count)`` into at most ``parts`` runs whose lengths differ by one at most."""
     parts = max(1, min(parts, count))
     return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
+def runs(
+    things: Iterable[Thing],
+    size: Callable[[Thing], int],
+    limit: int,
+    kind: Callable[[Thing], Hashable] = lambda thing: None,
+) -> Iterator[list[Thing]]:
+    """Split ``things`` into runs of one kind and at most ``limit`` bytes, one thing at least."""
+    run: list[Thing] = []
+    held = 0
+    for thing in things:
+        weight = size(thing)
+        if run and (held + weight > limit or kind(thing) != kind(run[0])):
+            yield run
+            run, held = [], 0
+        run.append(thing)
+        held += weight
+    if run:
+        yield run

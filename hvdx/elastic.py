@@ -45,7 +45,32 @@ _leaving = False  # the ranks: they are met no more
 _running = 0  # calls of what run_fn has returned
 
 
-class State:
+class Recoverable:
+    """What can be saved, undone and shared when ranks come and go."""
+
+    def save(self) -> None:
+        """Keep a copy on this rank."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Go back to what was saved last."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Give all ranks what rank 0 has."""
+        raise NotImplementedError
+
+    def gather(self) -> None:
+        """Bring together what is each rank's own, so that it outlives some; on all ranks."""
+
+    def leave(self) -> None:
+        """Take what :meth:`gather` has brought together to the next ranks."""
+
+    def reset(self) -> None:
+        """Adapt to other ranks, before ``sync``."""
+
+
+class State(Recoverable):
     """What training needs to go on, and how to save it, undo to it and share it.
 
     Args:
@@ -139,54 +164,12 @@ class State:
         if (told := launch.news()) is not None:
             self.on_hosts_updated(told[0], HostUpdateResult(told[1]))
 
-    def save(self) -> None:
-        """Keep a copy of the state on this rank."""
-        raise NotImplementedError
 
-    def restore(self) -> None:
-        """Go back to what was saved last."""
-        raise NotImplementedError
-
-    def sync(self) -> None:
-        """Give all ranks what rank 0 has."""
-        raise NotImplementedError
-
-    def gather(self) -> None:
-        """Bring together what is each rank's own, so that it outlives some; on all ranks."""
-
-    def leave(self) -> None:
-        """Take what :meth:`gather` has brought together to the next ranks."""
-
-    def reset(self) -> None:
-        """Adapt to other ranks, before ``sync``."""
-
-
-class StateHandler:
+class StateHandler(Recoverable):
     """Saves, restores and shares one object of a state."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
-
-    def save(self) -> None:
-        """Keep a copy."""
-        raise NotImplementedError
-
-    def restore(self) -> None:
-        """Go back to the copy."""
-        raise NotImplementedError
-
-    def sync(self) -> None:
-        """Give all ranks what rank 0 has."""
-        raise NotImplementedError
-
-    def gather(self) -> None:
-        """Bring together what is each rank's own, so that it outlives some; on all ranks."""
-
-    def leave(self) -> None:
-        """Take what :meth:`gather` has brought together to the next ranks."""
-
-    def reset(self) -> None:
-        """Adapt to other ranks, before ``sync``."""
 
     def set_value(self, value: Any) -> None:
         """Watch another object from now on."""

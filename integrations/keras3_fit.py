@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from hvdx.pipeline.options import rows_of
+
 
 class Shuffled(keras.utils.PyDataset):
     """Batches in an order that is equal on all ranks, where Keras' own would differ.
@@ -39,6 +41,27 @@ class Shuffled(keras.utils.PyDataset):
         self._order = np.arange(self._rows)
         if self._seed is not None:
             self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
+
+
+def batches(data: tuple[Any, ...], size: int, seed: int | None) -> Any:
+    """Make batches of arrays, ``x``, ``y`` and weights; leave datasets as they are.
+
+    ``seed`` is that of the order, as of :class:`Shuffled`.
+    """
+    while len(data) > 1 and data[-1] is None:
+        data = data[:-1]
+    arrays = [each for each in keras.tree.flatten(data) if each is not None]
+    if not all(hasattr(each, "shape") for each in arrays):
+        return data[0]
+    data = tuple(tuple(each) if isinstance(each, list) else each for each in data)
+    data = keras.tree.map_structure(lambda x: None if x is None else np.asarray(x), data)
+    rows = rows_of([np.shape(each) for each in arrays])
+    return Shuffled(data, rows, size, seed)
+
+
+def parts(data: Any) -> tuple[Any, ...]:
+    """Take apart ``(x, y)`` or ``(x, y, weights)``; a dataset is one part."""
+    return tuple(data) if isinstance(data, (tuple, list)) and len(data) in (2, 3) else (data,)
 
 
 class Trainer(keras.Model):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import math
 import operator
 import os
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,7 +17,6 @@ import numpy as np
 from keras.src.backend import set_keras_mask
 
 from hvdx.agreement import next_name
-from hvdx.buckets import width
 from hvdx.checkpoints import tree
 from hvdx.checkpoints.files import read_tree, write_tree
 from hvdx.checkpoints.parts import differences
@@ -29,10 +25,11 @@ from hvdx.errors import PlanError
 from hvdx.integrations import keras3_moves as moves
 from hvdx.integrations.keras3_checkpoint import SEED, array, assign, slots
 from hvdx.integrations.keras3_checkpoint import told as described
-from hvdx.integrations.keras3_fit import Shuffled, Trainer
+from hvdx.integrations.keras3_fit import Trainer, batches, parts
 from hvdx.integrations.keras3_graph import Batch, Graph
 from hvdx.integrations.keras3_losses import Objective
 from hvdx.integrations.keras3_masks import MASK
+from hvdx.integrations.keras3_pipeline_optimizer import anew, built, measured, pass_by, summary
 from hvdx.integrations.keras3_trace import traced
 from hvdx.integrations.keras_loss_scale import LossScale
 from hvdx.integrations.keras_sync_batch_norm import SyncBatchNormalization
@@ -49,8 +46,6 @@ _BACKENDS = {  # of Keras: who computes stages, and who measures units
     "torch": ("hvdx.integrations.keras3_stages_torch", "hvdx.integrations.keras3_stages_torch"),
 }
 _Place: TypeAlias = tuple[str, ...]  # of a tensor in a checkpoint
-_MEASURED = 1 << 26  # bytes of variables on which the optimizer is measured, and the one more
-_UPDATES = 5  # of an optimizer, to measure it; the first makes its functions
 
 
 class Pipeline(MovingPipeline):
@@ -191,7 +186,9 @@ class Pipeline(MovingPipeline):
             self.plan = self._planned(sample, stages, told, by, None, target)
             self._stages = self._make_stages()
             self._params = self._own_params()
-            self.optimizer = self._checked(optimizer)
+            self.optimizer, self._scale = built(
+                optimizer, self._graph.model.dtype_policy.name, self._params, self._across
+            )
             self._compressor = self._checked_compression(
                 {self.optimizer.name: self.optimizer.get_config()} if self.optimizer else {}
             )
@@ -257,8 +254,8 @@ class Pipeline(MovingPipeline):
         """
         trainer = self._trainer(metrics, weighted_metrics)
         if validation_data is not None:
-            validation_data = self._dataset(_parts(validation_data), batch_size, False)
-        data = self._dataset((x, y, sample_weight), batch_size, shuffle)
+            validation_data = batches(parts(validation_data), batch_size, None)
+        data = batches((x, y, sample_weight), batch_size, self._seed if shuffle else None)
         # Keras would shuffle the batches once more, on each rank in its own way.
         options["shuffle"] = False
         return trainer.fit(data, epochs=epochs, validation_data=validation_data, **options)
@@ -275,12 +272,12 @@ class Pipeline(MovingPipeline):
         **options: Any,
     ) -> Any:
         """Compute loss and metrics as Keras' ``evaluate``, on every rank."""
-        data = self._dataset((x, y, sample_weight), batch_size, False)
+        data = batches((x, y, sample_weight), batch_size, None)
         return self._trainer(metrics, weighted_metrics).evaluate(data, **options)
 
     def predict(self, x: Any, batch_size: int = 32, **options: Any) -> Any:
         """Compute the outputs as Keras' ``predict``: arrays, on every rank."""
-        data = self._dataset((x, None, None), batch_size, False)
+        data = batches((x, None, None), batch_size, None)
         return self._trainer(None, None).predict(data, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -337,18 +334,6 @@ class Pipeline(MovingPipeline):
         trainer.prepare(self.optimizer, metrics, weighted_metrics)
         return trainer
 
-    def _dataset(self, data: tuple[Any, ...], size: int, shuffle: bool) -> Any:
-        """Make batches of arrays, ``x``, ``y`` and weights; leave datasets as they are."""
-        while len(data) > 1 and data[-1] is None:
-            data = data[:-1]
-        arrays = [each for each in keras.tree.flatten(data) if each is not None]
-        if not all(hasattr(each, "shape") for each in arrays):
-            return data[0]
-        data = tuple(tuple(each) if isinstance(each, list) else each for each in data)
-        data = keras.tree.map_structure(lambda x: None if x is None else np.asarray(x), data)
-        rows = rows_of([np.shape(each) for each in arrays])
-        return Shuffled(data, rows, size, self._seed if shuffle else None)
-
     # --- making one
 
     def _profile(
@@ -368,26 +353,8 @@ class Pipeline(MovingPipeline):
         return rows_of([tuple(each.shape) for each in self._graph.tensors(batch).values()])
 
     def _measured_update(self) -> tuple[float, float]:
-        variables: list[Any] = []
-        most = _MEASURED
-        for variable in self._graph.model.trainable_variables:
-            if not variables or most > 0:
-                variables.append(variable)
-                most -= _bytes(variable)
-        if not variables:
-            return 0.0, 0.0
-        optimizer = keras.optimizers.get(_anew(self._given))
-        optimizer.build(variables)
-        gradients = [keras.ops.full_like(each, 1e-3) for each in variables]
-        taken = []
-        for _ in range(_UPDATES):
-            start = time.perf_counter()
-            self._stages_of.apply(optimizer, gradients, variables)
-            keras.ops.convert_to_numpy(keras.ops.reshape(variables[-1], (-1,))[:1])  # it is done
-            taken.append(time.perf_counter() - start)
-        size = sum(map(_bytes, variables))
-        state = sum(_bytes(each) for each in optimizer.variables if each.shape)
-        return statistics.median(taken[1:]) / size, state / size
+        variables = self._graph.model.trainable_variables
+        return measured(self._given, variables, self._stages_of.apply)
 
     @contextlib.contextmanager
     def _preserved(self) -> Iterator[None]:
@@ -400,7 +367,7 @@ class Pipeline(MovingPipeline):
                 variable.assign(value)
 
     def _twin(self, plan: Plan, compression: Any) -> Pipeline:
-        optimizer = _anew(self._given)
+        optimizer = anew(self._given)
         made: Pipeline = self._again(optimizer=optimizer, stages=plan, compression=compression)
         return made
 
@@ -483,30 +450,6 @@ class Pipeline(MovingPipeline):
         for parcel in arrived.values():
             moves.single(optimizer, parcel["single"])
 
-    def _checked(self, told: Any) -> Any:
-        """Return the optimizer, built for this process' variables."""
-        if told is None:
-            return None
-        optimizer = keras.optimizers.get(told)
-        scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if self._graph.model.dtype_policy.name == "mixed_float16" and not scaling:
-            optimizer, scaling = keras.optimizers.LossScaleOptimizer(optimizer), True
-        limit = getattr(optimizer, "inner_optimizer", optimizer).global_clipnorm
-        if self._across and limit:
-            raise PlanError(
-                f"global_clipnorm={limit} needs the norm over all ranks, which an optimizer does "
-                f"not know: give it to the pipeline, as clip_norm={limit}"
-            )
-        if optimizer.built:
-            raise PlanError(
-                f"optimizer {optimizer.name!r} is built for other variables already; give a new one"
-            )
-        if self._params or scaling:  # all ranks follow the scale
-            optimizer.build(list(self._params.values()))
-        if scaling:
-            self._scale = LossScale(optimizer)
-        return optimizer
-
     def _agree(self) -> None:
         """Compare the ranks' pipelines, and begin with rank 0's parameters."""
         model = self._graph.model
@@ -517,7 +460,7 @@ class Pipeline(MovingPipeline):
         }
         entries["the loss scale"] = f"= {self._scale and self._scale.settings()}"
         self._check_agreed(entries)
-        self._check_optimizers(_described(self.optimizer))
+        self._check_optimizers(summary(self.optimizer))
         if model.variables:
             broadcast_parameters(model.variables)
 
@@ -552,7 +495,7 @@ class Pipeline(MovingPipeline):
             variables = [self._params[name] for name in names]
             self._stages_of.apply(optimizer, [totals[name] for name in names], variables)
         elif self._params:  # all are frozen now
-            _pass_by(optimizer)
+            pass_by(optimizer)
 
     def _run(
         self,
@@ -722,11 +665,6 @@ def _tensors(kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _parts(data: Any) -> tuple[Any, ...]:
-    """Take apart ``(x, y)`` or ``(x, y, weights)``; a dataset is one part."""
-    return tuple(data) if isinstance(data, (tuple, list)) and len(data) in (2, 3) else (data,)
-
-
 def _refuse(by: str | None, others: dict[str, Any]) -> None:
     """Refuse what only pipelines of PyTorch models have.
 
@@ -774,38 +712,6 @@ def _pieces(batch: Any, sizes: Sequence[int]) -> list[Any]:
         )
         start += size
     return pieces
-
-
-def _pass_by(optimizer: Any) -> None:
-    """Let a step go by that changes no variable here; schedules, and Nadam's product, go on."""
-    if hasattr(optimizer, "_u_product"):
-        product, beta = optimizer._u_product, optimizer.beta_1
-        factor = 1.0 - 0.5 * keras.ops.power(
-            keras.ops.cast(0.96, product.dtype),
-            keras.ops.cast(optimizer.iterations + 1, product.dtype),
-        )
-        on_torch = keras.backend.backend() == "torch"  # in its order, to the same bits
-        product.assign(product * (beta * factor) if on_torch else product * beta * factor)
-    optimizer.iterations.assign_add(1)
-
-
-def _anew(optimizer: Any) -> Any:
-    """Return an equal optimizer that has no variables yet."""
-    if isinstance(optimizer, keras.optimizers.Optimizer):
-        return type(optimizer).from_config(optimizer.get_config())
-    return optimizer
-
-
-def _bytes(variable: Any) -> int:
-    return math.prod(variable.shape) * width(str(variable.dtype))
-
-
-def _described(optimizer: Any) -> str:
-    """Tell an optimizer's class and options, for other ranks to compare with."""
-    if optimizer is None:
-        return "none"
-    options = {k: v for k, v in optimizer.get_config().items() if k != "name"}
-    return f"{type(optimizer).__qualname__} {options}"
 
 
 def _assign(variables: dict[str, Any], told: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hvdx.agreement import check_same, next_name
+from hvdx.buckets import runs
 from hvdx.comm import Work, sent_share
 from hvdx.integrations import pytorch_engine
 from hvdx.integrations.pytorch_collectives import Collectives, dtype_name
@@ -216,15 +217,9 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pieces(tensors: Iterable[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    """Split tensors into runs on one device of at most ``_BROADCAST_BYTES``, one at least."""
-    piece: list[torch.Tensor] = []
-    held = 0
-    for tensor in tensors:
-        weight = tensor.numel() * tensor.element_size()
-        if piece and (held + weight > _BROADCAST_BYTES or tensor.device != piece[0].device):
-            yield piece
-            piece, held = [], 0
-        piece.append(tensor)
-        held += weight
-    if piece:
-        yield piece
+    return runs(
+        tensors,
+        lambda tensor: tensor.numel() * tensor.element_size(),
+        _BROADCAST_BYTES,
+        lambda tensor: tensor.device,
+    )

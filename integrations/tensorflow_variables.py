@@ -11,6 +11,7 @@ from horovod.tensorflow import mpi_ops
 from tensorflow.python.ops import resource_variable_ops
 
 from hvdx import world
+from hvdx.buckets import runs
 from hvdx.frameworks import Adapter
 from hvdx.integrations.tensorflow_operations import refuse_xla
 from hvdx.integrations.tensorflow_types import MOVABLE, movable, restored
@@ -90,15 +91,8 @@ def broadcast_in_place(
 
 
 def _pieces(variables: Iterable[Any]) -> Iterable[list[Any]]:
-    """Split variables into runs of at most ``_BROADCAST_BYTES``, one variable at least."""
-    piece: list[Any] = []
-    held = 0
-    for variable in variables:
-        weight = int(np.prod(variable.shape)) * variable.dtype.size
-        if piece and held + weight > _BROADCAST_BYTES:
-            yield piece
-            piece, held = [], 0
-        piece.append(variable)
-        held += weight
-    if piece:
-        yield piece
+    return runs(
+        variables,
+        lambda variable: int(np.prod(variable.shape)) * variable.dtype.size,
+        _BROADCAST_BYTES,
+    )

@@ -35,7 +35,6 @@ from hvdx.agreement import next_name
 from hvdx.comm import Allgather, Allreduce, Alltoall, Among, Owners, Rank, Ranks, Together, Work
 from hvdx.compression.base import CompressionError, Compressor, Reduced, Spec
 from hvdx.compression.feedback import each_phase
-from hvdx.compression.portable import shares
 from hvdx.compression.state import in_common, leaves, rebuilt
 from hvdx.frameworks import Adapter
 from hvdx.ops import Ops
@@ -54,19 +53,19 @@ class Hosts(NamedTuple):
     across: Any = None  # of the ranks that have this one's number in their hosts
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many hosts there are."""
         return self.ranks // self.local_size
 
     @property
-    def index(self) -> int:
+    def host(self) -> int:
         """Which is this rank's."""
         return self.place // self.local_size
 
     @property
     def mates(self) -> tuple[int, ...]:
         """The places of this host's ranks."""
-        first = self.index * self.local_size
+        first = self.host * self.local_size
         return tuple(range(first, first + self.local_size))
 
     @property
@@ -76,7 +75,7 @@ class Hosts(NamedTuple):
 
     def inside(self, request: Any) -> Any:
         """Return what asks for ``request`` within this host."""
-        return request if self.count == 1 else Among(self.mates, request, self.within)
+        return request if self.number == 1 else Among(self.mates, request, self.within)
 
     def between(self, request: Any) -> Any:
         """Return what asks for ``request`` among the ranks of this one's number."""
@@ -141,7 +140,7 @@ def among_hosts(inner: Compressor, hosts: Hosts) -> Compressor:
     """Return :func:`hierarchical` for these hosts."""
     if hosts.local_size == 1:
         return inner
-    if hosts.count == 1 and not inner.owns_momentum:  # else there is nothing to lose in it either
+    if hosts.number == 1 and not inner.owns_momentum:  # raw gradients would lack that
         inner = each_phase(inner, _raw)
     return each_phase(inner, functools.partial(_among, hosts))
 
@@ -150,16 +149,15 @@ def _among(hosts: Hosts, inner: Compressor) -> Compressor:
     shared = in_common(hosts.local_size)
 
     def init(ops: Ops, spec: Spec) -> Any:
-        state = inner.init(ops, spec._replace(ranks=hosts.count))
+        state = inner.init(ops, spec._replace(ranks=hosts.number))
         return None if state is None else shared(state)
 
     def reduce(ops: Ops, grad: Any, state: Any) -> Work[Reduced]:
         given = None if state is None else state.inner
         mean = yield hosts.inside(Allreduce(grad, "host"))
-        reduced = yield from for_host(ops, inner.reduce(ops, mean, given), hosts)
-        if reduced.state is given:
-            return reduced._replace(state=state)
-        return reduced._replace(state=shared(reduced.state))
+        work = inner.reduce(ops, mean, given)
+        mean, own, kept = yield from for_host(ops, work, hosts)
+        return Reduced(mean, own, state if kept is given else shared(kept))
 
     return inner._replace(
         name=f"hierarchical({inner.name})", init=init, reduce=reduce, sharers=hosts.local_size
@@ -175,9 +173,9 @@ def for_host(ops: Ops, work: Work[Any], hosts: Hosts) -> Work[Any]:
         except StopIteration as done:
             return done.value
         if isinstance(request, Ranks):
-            answer = hosts.count
+            answer = hosts.number
         elif isinstance(request, Rank):
-            answer = hosts.index
+            answer = hosts.host
         elif isinstance(request, Owners):
             answer = None
         elif isinstance(request, Together):
@@ -188,7 +186,7 @@ def for_host(ops: Ops, work: Work[Any], hosts: Hosts) -> Work[Any]:
 
 def _carried_out(ops: Ops, requests: Sequence[Any], hosts: Hosts) -> Work[list[Any]]:
     """Have each rank of a host send a part of each message; return the whole answers."""
-    if hosts.count == 1:  # what a rank alone is answered
+    if hosts.number == 1:  # what a rank alone is answered
         return [request.tensor for request in requests]
     parts = [_part(ops, request, hosts) for request in requests]
     received = yield from _at_once([hosts.between(part) for part in parts])
@@ -211,7 +209,7 @@ def _at_once(requests: Sequence[Any]) -> Work[list[Any]]:
 
 def _cut(request: Any, hosts: Hosts) -> tuple[int, int, int]:
     """Return rows and columns of a message, each row for another host; and columns of a part."""
-    rows = hosts.count if isinstance(request, Alltoall) else 1
+    rows = hosts.number if isinstance(request, Alltoall) else 1
     columns = math.prod(request.tensor.shape) // rows
     return rows, columns, -(-columns // hosts.local_size)
 
@@ -237,7 +235,7 @@ def _whole(ops: Ops, gathered: Any, request: Any, hosts: Hosts) -> Any:
     if dtype == "bfloat16":
         gathered = ops.from_bytes(gathered, dtype)
     _, columns, width = _cut(request, hosts)
-    rows = 1 if isinstance(request, Allreduce) else hosts.count
+    rows = 1 if isinstance(request, Allreduce) else hosts.number
     parts = ops.reshape(gathered, (hosts.local_size, rows, width))
     table = ops.concat([parts[rank] for rank in range(hosts.local_size)], axis=1)[:, :columns]
     if isinstance(request, Allreduce):
@@ -252,8 +250,7 @@ def _raw(inner: Compressor) -> Compressor:
     def reduce(ops: Ops, grad: Any, state: Any) -> Work[Reduced]:
         yield from ()
         held = leaves(state)
-        owed = [x for path, x in shares(ops, held, 0, 1).items()
-                for leaf in held if leaf.path == path and leaf.kind == "owed"]  # fmt: skip
+        owed = [leaf.tensor for leaf in held if leaf.kind == "owed"]
         if not owed:
             return Reduced(grad, grad, state)
         mean = ops.cast(ops.cast(grad, "float32") + owed[0], ops.dtype(grad))

@@ -159,8 +159,9 @@ def moved(ops: Ops, like: Any, held: Sequence[Leaf], origin: Origin) -> tuple[An
     taken = {}
     for path, first, kind in leaves(like):
         own = given.get(path)
-        alike = own is not None and plain(kind) == kinds[path]
-        if alike and tuple(own.shape) == tuple(first.shape):
+        if own is None or plain(kind) != kinds[path]:
+            continue
+        if tuple(own.shape) == tuple(first.shape):
             taken[path] = own if kind == "same" else ops.scale(own, origin[1])
     lost = [path for path, kind in kinds.items() if kind == "owed" and path not in taken]
     return rebuilt(like, iter([taken.get(path, first) for path, first, _ in leaves(like)])), lost

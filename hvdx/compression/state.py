@@ -42,19 +42,19 @@ def sharers(kind: str) -> int:
     return int(kind.partition("*")[2] or 1)
 
 
-def in_common(ranks: int) -> Any:
-    """Return the named tuple of one field, ``inner``: a state that so many ranks have in common.
+class InCommon(NamedTuple):
+    """A state that several ranks, which follow each other, have in common; see :func:`in_common`.
 
     In files it looks like the state in it, but for the kinds of its leaves.
     """
-    return _in_common(ranks)
+
+    inner: Any
 
 
 @functools.cache
-def _in_common(ranks: int) -> Any:
-    kind: Any = NamedTuple("InCommon", [("inner", Any)])
-    kind.sharers = ranks
-    return kind
+def in_common(ranks: int) -> Any:
+    """Return the :class:`InCommon` of so many ranks."""
+    return type("InCommon", (InCommon,), {"__slots__": (), "sharers": ranks})
 
 
 def leaves(state: Any, path: str = "", kind: str = "same") -> list[Leaf]:

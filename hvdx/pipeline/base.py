@@ -424,7 +424,7 @@ class BasePipeline(abc.ABC):
         compressor = as_compressor(self._asked)
         if compressor.prepare is not None:
             raise CompressionError(
-                f"compression={compressor} measures Horovod's network, but replicas of a stage use "
+                f"compression={compressor} looks at Horovod's network, but replicas of a stage use "
                 "the pipeline's own: name a method, such as hvd.Compression.int8"
             )
         for name, options in optimizers.items():

@@ -55,6 +55,11 @@ torch.manual_seed(hvd.rank())
 model = torch.nn.Linear(1, 1)
 optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9), model)
 schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+owing = torch.nn.Linear(64, 1, bias=False)  # its gradient is noise, and what is held back counts
+torch.nn.init.zeros_(owing.weight)
+onebit = hvd.Compression.onebit(min_elements=0)
+sender = torch.optim.SGD(owing.parameters(), 1.0)
+sender = hvd.DistributedOptimizer(sender, owing, compression=onebit)
 sampler = hvd.elastic.ElasticSampler(range(samples))
 loader = torch.utils.data.DataLoader(range(samples), batch_size=2, sampler=sampler)
 
@@ -67,6 +72,11 @@ def train(state):
             loss = (model(batch[:, None].float()) - 2 * batch[:, None]).square().mean()
             loss.backward()
             optimizer.step()
+            noise = torch.randn(64)
+            sender.zero_grad()
+            owing(noise).backward()
+            sender.step()
+            state.due = state.due + hvd.allreduce(noise, name="due")
             state.loss = loss.item()
             parts = hvd.allgather_object([state.epoch, batch.tolist()])
             state.seen.extend([epoch, index] for epoch, part in parts for index in part)
@@ -80,8 +90,14 @@ def train(state):
         state.commit()
 
 state = hvd.elastic.TorchState(model, optimizer, sampler=sampler, schedule=schedule, epoch=0,
-                               seen=[], loss=0.0)
+                               seen=[], loss=0.0, owing=owing, sender=sender, due=torch.zeros(64),
+                               conserve=True)
 train(state)
+held = sender.compression_state()["parameters"]["weight"]["residual"].reshape(-1)
+held = hvd.allreduce(held, name="held")
+# All that was to be applied has been applied, or is held back by ranks that are there.
+assert torch.allclose(held - owing.weight.detach()[0], state.due, atol=1e-4), (held, state.due)
+assert held.abs().max() > 0.1
 assert schedule.last_epoch == epochs, schedule.last_epoch
 assert schedule.optimizer is optimizer
 finish(hvd, state, model)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdx import buckets
-from hvdx.buckets import Entry, evenly, limit_bytes, plan, width
+from hvdx.buckets import Entry, evenly, limit_bytes, plan, runs, width
 from hvdx.errors import HvdxError
 
 ENTRIES = st.lists(
@@ -120,3 +120,10 @@ def test_what_is_no_size(monkeypatch, told):
     with pytest.raises(HvdxError, match=r"HVDX_BUCKET_MB='.*' is no size.*megabytes") as error:
         limit_bytes()
     assert repr(told) in str(error.value)
+
+
+def test_runs_are_of_one_kind_and_keep_to_the_limit_but_for_single_things():
+    words = ["ab", "cd", "EF", "G", "hi", "jklmnop", "q"]
+    found = list(runs(words, len, 4, str.isupper))
+    assert found == [["ab", "cd"], ["EF", "G"], ["hi"], ["jklmnop"], ["q"]]
+    assert list(runs(["ab", "CD"], len, 4)) == [["ab", "CD"]] and not list(runs([], len, 4))

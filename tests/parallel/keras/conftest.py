@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
@@ -14,8 +15,30 @@ import hvdx
 
 STEPS, PER_RANK = 5, 4
 
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests share
 if keras.backend.backend() == "torch":  # Keras would load it to save a model: long, and not needed
     sys.modules["tensorflow"] = None  # type: ignore[assignment]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "backend(name): on this backend only: what it shows is the same on the other, and torch, "
+        "which traces nothing, is the quicker one; or the other cannot do it; a test's own mark "
+        "goes before its module's",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that are marked for the other backend."""
+    elsewhere = [
+        item
+        for item in items
+        if (mark := item.get_closest_marker("backend")) is not None
+        and keras.backend.backend() not in mark.args
+    ]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +53,12 @@ class Data(NamedTuple):
 
     whole: tuple[np.ndarray, np.ndarray]
     shard: tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder that all ranks know."""
+    return Path(hvdx.broadcast_object(str(tmp_path)))
 
 
 @pytest.fixture

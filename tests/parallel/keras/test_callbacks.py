@@ -12,6 +12,7 @@ import pytest
 import hvdx
 
 pytestmark = pytest.mark.ranks(2)
+TORCH = pytest.mark.backend("torch")
 
 
 def short_fit(model, *callbacks, **options):
@@ -35,7 +36,7 @@ def test_broadcast_comes_before_the_first_batch(hvd, make_model, assert_equal_re
     optimizer.build(model.trainable_variables)
     optimizer.iterations.assign(10 + hvd.rank())
     optimizer.learning_rate = 0.01 * (1 + hvd.rank())
-    model.compile(hvd.DistributedOptimizer(optimizer), "mse")
+    model.compile(hvd.DistributedOptimizer(optimizer), "mse", run_eagerly=True)
     seen = FirstWeights()
     root = 1 % hvd.size()
     short_fit(model, hvd.callbacks.BroadcastGlobalVariablesCallback(root), seen)
@@ -60,7 +61,7 @@ def test_broadcast_leaves_local_variables(hvd, make_model):
     model = make_model(seed=hvd.rank())
     local = model.layers[0].trainable_variables[0]
     before = keras.ops.convert_to_numpy(local)
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.compile(keras.optimizers.SGD(0.0), "mse", run_eagerly=True)
     short_fit(model, hvd.callbacks.BroadcastGlobalVariablesCallback(0, local_variables=[local]))
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(local), before)
 
@@ -72,9 +73,8 @@ def test_broadcast_of_different_models_is_an_error(hvd, make_model):
         short_fit(model, hvd.callbacks.BroadcastGlobalVariablesCallback(0))
 
 
+@pytest.mark.backend("tensorflow")
 def test_broadcast_turns_xla_off(hvd, make_model):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("XLA is TensorFlow's")
     model = make_model()
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse", jit_compile=True)
     with pytest.warns(UserWarning, match="jit_compile=False"):
@@ -92,7 +92,7 @@ def test_metrics_are_averaged_with_validation(hvd):
 
 def test_metrics_in_the_history(hvd, make_model):
     model = make_model(seed=hvd.rank())
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.compile(keras.optimizers.SGD(0.0), "mse", run_eagerly=True)
     own = short_fit(model, validation_data=(np.zeros((4, 6)), np.ones((4, 1)))).history
     everyone = hvdx.allgather_object(own)
     seen = short_fit(
@@ -112,10 +112,10 @@ def test_metrics_of_one_rank_only_are_an_error(hvd):
         hvd.callbacks.MetricAverageCallback().on_epoch_end(0, logs)
 
 
-@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("validate", [pytest.param(False, marks=TORCH), True])
 def test_progress(hvd, validate, make_model, capsys):
     model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse", run_eagerly=True)
     callback = hvd.callbacks.ProgressCallback()
     counted, walls = [], []
     options = {"validation_data": (np.ones((3, 6)), np.ones((3, 1)))} if validate else {}

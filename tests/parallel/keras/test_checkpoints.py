@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -11,18 +9,15 @@ import pytest
 import hvdx as hvd
 from hvdx.errors import CheckpointError, MismatchError
 
-
-@pytest.fixture
-def shared(tmp_path):
-    """A folder that all ranks know."""
-    return Path(hvd.broadcast_object(str(tmp_path)))
+TWO = pytest.mark.ranks(2)
 
 
-def compiled(seed=0, units=3, **options):
-    keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(5, "tanh", name="a"), keras.layers.Dense(units, name="b")]
+def compiled(eager=False, **options):
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(5, "tanh", name="a"), keras.layers.Dense(3, name="b")]
     model = keras.Sequential([keras.Input((4,)), *layers], name="net")
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), **options), "mse")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), **options)
+    model.compile(optimizer, "mse", run_eagerly=eager)
     return model
 
 
@@ -39,13 +34,21 @@ def values(model):
 
 WAYS = {
     "plain": {},
-    "topk": {"compression": hvd.Compression.topk(0.3, min_elements=1)},
+    "topk": {"compression": hvd.Compression.topk(0.3, min_elements=1), "eager": True},
     "servers": {"sync": "parameter_server"},
     "local": {"compression": hvd.Compression.diloco(3)},
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("plain", marks=[TWO, pytest.mark.backend("torch")]),  # the others hold it too
+        pytest.param("topk", marks=TWO),
+        "servers",
+        pytest.param("local", marks=TWO),
+    ],
+)
 def test_as_many_ranks_go_on_to_the_last_bit(way, shared):
     first, again = compiled(**WAYS[way]), compiled(**WAYS[way])
     train(first)
@@ -59,6 +62,7 @@ def test_as_many_ranks_go_on_to_the_last_bit(way, shared):
         np.testing.assert_array_equal(one, other)
 
 
+@TWO
 def test_other_models_are_refused_and_bfloat16_survives(shared):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="bfloat16", name="a")])
     checkpoints = hvd.Checkpoints(shared / "saved", asynchronous=False)
@@ -81,8 +85,9 @@ class Drift(keras.callbacks.Callback):
             kernel.assign(kernel.value * 1.001)
 
 
+@TWO
 def test_fit_stops_where_replicas_drift_apart():
-    model = compiled()
+    model = compiled(eager=True)
     x, y = np.ones((12, 4)), np.ones((12, 3))
     fit = {"batch_size": 2, "verbose": 0, "shuffle": False}
     calls = [hvd.callbacks.ConsistencyCallback(every=2)]

@@ -29,6 +29,7 @@ METHODS = {
 SHAPES = {"weight": (24, 36), "bias": (24,), "odd": (7, 11)}
 STEPS = 4
 GRAPHS = keras.backend.backend() == "tensorflow"
+TWO, TORCH = pytest.mark.ranks(2), pytest.mark.backend("torch")
 PATH = "sequential/given"
 
 
@@ -121,12 +122,17 @@ def assert_as_in_memory(hvd, method, model, optimizer, result, everyone):
     assert len(set(hvd.allgather_object(hvd.parameter_hash(model)))) == 1
 
 
-def at_two(methods, everywhere):
-    """Leave out on four ranks what is the same there."""
-    return [m if m in everywhere else pytest.param(m, marks=pytest.mark.ranks(2)) for m in methods]
+def on_torch(methods, everywhere, **marks):
+    """Leave out on TensorFlow, where tests of the verbs suffice, all but these, and mark some."""
+    return [
+        pytest.param(m, marks=[*[TORCH] * (m not in everywhere), *marks.get(m, [TWO])])
+        for m in methods
+    ]
 
 
-@pytest.mark.parametrize("method", at_two(METHODS, ["int8", "dgc"]))
+@pytest.mark.parametrize(
+    "method", on_torch(METHODS, ["int8", "topk", "randomk", "powersgd", "dgc", "after"], int8=[])
+)
 def test_compiled_fit(hvd, method):
     everyone = [gradients(rank) for rank in range(hvd.size())]
     optimizer = optimizer_with(hvd, method)
@@ -139,9 +145,15 @@ def test_compiled_fit(hvd, method):
     assert_as_in_memory(hvd, method, model, optimizer, result, everyone)
 
 
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("way", ["eager"] + ["graph"] * GRAPHS)
-@pytest.mark.parametrize("method", ["topk", "dgc", "after"])
+@TWO
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("topk", "eager"),
+        pytest.param("dgc", "eager", marks=TORCH),
+        ("after", "graph" if GRAPHS else "eager"),
+    ],
+)
 def test_loops(hvd, method, way):
     everyone = [gradients(rank) for rank in range(hvd.size())]
     optimizer = optimizer_with(hvd, method)
@@ -150,7 +162,7 @@ def test_loops(hvd, method, way):
     assert_as_in_memory(hvd, method, model, optimizer, result, everyone)
 
 
-@pytest.mark.ranks(2)
+@TWO
 def test_what_measures_and_chooses(hvd):
     everyone = [gradients(rank) for rank in range(hvd.size())]
     asked = []
@@ -180,7 +192,8 @@ def test_what_measures_and_chooses(hvd):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.ranks(2)
+@TWO
+@pytest.mark.backend("tensorflow")
 def test_rows_made_dense_are_compressed(hvd):
     """Their shape is unknown to the graph that TensorFlow makes of a step."""
     keras.utils.set_random_seed(1)
@@ -196,6 +209,7 @@ def test_rows_made_dense_are_compressed(hvd):
     assert len(set(hvd.allgather_object(hvd.parameter_hash(model)))) == 1
 
 
+@TWO
 def test_accumulation_compresses_sums(hvd):
     everyone = [gradients(rank) for rank in range(hvd.size())]
     optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
@@ -208,7 +222,7 @@ def test_accumulation_compresses_sums(hvd):
     assert optimizer.compression_state()["step"] == 2
 
 
-@pytest.mark.ranks(2)
+@TWO
 @pytest.mark.parametrize("around", ["wrapped", "inside"])
 def test_an_overflow_leaves_states_alone(hvd, around):
     """A step that loss scaling skips has delivered nothing; what is owed has no scale."""
@@ -239,7 +253,7 @@ def test_an_overflow_leaves_states_alone(hvd, around):
     assert float(optimizer.dynamic_scale) == 4.0  # halved, then doubled
 
 
-@pytest.mark.ranks(2)
+@TWO
 def test_momentum_twice_is_refused(hvd):
     for optimizer, told in (
         (keras.optimizers.SGD(0.1, momentum=0.9), r"SGD would .*momentum=0\.9"),
@@ -250,7 +264,7 @@ def test_momentum_twice_is_refused(hvd):
             hvd.DistributedOptimizer(optimizer, compression=C.dgc)
 
 
-@pytest.mark.ranks(2)
+@TWO
 def test_ranks_with_other_compressors_are_told(hvd):
     chosen = C.topk(0.1) if hvd.rank() == 0 else C.topk(0.2)
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=chosen)
@@ -258,7 +272,8 @@ def test_ranks_with_other_compressors_are_told(hvd):
         train(given_gradients(), optimizer, gradients(0), "eager")
 
 
-@pytest.mark.parametrize("method", at_two(["onebit", "randomk"], ["onebit"]))
+@TWO
+@pytest.mark.parametrize("method", ["onebit", pytest.param("randomk", marks=TORCH)])
 def test_states_go_on(hvd, method):
     """As many ranks go on exactly; what is portable is owed as before."""
     grads = gradients(hvd.rank())
@@ -287,7 +302,7 @@ def test_states_go_on(hvd, method):
             np.testing.assert_allclose(again[name][path], array, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", at_two(["onebit", "randomk", "dgc"], ["onebit"]))
+@pytest.mark.parametrize("method", on_torch(["onebit", "randomk", "dgc"], ["onebit"], onebit=[]))
 def test_ranks_that_are_left_bring_what_they_owe(hvd, method):
     """The last rank is new, and the others are of a job of one rank more."""
     last, size = hvd.size() - 1, hvd.size() + 1
@@ -316,7 +331,8 @@ def test_ranks_that_are_left_bring_what_they_owe(hvd, method):
         assert set(draws) == {int(saved["parameters"][f"{PATH}/weight"]["inner.draw"])}
 
 
-@pytest.mark.parametrize("way", ["eager"] + ["fit"] * GRAPHS)
+@TWO
+@pytest.mark.parametrize("way", ["fit" if GRAPHS else "eager"])
 def test_the_elastic_state_keeps_what_is_owed(hvd, way):
     """Through commits, undone steps, and a job that starts anew."""
     grads = gradients(hvd.rank())
@@ -343,7 +359,7 @@ def test_the_elastic_state_keeps_what_is_owed(hvd, way):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.ranks(2)
+@TWO
 def test_states_that_do_not_fit(hvd):
     Error = hvdx.compression.CompressionError
     optimizer = optimizer_with(hvd, "onebit")
@@ -360,9 +376,10 @@ def test_states_that_do_not_fit(hvd):
         optimizer.load_compression_state(saved)
 
 
-@pytest.mark.ranks(2)
-def test_checkpoints(hvd, tmp_path, monkeypatch):
-    folder, grads = hvdx.broadcast_object(str(tmp_path)), gradients(hvd.rank())
+@TWO
+@TORCH  # hvd.Checkpoints takes the same states on TensorFlow, and this file is Keras' own
+def test_checkpoints(hvd, shared, monkeypatch):
+    grads = gradients(hvd.rank())
 
     def fit(method, epochs, *folders):
         model, optimizer = given_gradients(), optimizer_with(hvd, method)
@@ -373,8 +390,8 @@ def test_checkpoints(hvd, tmp_path, monkeypatch):
         return [v.numpy() for v in model.trainable_variables], optimizer.compression_state()
 
     weights, saved = fit("onebit", 2)
-    fit("onebit", 1, folder)
-    resumed, state = fit("onebit", 2, folder)
+    fit("onebit", 1, shared)
+    resumed, state = fit("onebit", 2, shared)
     for one, other in zip(weights, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
     assert state["step"] == 2 * STEPS
@@ -386,9 +403,9 @@ def test_checkpoints(hvd, tmp_path, monkeypatch):
     monkeypatch.setattr(  # as if one rank had trained
         keras_checkpoint, "_read", lambda path: {**read(path), "compression": [
             brought_together(everyone)]})  # fmt: skip
-    _, state = fit("onebit", 2, folder)
+    _, state = fit("onebit", 2, shared)
     for name, tensors in state["parameters"].items():
         mean = np.mean([own["parameters"][name]["residual"] for own in everyone], 0)
         np.testing.assert_allclose(tensors["residual"], mean, atol=1e-6)
     with pytest.warns(UserWarning, match=r"the checkpoint is of compression=onebit.* owed .*lost"):
-        fit("topk", 2, folder)
+        fit("topk", 2, shared)

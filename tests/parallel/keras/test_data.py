@@ -11,13 +11,15 @@ import pytest
 import hvdx
 import hvdx.keras as hvd
 
+TWO, TORCH = pytest.mark.ranks(2), pytest.mark.backend("torch")
+
 
 def seen_by_all(dataset) -> list[list[int]]:
     """Return the first column of all ranks' batches, by rank."""
     return hvdx.allgather_object([[int(v) for v in batch[0][:, 0]] for batch in dataset])
 
 
-@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("extra", [pytest.param(0, marks=TWO), 1])
 def test_every_sample_once_in_equally_many_steps(extra):
     samples = 12 * hvd.size() + extra
     x = np.arange(samples, dtype="float32")[:, None]
@@ -37,24 +39,25 @@ def test_every_sample_once_in_equally_many_steps(extra):
 
 
 @pytest.mark.parametrize(
-    ("extra", "workers"),
+    ("extra", "workers", "eager"),
     [
-        pytest.param(0, 1, marks=pytest.mark.ranks(2)),
-        (1, 1),
-        (-1, 1),
-        pytest.param(1, 2, marks=pytest.mark.ranks(2)),
+        pytest.param(0, 1, True, marks=[TWO, TORCH]),
+        pytest.param(1, 2, False, marks=TWO),
+        pytest.param(1, 1, True, marks=[TWO, TORCH]),
+        (-1, 1, True),
     ],
 )
-def test_fit_on_ranks_equals_fit_in_one_process(extra, workers, make_model, farthest, exact):
+def test_fit_on_ranks_equals_fit_in_one_process(extra, workers, eager, make_model, farthest, exact):
     samples = 8 * hvd.size() + extra
     random = np.random.default_rng(0)
     x, y = random.normal(size=(samples, 6)), random.normal(size=(samples, 1))
     plain, replica = make_model("float64"), make_model("float64")
     replica.set_weights(plain.get_weights())
-    replica.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9)), "mse")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9))
+    replica.compile(optimizer, "mse", run_eagerly=eager)
     dataset = hvd.DistributedDataset(x, y, batch_size=4, shuffle=False, workers=workers)
     replica.fit(dataset, epochs=2, verbose=0)
-    plain.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    plain.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse", run_eagerly=True)
     sizes = [0, *np.cumsum(hvdx.data.step_sizes(samples, hvd.size(), 4))]
     for _ in range(2):
         for start, stop in itertools.pairwise(sizes):
@@ -73,7 +76,8 @@ def test_an_epoch_is_resumed_and_the_next_ones_are_whole(make_model):
             steps.append((dataset.epoch, batch))
 
     model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    model.compile(optimizer, "mse", run_eagerly=True)
     x = np.zeros((8 * hvd.size(), 6), "float32")
     dataset = hvd.DistributedDataset(x, x[:, :1], batch_size=4)
     dataset.record_batch(0)

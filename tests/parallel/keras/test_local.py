@@ -13,15 +13,22 @@ def value(variable):
     return keras.ops.convert_to_numpy(variable.value)
 
 
-@pytest.mark.parametrize("scale", [True, False])
-@pytest.mark.parametrize("way", ["apply", pytest.param("graph", marks=pytest.mark.ranks(2))])
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("way", "scale"),
+    [
+        ("apply", True),
+        ("apply", False),
+        pytest.param("graph", True, marks=pytest.mark.backend("tensorflow")),
+    ],
+)
 def test_register_local_var(hvd, way, scale):
     shared, local = (keras.Variable(np.zeros(2), name=name) for name in ("shared", "local"))
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), scale_local_gradients=scale)
     optimizer.register_local_var(local)
     optimizer.build([shared, local])
     grads = [keras.ops.ones(2) * (hvd.rank() + 1.0)] * 2
-    if way == "graph" and keras.backend.backend() == "tensorflow":
+    if way == "graph":
         import tensorflow as tf
 
         tf.function(lambda: optimizer.apply(grads, [shared, local]))()
@@ -34,6 +41,7 @@ def test_register_local_var(hvd, way, scale):
         optimizer.register_local_var(shared)
 
 
+@pytest.mark.ranks(2)
 def test_partial_optimizer(hvd, data, make_model, ways, assert_equal_replicas):
     """Local layers may differ in shape; the broadcast leaves them and their momentum alone."""
     rank = hvd.rank()
@@ -87,7 +95,8 @@ def different_start(hvd, make_model):
     return model, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
 
 
-@pytest.mark.parametrize("way", [pytest.param("fit", marks=pytest.mark.ranks(2)), "loop"])
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", ["fit", "loop"])
 def test_forgotten_broadcast_is_told(hvd, way, data, make_model, ways):
     model, optimizer = different_start(hvd, make_model)
     with pytest.warns(UserWarning, match=r"'sequential/dense/kernel'.*BroadcastGlobal"):
@@ -99,7 +108,7 @@ def test_forgotten_broadcast_is_told(hvd, way, data, make_model, ways):
 def test_broadcast_before_or_after_the_first_step_is_not_told(hvd, data, make_model, ways):
     x, y = data().shard
     model, optimizer = different_start(hvd, make_model)
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", run_eagerly=True)
     callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
     model.fit(x[0], y[0], verbose=0, callbacks=callbacks)
     model, optimizer = different_start(hvd, make_model)

@@ -9,12 +9,13 @@ import pytest
 import hvdx
 from hvdx.compression import CompressionError
 
+pytestmark = pytest.mark.ranks(2)
+TORCH, TENSORFLOW = map(pytest.mark.backend, ("torch", "tensorflow"))
 C = hvdx.Compression
-TENSORFLOW = keras.backend.backend() == "tensorflow"
 WAYS = {
     "fit": lambda ways, *given: ways.fit(*given),
     "eager fit": lambda ways, *given: ways.fit(*given, run_eagerly=True),
-    "loop": lambda ways, *given: ways.loop(*given, graph=TENSORFLOW),
+    "loop": lambda ways, *given: ways.loop(*given),
 }
 SIMULATED = []  # once for all ways
 
@@ -56,7 +57,12 @@ def differ(model):
 
 
 @pytest.mark.parametrize(
-    "way", ["fit", *(pytest.param(w, marks=pytest.mark.ranks(2)) for w in ("eager fit", "loop"))]
+    "way",
+    [
+        "fit",
+        pytest.param("eager fit", marks=TENSORFLOW),  # all of torch's are
+        pytest.param("loop", marks=TORCH),
+    ],
 )
 def test_equals_simulated_workers(hvd, way, data, make_model, ways, exact):
     batches = data("float64")
@@ -82,18 +88,17 @@ def test_equals_simulated_workers(hvd, way, data, make_model, ways, exact):
     assert_close(model, after, exact)
 
 
-@pytest.mark.ranks(2)
 def test_one_step_alone_is_the_mean_of_gradients(hvd, data, make_model, ways, farthest, exact):
     batches = data("float64")
     alone, together = make_model("float64"), make_model("float64")
     ways.loop(alone, keras.optimizers.SGD(0.1), batches.whole)
     optimizer = keras.optimizers.SGD(0.1)
     hvd.DistributedOptimizer(optimizer, compression=C.local_sgd(1))
-    ways.fit(together, optimizer, batches.shard)
+    ways.loop(together, optimizer, batches.shard)
     assert farthest(alone, together) < exact
 
 
-@pytest.mark.ranks(2)
+@TORCH
 def test_ranks_talk_in_outer_steps_only(hvd, data, make_model, ways, farthest):
     """And int8, on layers large enough for it, comes close to what travels raw."""
     batches = data()
@@ -111,7 +116,6 @@ def test_ranks_talk_in_outer_steps_only(hvd, data, make_model, ways, farthest):
     assert 0 < farthest(*models) < 0.02
 
 
-@pytest.mark.ranks(2)
 def test_saved_and_restored(hvd, data, make_model, ways):
     """To the last bit, within a round and with what error feedback has left."""
     training, batches = C.diloco(2, compression=C.onebit(min_elements=0)), data().shard
@@ -123,17 +127,17 @@ def test_saved_and_restored(hvd, data, make_model, ways):
         return model, optimizer
 
     model, optimizer = make()
-    ways.fit(model, optimizer, first)
+    ways.fit(model, optimizer, first, run_eagerly=True)
     weights, saved = model.get_weights(), optimizer.compression_state()
     assert saved["steps alone"] == [1]
     with pytest.raises(CompressionError, match="train alone"):
         optimizer.portable_compression_state()
-    ways.fit(model, optimizer, rest)
+    ways.fit(model, optimizer, rest, run_eagerly=True)
 
     again, resumed = make()
     again.set_weights(weights)
     resumed.load_compression_state(saved)
-    ways.fit(again, resumed, rest)
+    ways.fit(again, resumed, rest, run_eagerly=True)
     assert hvdx.parameter_hash(again) == hvdx.parameter_hash(model)
     kept, found = optimizer.compression_state(), resumed.compression_state()
     for name, arrays in kept["parameters"].items():
@@ -179,7 +183,6 @@ def test_accumulation_and_overflows(hvd, scaler):
         np.testing.assert_allclose(variable.numpy(), -5 * mean, rtol=1e-6)
 
 
-@pytest.mark.ranks(2)
 def test_local_variables_stay_out(hvd):
     shared, own = (keras.Variable(np.zeros(2, "float32"), name=name) for name in ("s", "o"))
     optimizer = keras.optimizers.SGD(1.0)
@@ -192,7 +195,6 @@ def test_local_variables_stay_out(hvd):
     np.testing.assert_allclose(own.numpy(), -2.0 * hvd.rank())
 
 
-@pytest.mark.ranks(2)
 @pytest.mark.filterwarnings("error:ranks train")
 def test_weights_that_are_broadcast_after_the_first_batch(hvd, data, make_model, ways):
     """As the callback does where a model is built by it: the round begins from them."""
@@ -208,7 +210,6 @@ def test_weights_that_are_broadcast_after_the_first_batch(hvd, data, make_model,
         assert differ(model) == (step == 1)
 
 
-@pytest.mark.ranks(2)
 def test_what_is_refused(hvd, data, make_model, ways):
     with pytest.raises(ValueError, match=r"op=Sum, compression=Compression\.local_sgd"):
         hvd.DistributedOptimizer(keras.optimizers.SGD(), compression=C.local_sgd, op=hvd.Sum)

@@ -9,13 +9,13 @@ import pytest
 import hvdx
 from hvdx.metrics.log import read
 
+pytestmark = pytest.mark.ranks(2)
 ROWS, BATCH = 24, 8
 
 
 @pytest.fixture
-def path(tmp_path):
-    """The same file on all ranks."""
-    return hvdx.broadcast_object(tmp_path / "run.jsonl", 0)
+def path(shared):
+    return shared / "run.jsonl"
 
 
 def lines(path, kind):
@@ -60,7 +60,8 @@ def test_fit(hvd, make_model, path):
 
 def test_each_fit_is_a_run_that_goes_on(hvd, make_model, path):
     model = make_model()
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    model.compile(optimizer, "mse", run_eagerly=True)
     metrics = hvd.callbacks.MetricsCallback(path, batch_size=5, quiet=True)
 
     def batches():  # of which Keras cannot know how many there are
@@ -74,7 +75,6 @@ def test_each_fit_is_a_run_that_goes_on(hvd, make_model, path):
     assert sum(told["samples"] for told in lines(path, "interval")) == 4 * 5 * hvd.size()
 
 
-@pytest.mark.ranks(2)
 def test_a_pipelines_fit(hvd, make_model, path):
     model = make_model()
     x, y = np.ones((ROWS, 6), "float32"), np.ones((ROWS, 1), "float32")

@@ -16,6 +16,8 @@ import pytest
 import hvdx
 
 pytestmark = pytest.mark.ranks(2)
+TORCH, TENSORFLOW = map(pytest.mark.backend, ("torch", "tensorflow"))
+H5 = pytest.param("model.h5", marks=TORCH)  # what hvdx does with it is the same on both
 
 
 class Own(keras.optimizers.SGD):
@@ -121,7 +123,7 @@ def trained(model, optimizer, ways, data, path):
     return model
 
 
-@pytest.mark.parametrize("file", ["model.keras", "model.h5"])
+@pytest.mark.parametrize("file", ["model.keras", H5])
 def test_load_model_wraps(hvd, file, data, make_model, ways, tmp_path, assert_equal_replicas):
     path = tmp_path / file
     optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam())
@@ -135,6 +137,7 @@ def test_load_model_wraps(hvd, file, data, make_model, ways, tmp_path, assert_eq
     assert_equal_replicas(loaded)
 
 
+@TORCH
 def test_load_model_wraps_a_loss_scaler(
     hvd, data, make_model, ways, tmp_path, assert_equal_replicas
 ):
@@ -148,7 +151,7 @@ def test_load_model_wraps_a_loss_scaler(
     assert_equal_replicas(loaded)
 
 
-@pytest.mark.parametrize("file", ["model.keras", "model.h5"])
+@pytest.mark.parametrize("file", ["model.keras", H5])
 def test_load_model_with_an_optimizer_of_ones_own(hvd, file, make_model, ways, data, tmp_path):
     path = tmp_path / file
     trained(make_model(), hvd.DistributedOptimizer(Own(0.1)), ways, data, path)
@@ -186,7 +189,7 @@ def test_communication_seconds(hvd, data, make_model, ways):
     ways.fit(model, optimizer, data().shard)
     seconds = optimizer.communication_seconds
     assert 0.0 < seconds < 60.0
-    ways.fit(model, optimizer, data().shard)
+    ways.loop(model, optimizer, data().shard)
     assert optimizer.communication_seconds > seconds
     assert len(optimizer.variables) == len(keras.optimizers.SGD(0.1).variables)
 
@@ -289,9 +292,9 @@ def test_parts_of_the_variables(hvd, make_model, assert_equal_replicas):
 def test_two_optimizers(hvd, data, make_model, ways, assert_equal_replicas):
     one, other = make_model(seed=1), make_model(seed=2)
     optimizers = [hvd.DistributedOptimizer(keras.optimizers.Adam()) for _ in range(2)]
-    for _ in range(2):
+    for step in range(2):
         for model, optimizer in zip((one, other), optimizers, strict=True):
-            ways.loop(model, optimizer, data().shard)
+            ways.loop(model, optimizer, [part[step : step + 1] for part in data().shard])
     assert_equal_replicas(one)
     assert_equal_replicas(other)
 
@@ -314,7 +317,7 @@ def test_loss_scaling(hvd, data, make_model, ways, assert_equal_replicas):
     assert_equal_replicas(model)
 
 
-@pytest.mark.parametrize("way", ["fit", "loop"])
+@pytest.mark.parametrize("way", ["fit", pytest.param("loop", marks=TORCH)])
 def test_inside_a_loss_scaler(hvd, way, data, make_model, ways, farthest, assert_equal_replicas):
     """As ``compile`` puts one around the optimizer of a mixed_float16 model."""
     batches = data()
@@ -353,9 +356,8 @@ def test_mixed_float16(hvd, assert_equal_replicas):
     assert_equal_replicas(model)
 
 
+@TENSORFLOW
 def test_xla_as_the_default_is_left_out(hvd, data, make_model, ways, monkeypatch):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("XLA is TensorFlow's")
     import tensorflow as tf
 
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
@@ -368,18 +370,16 @@ def test_xla_as_the_default_is_left_out(hvd, data, make_model, ways, monkeypatch
     assert model.jit_compile is False
 
 
+@TENSORFLOW
 def test_xla_is_refused(hvd, data, make_model, ways):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("XLA is TensorFlow's")
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     with pytest.raises(ValueError, match="jit_compile=False"):
         ways.fit(make_model(), optimizer, data().shard, jit_compile=True)
 
 
+@TORCH
 def test_torch_compile(hvd, data, make_model, ways, farthest):
     # Adam's compiled step once ran past apply, and replicas drifted apart without a word.
-    if keras.backend.backend() != "torch":
-        pytest.skip("torch.compile is torch's")
     import torch
 
     batches = data()
@@ -399,9 +399,8 @@ def test_torch_compile(hvd, data, make_model, ways, farthest):
     assert farthest(alone, together) < 1e-6
 
 
+@TENSORFLOW  # Keras has it there only
 def test_steps_per_execution(hvd, data, make_model, ways, farthest, exact):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("Keras has it for TensorFlow only")
     batches = data("float64")
     alone, together = make_model("float64"), make_model("float64")
     ways.loop(alone, keras.optimizers.Adam(), batches.whole)

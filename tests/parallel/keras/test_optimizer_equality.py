@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 TWO = pytest.mark.ranks(2)
+TORCH, TENSORFLOW = map(pytest.mark.backend, ("torch", "tensorflow"))
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(0.01),
@@ -18,9 +19,9 @@ OPTIMIZERS = {
     ("kind", "dtype"),
     [
         ("adam", "float64"),
-        pytest.param("sgd", "float64", marks=TWO),
-        pytest.param("adamw", "float64", marks=TWO),
-        pytest.param("adam", "float32", marks=TWO),
+        pytest.param("sgd", "float64", marks=[TWO, TORCH]),
+        pytest.param("adamw", "float64", marks=[TWO, TORCH]),
+        pytest.param("adam", "float32", marks=[TWO, TORCH]),
     ],
 )
 def test_ranks_equal_one_process(
@@ -35,30 +36,35 @@ def test_ranks_equal_one_process(
     assert farthest(alone, make_model(dtype)) > 1e-3  # and they did train
 
 
-# What Keras does to gradients must happen after they are averaged.
+# What Keras does to gradients must happen after they are averaged. Some of it is in the tests of
+# accumulation too.
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
 OPTIONS = {
-    "clipnorm": dict(clipnorm=0.05),
-    "global_clipnorm": dict(global_clipnorm=0.05),
-    "clipvalue": dict(clipvalue=0.01),
-    "moving average": dict(use_ema=True, ema_overwrite_frequency=2),
-    "accumulation": dict(gradient_accumulation_steps=2),
-    "schedule": dict(learning_rate=keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)),
+    "clipnorm, decay": dict(clipnorm=0.05, weight_decay=0.01),
+    "global_clipnorm, schedule": dict(global_clipnorm=0.05, learning_rate=SCHEDULE),
+    "clipvalue, moving average": dict(clipvalue=0.01, use_ema=True, ema_overwrite_frequency=2),
 }
 
 
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("name", OPTIONS)
+@TWO
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[TORCH] * ("average" not in n)) for n in OPTIONS],
+)
 def test_options_of_keras_act_on_the_mean(hvd, name, data, make_model, ways, farthest, exact):
     batches = data("float64")
     options = {"learning_rate": 0.1, "momentum": 0.9, **OPTIONS[name]}
     alone, together = make_model("float64"), make_model("float64")
-    train = ways.fit if name in ("moving average", "accumulation") else ways.loop  # fit has graphs
-    train(alone, keras.optimizers.SGD(**options), batches.whole)
-    train(together, hvd.DistributedOptimizer(keras.optimizers.SGD(**options)), batches.shard)
+    for model, optimizer, own in (
+        (alone, keras.optimizers.SGD(**options), batches.whole),
+        (together, hvd.DistributedOptimizer(keras.optimizers.SGD(**options)), batches.shard),
+    ):
+        ways.fit(model, optimizer, own)  # averages of weights are taken at an epoch's end too
     assert farthest(alone, together) < exact
 
 
-@pytest.mark.ranks(2)
+@TENSORFLOW  # all of torch's are
+@TWO
 def test_eager_fit(hvd, data, make_model, ways, farthest, exact):
     batches = data("float64")
     alone, together = make_model("float64"), make_model("float64")
@@ -68,7 +74,8 @@ def test_eager_fit(hvd, data, make_model, ways, farthest, exact):
     assert farthest(alone, together) < exact
 
 
-@pytest.mark.ranks(2)
+@TENSORFLOW
+@TWO
 def test_loop_in_a_graph(hvd, data, make_model, ways, farthest, exact):
     batches = data("float64")
     alone, together = make_model("float64"), make_model("float64")
@@ -78,7 +85,8 @@ def test_loop_in_a_graph(hvd, data, make_model, ways, farthest, exact):
     assert farthest(alone, together) < exact
 
 
-@pytest.mark.parametrize("megabytes", ["0.0001", pytest.param("16", marks=TWO)])
+@TWO
+@pytest.mark.parametrize("megabytes", ["0.0001", pytest.param("16", marks=TORCH)])
 def test_size_of_buckets_changes_nothing(
     hvd, megabytes, monkeypatch, ways, data, make_model, farthest, exact
 ):
@@ -93,7 +101,7 @@ def test_size_of_buckets_changes_nothing(
     assert farthest(alone, together) < exact
 
 
-@pytest.mark.ranks(2)
+@TWO
 def test_models_of_two_types(hvd, data, ways, farthest, exact):
     batches = data("float64")
 
@@ -115,6 +123,8 @@ def test_models_of_two_types(hvd, data, ways, farthest, exact):
     assert farthest(alone, together) < 1e-6
 
 
+@TWO
+@TORCH
 def test_sum(hvd, data, make_model, ways, farthest, exact):
     batches = data("float64")
     alone, together = make_model("float64"), make_model("float64")
@@ -124,6 +134,7 @@ def test_sum(hvd, data, make_model, ways, farthest, exact):
     assert farthest(alone, together) < exact
 
 
+@TWO
 def test_predivide(hvd, data, make_model, ways, farthest, exact):
     batches = data("float64")
     alone, together = make_model("float64"), make_model("float64")
@@ -145,15 +156,8 @@ class Halves:
         return keras.ops.cast(tensor, dtype)
 
 
-@pytest.mark.parametrize(
-    ("kind", "op"),
-    [
-        ("fp16", "Average"),
-        pytest.param("fp16", "Sum", marks=TWO),
-        pytest.param("class", "Average", marks=TWO),
-        pytest.param("class", "Sum", marks=TWO),
-    ],
-)
+@TWO
+@pytest.mark.parametrize(("kind", "op"), [("fp16", "Average"), ("class", "Sum")])
 def test_compression(hvd, kind, op, ways, data, make_model, farthest, assert_equal_replicas):
     batches = data("float32")
     rate = 0.1 if op == "Average" else 0.1 / hvd.size()
@@ -168,14 +172,8 @@ def test_compression(hvd, kind, op, ways, data, make_model, farthest, assert_equ
     assert_equal_replicas(together)
 
 
-@pytest.mark.parametrize(
-    ("way", "dense"),
-    [
-        ("loop", False),
-        pytest.param("fit", False, marks=TWO),
-        pytest.param("fit", True, marks=TWO),
-    ],
-)
+@TWO
+@pytest.mark.parametrize(("way", "dense"), [("fit", False), ("loop", True)])
 def test_embeddings(hvd, way, dense, ways, farthest, exact):
     """Their gradients are tf.IndexedSlices on TensorFlow: gathered, or sent dense."""
     rank, size = hvd.rank(), hvd.size()
@@ -212,11 +210,10 @@ def test_embeddings(hvd, way, dense, ways, farthest, exact):
     assert farthest(alone, together) < exact
 
 
+@TENSORFLOW
 @pytest.mark.parametrize("op", ["Average", "Sum"])
 def test_sparse_gradients_of_some_ranks(hvd, op):
     """Rows that are there, none, or a dense gradient: what other ranks have is understood."""
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("tf.IndexedSlices are TensorFlow's")
     import tensorflow as tf
 
     table = keras.Variable(np.zeros((4, 2)), name="table")

@@ -3,68 +3,41 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from pipelines import learnt, load_single, models, with_weights
 
 import hvdx as hvd
 from hvdx.errors import MismatchError, PipelineError, PlanError
 from hvdx.keras import SyncBatchNormalization
 
-
-def load_models(name="test_pipeline_keras"):
-    """The models of the tests in one process."""
-    path = Path(__file__).parents[2] / "single" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-models, counted = load_models(), load_models("test_pipeline_keras_losses")
-
-
-@pytest.fixture
-def shared(tmp_path):
-    """A folder that all ranks know."""
-    return Path(hvd.broadcast_object(str(tmp_path)))
-
-
-@functools.cache
-def alone(build, rows=(12, 7, 3, 1)):
-    """What one process learns, and its last loss."""
-    return models.train(build, models.batches(rows=list(rows)), place=["cpu"])
-
-
-def learnt(pipe, path):
-    """Rank 0's whole model, gathered by a checkpoint."""
-    pipe.save(path)
-    hvd.barrier()
-    return {n: each for n, each in hvd.load_state(path)["model"].items() if "seed" not in n}
+counted = load_single("test_pipeline_keras_losses")
+TWO, TORCH = pytest.mark.ranks(2), pytest.mark.backend("torch")
+DEEP = models.batches(8)
 
 
 @functools.cache
 def learnt_alone():
     """What one process learns of a model for 8 stages."""
-    return models.train(models.deep, models.batches(20), place=["cpu"])
+    return models.train(models.deep, DEEP, place=["cpu"])
 
 
 @pytest.mark.parametrize(
     ("schedule", "channel"),
     [
-        *(pytest.param(each, "zmq", marks=pytest.mark.ranks(2)) for each in ("gpipe", "1f1b")),
-        *(pytest.param(each, "horovod", marks=pytest.mark.ranks(2)) for each in ("zb1p", "zbv")),
+        pytest.param("gpipe", "zmq", marks=[TWO, TORCH]),
+        pytest.param("1f1b", "zmq", marks=[TWO, TORCH]),
+        pytest.param("zb1p", "horovod", marks=TWO),
+        pytest.param("zbv", "horovod", marks=[TWO, TORCH]),
         ("interleaved", "horovod"),
     ],
 )
 def test_schedules_and_channels_change_no_bit(schedule, channel, shared):
-    data = models.batches(20)
     expected, loss = learnt_alone()
-    pipe = models.pipeline(models.made(models.deep), data[0][0], schedule=schedule, channel=channel)
-    for x, y in data:
+    pipe = models.pipeline(models.made(models.deep), DEEP[0][0], schedule=schedule, channel=channel)
+    for x, y in DEEP:
         last = pipe.step(x, y)
     assert float(last) == loss
     models.assert_same(learnt(pipe, shared / "state.safetensors"), expected)
@@ -72,26 +45,23 @@ def test_schedules_and_channels_change_no_bit(schedule, channel, shared):
 
 
 @pytest.mark.parametrize(
-    ("build", "schedule"),
+    ("build", "schedule", "rows"),
     [
-        pytest.param(models.sequential, "gpipe", marks=pytest.mark.ranks(2)),
-        (models.residual, "1f1b"),
-        (models.dropped, "1f1b"),
+        pytest.param(models.sequential, "gpipe", [12, 7, 3, 1], marks=[TWO, TORCH]),
+        (models.residual, "1f1b", [12, 7, 3, 1]),
+        pytest.param(models.dropped, "1f1b", [12, 7], marks=TWO),
     ],
 )
-def test_ranks_learn_what_one_process_learns(build, schedule, shared):
-    data = models.batches(rows=[12, 7, 3, 1])
-    expected, loss = alone(build)
+def test_ranks_learn_what_one_process_learns(build, schedule, rows, shared):
+    data = models.batches(rows=rows)
+    expected, loss = models.train(build, data, place=["cpu"])
     model = models.made(build, seed=3 + hvd.rank())  # they begin with rank 0's weights
     pipe = models.pipeline(model, data[0][0], schedule=schedule)
     for x, y in data:
         last = pipe.step(x, y)
     assert float(last) == loss
     models.assert_same(learnt(pipe, shared / "state.safetensors"), expected)
-    plain = models.made(build)
-    for variable in plain.variables:
-        if variable.path in expected:
-            variable.assign(expected[variable.path])
+    plain = with_weights(build, expected)
     for x, _ in data:
         outputs = models.values(pipe(x)), models.values(plain(x))
         np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
@@ -100,6 +70,7 @@ def test_ranks_learn_what_one_process_learns(build, schedule, shared):
     pipe.close()
 
 
+@TWO
 @pytest.mark.parametrize("build", [counted.penalised, counted.tagger])
 def test_losses_and_masks_cross_ranks(build):
     x, y, weight = counted.batch(build)
@@ -113,6 +84,7 @@ def test_losses_and_masks_cross_ranks(build):
     assert told[0] == told[1]
 
 
+@TWO
 def test_ranks_clip_alike_and_show_why_they_wait(shared):
     data = models.batches(2)
     options = {"clip_norm": 0.05, "schedule": "auto", "checkpoint": "except_last"}
@@ -142,7 +114,9 @@ def _go_on(pipe, data, path):
         again.close()
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("mixed_bfloat16", marks=[TWO, TORCH]), "mixed_float16"]
+)
 def test_low_precision_over_ranks(policy, shared):
     """The last rank has no variables, but scales the loss; what overflows anywhere is skipped."""
     data, size = models.batches(4), hvd.size()
@@ -182,7 +156,7 @@ class Failing(keras.layers.Layer):
         return x
 
 
-@pytest.mark.parametrize("channel", ["zmq", "horovod"])
+@pytest.mark.parametrize("channel", [pytest.param("zmq", marks=TORCH), "horovod"])
 def test_an_error_reaches_all_ranks(channel):
     size = hvd.size()
     model = keras.Sequential(
@@ -198,6 +172,7 @@ def test_an_error_reaches_all_ranks(channel):
     pipe.close()
 
 
+@TWO
 def test_ranks_that_differ_are_told():
     x, _ = models.batches(1)[0]
     with pytest.raises(MismatchError, match="micro_batches"):
@@ -222,6 +197,7 @@ def test_ranks_that_differ_are_told():
         )
 
 
+@TWO
 def test_fit_is_the_same_on_every_rank():
     x, y = (np.concatenate(parts) for parts in zip(*models.batches(3), strict=True))
     losses = []

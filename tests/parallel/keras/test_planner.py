@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,6 +12,7 @@ import hvdx as hvd
 from hvdx.errors import PlanError
 from hvdx.pipeline.plan import Plan
 
+pytestmark = pytest.mark.ranks(2)
 ROWS = 16
 
 
@@ -48,8 +48,7 @@ def learnt(pipe, path):
     return losses, {(kind, n): v for kind in ("model", "optimizer") for n, v in told[kind].items()}
 
 
-def test_training_is_that_of_the_plan_given_by_hand(tmp_path, capfd):
-    shared = Path(hvd.broadcast_object(str(tmp_path)))
+def test_training_is_that_of_the_plan_given_by_hand(shared, capfd):
     (x, y), model = batch(), made()
     before = [np.array(keras.ops.convert_to_numpy(each)) for each in model.variables]
     drawn = random.getstate()

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import keras
 import pytest
+from pipelines import load_single, models
 
 import hvdx as hvd
 
-
-def load_tests():
-    """The same in one process, and its models."""
-    path = Path(__file__).parents[2] / "single" / "test_pipeline_moves_keras.py"
-    spec = importlib.util.spec_from_file_location("pipeline_moves_keras", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-alone = load_tests()
-models = alone.models
-four, two = pytest.mark.ranks(4), pytest.mark.ranks(2)
+alone = load_single("test_pipeline_moves_keras")
+FOUR, TWO = pytest.mark.ranks(4), pytest.mark.ranks(2)
 CUTS = {
     2: [["leave"], ["tied"], ["norm"]],
     4: [["tied", "norm", "leave"], ["drop", "norm", "leave"]],
 }
-
-
-@pytest.fixture
-def shared(tmp_path):
-    """A folder that all ranks know."""
-    return Path(hvd.broadcast_object(str(tmp_path)))
 
 
 def train(path, moving, **options):
@@ -64,10 +45,10 @@ def train(path, moving, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        pytest.param({"channel": "horovod", "clip_norm": 0.05}, marks=two),
+        pytest.param({}, marks=[TWO, pytest.mark.backend("torch")]),
+        pytest.param({"channel": "horovod", "clip_norm": 0.05}, marks=TWO),
         pytest.param({"place": [[0, 2], [3, 1]],
-                      "compression": hvd.Compression.topk(0.5, min_elements=1)}, marks=four),
+                      "compression": hvd.Compression.topk(0.5, min_elements=1)}, marks=FOUR),
     ],
 )  # fmt: skip
 def test_moves_change_no_bit(options, shared):
@@ -78,7 +59,7 @@ def test_moves_change_no_bit(options, shared):
     models.assert_same(state, expected)
 
 
-@two
+@TWO
 def test_a_rank_without_variables_gets_some():
     """Its optimizer was never built, and goes on where that of the other rank is."""
     data = models.batches(4)

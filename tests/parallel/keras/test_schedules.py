@@ -50,9 +50,8 @@ def test_warmup(hvd, model, capsys):
     assert capsys.readouterr().out.count("warmed up") == (hvd.rank() == 0)
 
 
+@pytest.mark.backend("tensorflow")  # Keras has it there only
 def test_warmup_with_many_steps_at_once(hvd, make_model):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("Keras has it for TensorFlow only")
     model = make_model()
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.7)), "mse", steps_per_execution=3)
     seen, history = rates(model, hvd.callbacks.LearningRateWarmupCallback(0.4, 1), epochs=2)

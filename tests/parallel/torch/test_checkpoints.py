@@ -67,7 +67,13 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=pytest.mark.ranks(2) if way in ("plain", "local") else ())
+        for way in WAYS
+    ],
+)
 def test_as_many_ranks_go_on_to_the_last_bit(way, shared):
     first, again = Training(**WAYS[way]), Training(seed=9, **WAYS[way])
     torch.manual_seed(100 + hvd.rank())
@@ -104,6 +110,7 @@ def test_each_rank_writes_what_only_it_has(shared):
     ]
 
 
+@pytest.mark.ranks(2)
 def test_a_disk_that_is_full_on_one_rank_is_told_on_all(shared):
     model, last = nn.Linear(300, 300), hvd.size() - 1
     checkpoints = hvd.Checkpoints(shared / "saved")
@@ -152,6 +159,7 @@ def test_what_is_damaged_is_passed_over_by_all(shared):
         checkpoints.restore(7, **again.parts)
 
 
+@pytest.mark.ranks(2)
 def test_what_does_not_fit_is_listed_on_every_rank_and_changes_nothing(shared):
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
     adam = torch.optim.Adam(model.parameters())
@@ -178,6 +186,7 @@ def test_what_does_not_fit_is_listed_on_every_rank_and_changes_nothing(shared):
         checkpoints.restore(model=other if hvd.rank() == last else model)
 
 
+@pytest.mark.ranks(2)
 def test_ranks_that_save_different_things_are_told(shared):
     model, rank = nn.Linear(2, 2), hvd.rank()
     checkpoints = hvd.Checkpoints(shared / "saved")

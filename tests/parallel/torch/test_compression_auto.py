@@ -28,6 +28,7 @@ def train(hvd, steps=3):
     return model, optimizer.compression_state()
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("megabits", [SLOW, FAST])
 def test_replicas_stay_equal(hvd, links, megabits):
     links(megabits)
@@ -79,7 +80,7 @@ class Given:
         return {bucket.turn for bucket in self.optimizer.reducer.buckets}
 
 
-@pytest.mark.parametrize("method", ["onebit", "powersgd"])
+@pytest.mark.parametrize("method", ["onebit", pytest.param("powersgd", marks=pytest.mark.ranks(2))])
 def test_no_update_is_lost_when_the_network_changes(hvd, links, method):
     """The link is slow, then fast, then slow again; raw steps in between deliver what is owed."""
     links(SLOW, FAST, SLOW)

@@ -43,6 +43,7 @@ def test_opposite_changes_and_places_in_long_tensors_count(monkeypatch):
         hvd.check_consistency({"a" if hvd.rank() else "b": torch.zeros(())})
 
 
+@pytest.mark.ranks(2)
 def test_calls_are_counted_for_each_model():
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     for each in (model, other):

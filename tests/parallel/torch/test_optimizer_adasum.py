@@ -43,8 +43,14 @@ def delta_step(replicas, optimizers, x, y):
                 p.copy_(total)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-@pytest.mark.parametrize("megabytes", ["16", "0.0005"], ids=["one bucket", "many buckets"])
+@pytest.mark.parametrize(
+    ("kind", "megabytes"),
+    [
+        pytest.param("sgd", "16", id="one bucket"),
+        pytest.param("adam", "0.0005", id="many buckets"),
+        pytest.param("sgd", "0.0005", id="many buckets, sgd", marks=pytest.mark.ranks(2)),
+    ],
+)
 def test_n_ranks_equal_one_process(kind, megabytes, monkeypatch):
     monkeypatch.setenv("HVDX_BUCKET_MB", megabytes)
     replicas = [model() for _ in range(hvd.size())]

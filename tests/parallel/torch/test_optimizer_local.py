@@ -190,6 +190,7 @@ def test_saved_and_restored(steps):
     assert len({tuple(each) for each in hvd.allgather_object(shared)}) == 1
 
 
+@pytest.mark.ranks(2)
 def test_portable_state_and_a_new_beginning():
     net, ours = distributed(C.diloco(2, compression=C.onebit(min_elements=0)))
     batches = list(data(steps=5))

@@ -29,7 +29,12 @@ from training import (
 
 TWO = pytest.mark.ranks(2)
 C = hvd.Compression
-SERVERS = [None, [0], pytest.param([0, 1], marks=pytest.mark.ranks(4))]
+FOUR = pytest.mark.ranks(4)
+SERVERS = [
+    pytest.param(None, marks=TWO),
+    pytest.param([0], marks=TWO),
+    pytest.param([0, 1], marks=FOUR),
+]
 
 
 def state_bytes(optimizer):
@@ -42,8 +47,15 @@ def state_bytes(optimizer):
     )
 
 
-@pytest.mark.parametrize("servers", SERVERS)
-@pytest.mark.parametrize("kind", ["adam", pytest.param("sgd", marks=TWO)])
+@pytest.mark.parametrize(
+    ("kind", "servers"),
+    [
+        ("adam", None),
+        pytest.param("adam", [0], marks=TWO),
+        pytest.param("adam", [0, 1], marks=FOUR),
+        pytest.param("sgd", None, marks=TWO),
+    ],
+)
 def test_equals_one_process(kind, servers, monkeypatch):
     monkeypatch.setenv("HVDX_BUCKET_MB", "0.001")  # several buckets
     plain, theirs, replica, ours = pair(kind, sync="parameter_server", servers=servers)
@@ -86,7 +98,8 @@ def test_memory(servers):
     assert (all_ / count * 0.9 < held <= 1.1 * all_ / count) if serves else held == 0
 
 
-@pytest.mark.parametrize("limit", [0.1, pytest.param(1e3, marks=TWO)])
+@TWO
+@pytest.mark.parametrize("limit", [0.1, 1e3])
 def test_clipping_by_norm_is_that_of_one_process(limit):
     """By torch's own function; and gradients have the means' norms."""
     plain, theirs, replica, ours = pair("sgd", sync="parameter_server")
@@ -103,8 +116,8 @@ def test_clipping_by_norm_is_that_of_one_process(limit):
     assert_replicas(replica)
 
 
-@pytest.mark.parametrize("servers", [None, pytest.param([0], marks=TWO)])
-@pytest.mark.parametrize("way", ["rounds", pytest.param("passes", marks=TWO)])
+@TWO
+@pytest.mark.parametrize(("way", "servers"), [("rounds", None), ("rounds", [0]), ("passes", None)])
 def test_several_backwards_before_a_step(way, servers):
     passes = 2 if way == "passes" else 1
     options = {"sync": "parameter_server", "servers": servers}
@@ -134,6 +147,7 @@ def test_sums():
     assert_equal(plain, replica)
 
 
+@TWO
 def test_schedules_groups_closures_and_frozen_layers():
     plain = model()
     replica = copy.deepcopy(plain)
@@ -261,6 +275,7 @@ def test_states_are_saved_and_loaded(servers):
     assert all(map(torch.equal, resumed[0][0].parameters(), replica.parameters()))
 
 
+@TWO
 def test_states_of_another_rank_are_refused():
     _, _, replica, ours = pair("adam", sync="parameter_server")
     train([(replica, ours, own)], data(steps=1))
@@ -355,14 +370,12 @@ def wide_nets(count):
     return [copy.deepcopy(net) for _ in range(count)]
 
 
-FOUR = pytest.mark.ranks(4)
 COMPRESSED = [
     ("int8", None),
-    ("powersgd", [0]),
+    pytest.param("powersgd", [0], marks=TWO),
     pytest.param("powersgd", None, marks=TWO),
     pytest.param("int8", [0, 1], marks=FOUR),
     pytest.param("fp16", None, marks=TWO),
-    pytest.param("fp16", [0], marks=TWO),
     pytest.param("onebit", None, marks=TWO),
 ]
 
@@ -388,7 +401,9 @@ def test_compressed_training(name, servers):
     assert 0 < apart.sqrt() < tolerance * moved.sqrt()
 
 
-@pytest.mark.parametrize(("name", "servers"), [("onebit", None), ("powersgd", [0])])
+@pytest.mark.parametrize(
+    ("name", "servers"), [("onebit", None), pytest.param("powersgd", [0], marks=TWO)]
+)
 def test_nothing_is_lost(name, servers):
     """Parameters, what owners owe, and what workers owe make up all gradients there were."""
     torch.manual_seed(0)
@@ -507,6 +522,7 @@ def test_optimizers_of_ones_own():
     hvd.DistributedOptimizer(Other(net.parameters(), {}), net, sync="parameter_server")
 
 
+@TWO
 @pytest.mark.parametrize("differs", ["servers", "sync"])
 def test_ranks_that_differ_are_told(differs):
     net = model()

@@ -34,7 +34,8 @@ def load_models():
 
 
 models = load_models()
-STEPS = 20
+STEPS = 8
+two = pytest.mark.ranks(2)
 
 
 def pipeline(model, x, **options):
@@ -56,28 +57,32 @@ def shared(tmp_path):
 
 
 @functools.cache
-def alone(kind):
+def alone(kind, steps):
     """What one process learns, and its last loss."""
-    return models.train(models.made(kind), models.batches(STEPS), place=["cpu"])
-
-
-SCHEDULES = "gpipe", "1f1b", "interleaved", "zb1p", "zbv"
+    return models.train(models.made(kind), models.batches(steps), place=["cpu"])
 
 
 @pytest.mark.parametrize(
     ("schedule", "channel"),
     [
-        *((each, "zmq") for each in SCHEDULES),
-        *(pytest.param(each, "horovod", marks=pytest.mark.ranks(*(2, 4)[: 1 + (each == "zbv")]))
-          for each in SCHEDULES),
-        pytest.param("1f1b", "gloo", marks=pytest.mark.ranks(2)),
+        pytest.param("gpipe", "zmq", marks=two),
+        ("1f1b", "zmq"),
+        ("interleaved", "zmq"),
+        pytest.param("zb1p", "zmq", marks=two),
+        ("zbv", "zmq"),
+        # Where ranks must make their calls in one order, each schedule has its own.
+        *(pytest.param(each, "horovod", marks=two)
+          for each in ("gpipe", "1f1b", "interleaved", "zb1p")),
+        ("zbv", "horovod"),
+        pytest.param("1f1b", "gloo", marks=two),
         ("zbv", "gloo"),
     ],
 )  # fmt: skip
 def test_ranks_learn_what_one_process_learns(schedule, channel, shared):
     kind = models.Everything  # tied weights, skips, dropout, buffers; units for 8 stages
-    data = models.batches(STEPS)
-    expected, loss = alone(kind)
+    steps = STEPS if channel == "zmq" else STEPS // 2
+    data = models.batches(steps)
+    expected, loss = alone(kind, steps)
     model = models.made(kind)
     if hvd.rank():  # the ranks begin with rank 0's weights
         torch.nn.init.ones_(next(model.parameters()))
@@ -88,6 +93,7 @@ def test_ranks_learn_what_one_process_learns(schedule, channel, shared):
     pipe.close()
 
 
+@two
 def test_dropout_uneven_batches_and_outputs_everywhere(shared):
     data = models.batches(rows=[12, 7, 3, 1])
     expected, loss = models.train(models.made(models.Dropped), data, place=["cpu"])
@@ -139,13 +145,16 @@ def test_an_error_reaches_all_ranks_and_leaves_nothing_behind(channel):
     )
     with pytest.raises(PipelineError, match=told) as caught:
         pipe.step(x, y)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # of 0.05: and no deadline is as short
     assert "in forward" in str(caught.value)  # the traceback, on each rank
     with pytest.raises(PipelineError, match=r"of no more use, since .*no such luck"):
         pipe.step(x, y)
     pipe.close()
     hvd.barrier()
-    assert (threading.active_count(), open_sockets()) == (threads, sockets)
+    until = time.monotonic() + 60  # Gloo closes what it has in a thread of its own
+    while (threading.active_count(), open_sockets()) != (threads, sockets):
+        assert time.monotonic() < until, (threading.enumerate(), threads, open_sockets(), sockets)
+        time.sleep(0.01)
 
 
 def open_sockets():
@@ -158,7 +167,7 @@ def open_sockets():
     return sum(link.startswith(("socket:", "anon_inode:[eventfd]")) for link in links)
 
 
-@pytest.mark.ranks(2)
+@two
 def test_different_batches_are_told():
     x, y = models.batches(1)[0]
     pipe = pipeline(models.sequential(), x)
@@ -172,7 +181,7 @@ def test_different_batches_are_told():
     pipe.close()
 
 
-@pytest.mark.ranks(2)
+@two
 def test_different_pipelines_are_told():
     x = models.batches(1)[0][0]
     with pytest.raises(MismatchError, match=r"rank 0: 'micro_batches' = 4, rank 1: 'mic.* = 5"):
@@ -213,7 +222,7 @@ def exchange(value):
 
 @pytest.fixture
 def channel():
-    made = ZmqChannel(range(hvd.size()), hvd.rank(), exchange, seconds=5)
+    made = ZmqChannel(range(hvd.size()), hvd.rank(), exchange)
     yield made
     made.close()
 
@@ -229,6 +238,7 @@ def ring(channel, *, tensors):
     return found
 
 
+@two
 def test_the_channel_carries_any_shape(channel):
     import numpy as np
 
@@ -249,7 +259,8 @@ def test_the_channel_carries_any_shape(channel):
 
 
 def test_a_get_has_a_deadline():
-    made = ZmqChannel(range(hvd.size()), hvd.rank(), exchange, seconds=1)
+    made = ZmqChannel(range(hvd.size()), hvd.rank(), exchange)
+    made._seconds = 1  # to meet takes longer on a busy machine
     if hvd.rank() == 0:
         with pytest.raises(TimeoutError, match="stage 0 has waited 1 s for the gradients of"):
             made.get(Key("B", 3, 0, 1))
@@ -281,7 +292,7 @@ def test_who_leaves_is_named_after_what_he_sent(channel):
     hvd.barrier()
 
 
-@pytest.mark.ranks(2)
+@two
 def test_another_secret_is_refused():
     def lying(value):
         everyone = exchange(value)
@@ -293,7 +304,7 @@ def test_another_secret_is_refused():
         ZmqChannel(range(2), hvd.rank(), lying, seconds=2)
 
 
-@pytest.mark.ranks(2)
+@two
 def test_a_port_in_use_is_told_on_every_rank(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -303,11 +314,11 @@ def test_a_port_in_use_is_told_on_every_rank(monkeypatch):
         with pytest.raises(
             HvdxError, match=r"rank 0: cannot listen on 127\.0\.0\.1: Address alread"
         ):
-            ZmqChannel(range(2), hvd.rank(), exchange, seconds=5)
+            ZmqChannel(range(2), hvd.rank(), exchange, seconds=1)  # for which rank 1 waits
         hvd.barrier()
 
 
-@pytest.mark.ranks(2)
+@two
 def test_strangers_do_not_get_in_while_ranks_meet():
     """Noise, silence and a wrong password come before the right rank does."""
     strangers = []
@@ -332,7 +343,7 @@ def test_strangers_do_not_get_in_while_ranks_meet():
             time.sleep(0.3)
         return everyone
 
-    channel = ZmqChannel(range(2), hvd.rank(), late, seconds=5)
+    channel = ZmqChannel(range(2), hvd.rank(), late)
     ring(channel, tensors=[])
     hvd.barrier()
     for stranger in strangers:
@@ -340,7 +351,7 @@ def test_strangers_do_not_get_in_while_ranks_meet():
     channel.close()
 
 
-@pytest.mark.ranks(2)
+@two
 @pytest.mark.parametrize(
     "frames",
     [
@@ -368,6 +379,7 @@ def test_garbage_of_a_rank_is_told(channel, frames):
     hvd.barrier()
 
 
+@two
 def test_ranks_make_the_plan_of_what_rank_0_measures(shared):
     data = models.batches(4)
     expected, loss = models.train(models.made(models.Residual), data, place=["cpu"])
@@ -402,6 +414,7 @@ def test_a_timeline_has_all_ranks(shared):
     pipe.close()
 
 
+@two
 def test_clipping_over_ranks(shared):
     data = models.batches(4)
     model = models.made(models.Residual)
@@ -416,6 +429,7 @@ def test_clipping_over_ranks(shared):
         pipeline(models.made(models.Residual), data[0][0], clip_norm=1.0 + hvd.rank())
 
 
+@two
 def test_running_statistics_over_ranks(shared):
     data = models.batches(3)
     expected, _ = models.train(models.made(models.Everything), data, place=["cpu"])
@@ -429,6 +443,7 @@ def test_running_statistics_over_ranks(shared):
         pipeline(nn.Sequential(*stack), data[0][0])
 
 
+@two
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_over_ranks(dtype, shared):
     """It travels as it is; and where one stage's gradients overflow, all skip the step."""
@@ -450,7 +465,7 @@ def test_low_precision_over_ranks(dtype, shared):
     pipe.close()
 
 
-@pytest.mark.ranks(2)
+@two
 def test_what_only_one_rank_does_is_told():
     x, y = models.batches(1)[0]
     pipe = pipeline(models.sequential(), x)

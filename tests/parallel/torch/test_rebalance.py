@@ -82,9 +82,9 @@ def train(steps, every, path, kind=models.Everything, **options):
                      {"compression": hvd.Compression.powersgd(rank=1, min_elements=1)}, marks=four),
     ],
 )  # fmt: skip
-def test_five_moves_in_fifty_steps_change_no_bit(place, options, shared):
-    """Tied weights, skips, dropout, BatchNorm, buffers, groups, rates that fall."""
-    steps = 20 if place or "channel" in options else 50
+def test_five_moves_change_no_bit(place, options, shared):
+    """Tied weights, skips, dropout, BatchNorm, buffers, groups, rates; fifty steps of the first."""
+    steps = 50 if hvd.size() == 2 and "channel" not in options else 15
     _, losses, (expected, rates) = train(steps, 0, shared / "still", place=place, **options)
     moves, found, (state, own) = train(steps, steps // 5, shared / "moved", place=place, **options)
     assert moves == 5
