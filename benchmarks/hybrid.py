@@ -16,12 +16,12 @@ Horovod's own talk. What does not compress must learn the same, or the benchmark
 
 from __future__ import annotations
 
-import os
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,38 +206,37 @@ def work(file: str, framework: str, rate: float, width: int, runs: int) -> None:
     """Measure on one rank; rank 0 leaves the rows."""
     import hvdx as hvd
 
-    if framework == "torch":
-        import torch
-        import torch.distributed as dist
+    with JOBS[framework]():
+        runners = {}
+        for variant in VARIANTS:
+            if framework == "torch" or variant.library == "hvdx":
+                runners[variant.name] = Runner(STEPS[framework](variant, width))
+                if hvd.rank() == 0:
+                    print(f"{variant.name} is warm", flush=True)
+        samples = harness.interleave(runners, runs)
+        samples = {name: of_all(taken, max) for name, taken in samples.items()}
+        bytes_sent = {name: of_all(runner.sent, max) for name, runner in runners.items()}
+        losses = {name: of_all(runner.losses, statistics.fmean) for name, runner in runners.items()}
+        compare_losses(losses)
+        if hvd.rank() == 0:
+            case = f"{HOSTS} hosts, {rate:g} Mbit/s, {framework}"
+            harness.leave(rows(case, width, samples, bytes_sent, losses), file)
 
-        torch.set_num_threads(1)
-        hvd.init(framework="torch")
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://{os.environ['MASTER_ADDR']}:29477", rank=hvd.rank(),
-            world_size=hvd.size(),
-        )  # fmt: skip
-    else:
-        import keras
 
-        hvd.init(framework="torch" if keras.backend.backend() == "torch" else "tensorflow")
-    runners = {}
-    for variant in VARIANTS:
-        if framework == "torch" or variant.library == "hvdx":
-            runners[variant.name] = Runner(STEPS[framework](variant, width))
-            if hvd.rank() == 0:
-                print(f"{variant.name} is warm", flush=True)
-    samples = harness.interleave(runners, runs)
-    samples = {name: of_all(taken, max) for name, taken in samples.items()}
-    bytes_sent = {name: of_all(runner.sent, max) for name, runner in runners.items()}
-    losses = {name: of_all(runner.losses, statistics.fmean) for name, runner in runners.items()}
-    compare_losses(losses)
-    if hvd.rank() == 0:
-        case = f"{HOSTS} hosts, {rate:g} Mbit/s, {framework}"
-        harness.leave(rows(case, width, samples, bytes_sent, losses), file)
+@contextlib.contextmanager
+def keras_job() -> Iterator[None]:
+    """Start hvdx on every rank; end it."""
+    import keras
+
+    import hvdx as hvd
+
+    hvd.init(framework="torch" if keras.backend.backend() == "torch" else "tensorflow")
+    yield
     hvd.barrier()
-    if framework == "torch":
-        dist.destroy_process_group()
     hvd.shutdown()
+
+
+JOBS = {"torch": harness.torch_job, "keras": keras_job}
 
 
 def compare_losses(losses: dict[str, list[float]]) -> None:

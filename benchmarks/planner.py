@@ -15,8 +15,8 @@ parameters and the optimizer's state.
                     at most
     chosen          its step over that of the quickest measured: 1.05 at most
     memory          |predicted / counted - 1| on the fullest rank: 10 % at most
-    % of change     |when tried / measured - 1| of the same plan: what the machine does from one
-                    minute to the next, and no prediction can know
+    % of change     |when tried / measured - 1| of the same plans: what the machine does from one
+                    minute to the next, and no prediction can know; errors are told without it, too
 
 Bars are for a machine on which nothing else runs; four ranks on fewer cores are predicted to share
 them, and graded alike.
@@ -218,15 +218,16 @@ def table(
     planned: float,
 ) -> Rows:
     """Return a row for each plan, for its memory, and for each bar; the chosen plan is first."""
-    rows, errors, changes = [], [], []
+    rows, ratios, paces = [], [], []
     for told, taken in samples.items():
         value, expected, known = statistics.median(taken), predicted[told] * 1e3, tried[told]
         if known is None:
-            errors.append(abs(expected / value - 1) * 100)
+            ratios.append(expected / value)
         else:
-            changes.append(abs(known * 1e3 / value - 1) * 100)
+            paces.append(value / (known * 1e3))
         rows.append(harness.Row(case, f"{told}, step ms", value, "predicted", expected,
                                 expected / value, len(taken), harness.spread(taken)))  # fmt: skip
+    errors = [abs(ratio - 1) * 100 for ratio in ratios]
     excess = []
     for told, (held, expected) in memory.items():
         excess.append(abs(expected / held - 1) * 100)
@@ -245,8 +246,14 @@ def table(
         harness.Row(case, what, value, "bar", bar, harness.within(bar, value), 1, 0.0)
         for what, (value, bar) in bars.items()
     ]
-    others = {"% of change since plans were tried, median": statistics.median(changes),
-              "s of planning": planned}  # fmt: skip
+    pace = statistics.median(paces)
+    others = {
+        "% of change since plans were tried, median": abs(1 / pace - 1) * 100,
+        "% of error of a step, median, without that": statistics.median(
+            abs(ratio * pace - 1) * 100 for ratio in ratios
+        ),
+        "s of planning": planned,
+    }
     return [*rows, *(harness.Row(case, what, value, "", value, 1.0, 1, 0.0)
                      for what, value in others.items())]  # fmt: skip
 

@@ -83,7 +83,9 @@ def advice(
     """
     measured = measured or {}
     told: dict[str, Prediction] = {}
-    for each in found:  # the quickest of each kind
+    tried = [each for each in found if each.candidate in measured]
+    tried.sort(key=lambda each: measured[each.candidate])
+    for each in [*tried, *found]:  # the quickest of each kind
         told.setdefault(kind_of(each.candidate), each)
     steps = []
     for kind in ("data parallel", "stages", "hybrid"):

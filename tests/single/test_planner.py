@@ -312,6 +312,9 @@ def test_the_table_marks_what_is_taken_and_says_why():
     line = advice(found, best, 800.0, {best: 0.5})
     assert line.startswith("data parallel (4x1) 500.00 ms; stages (1x4) ")
     assert "; hybrid (" in line and "take data parallel, where adding up 800 B of" in line
+    slow, quick = [each.candidate for each in found if len(each.candidate.mesh) == 4][:2]
+    line = advice(found, best, 800.0, {best: 0.5, slow: 0.9, quick: 0.8})
+    assert "stages (1x4) 800.00 ms" in line
 
 
 def test_where_data_parallel_does_not_fit_the_advice_says_so():
