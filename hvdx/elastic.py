@@ -60,13 +60,13 @@ class Recoverable(abc.ABC):
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
 
-    def gather(self) -> None:
+    def gather(self) -> None:  # noqa: B027 (most have nothing to do here)
         """Bring together what is each rank's own, so that it outlives some; on all ranks."""
 
-    def leave(self) -> None:
+    def leave(self) -> None:  # noqa: B027
         """Take what :meth:`gather` has brought together to the next ranks."""
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027
         """Adapt to other ranks, before ``sync``."""
 
 

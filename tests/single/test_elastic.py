@@ -114,7 +114,7 @@ def test_a_state_that_cannot_be_restored_is_refused_before_it_is_needed():
         def save(self):
             pass
 
-    with pytest.raises(TypeError, match="restore.*sync"):
+    with pytest.raises(TypeError, match=r"restore.*sync"):
         Half(lambda sent: sent, None)
 
 
