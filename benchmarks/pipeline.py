@@ -36,6 +36,7 @@ RANKS, MICRO_BATCHES = 4, 8  # of the parts that sleep
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv")
 HOPS = {4 << 10: 60.0, 256 << 10: 120.0, 4 << 20: 1500.0}  # bytes: bar in microseconds
 HIDDEN, LAYERS, BATCH = 1024, 8, 256  # of the parts that compute
+APART = "2 processes, each all of it"  # side by side: what two cores share costs them, too
 Rows = list[harness.Row]
 
 
@@ -342,10 +343,11 @@ def compute(runs: int) -> Rows:
         "1 process, 2 threads": Whole(MICRO_BATCHES, 2).step,
         "1 process, whole batch": Whole(1).step,
         "1 process, whole batch, 2 threads": Whole(1, 2).step,
+        APART: Whole(MICRO_BATCHES).step,
     }
 
     def variant(name: str) -> float:
-        idle = "process" in name and hvd.rank() > 0
+        idle = name.startswith("1 process") and hvd.rank() > 0
         return harness.slowest(lambda: None if idle else steps[name](x, x))
 
     for name in steps:
@@ -356,9 +358,19 @@ def compute(runs: int) -> Rows:
 
 def speeds(case: str, samples: dict[str, list[float]], bar: float) -> Rows:
     """Compare pipelines with one process."""
-    ours = [name for name in samples if "process" not in name]
-    alone = [name for name in samples if "process" in name]
+    ours = [name for name in samples if name != APART and not name.startswith("1 process")]
+    alone = [name for name in samples if name.startswith("1 process")]
     rows = []
+    if APART in samples:
+        both = [2 * t / o for t, o in zip(samples[alone[0]], samples[APART], strict=True)]
+        rows.append(
+            report_only(
+                case,
+                "what 2 processes without a word do, times 1",
+                statistics.median(both),
+                len(both),
+            )
+        )
     for name, other in itertools.product(ours, alone):
         rows += harness.compare(
             case, f"{name}, step ms", {name: samples[name], other: samples[other]}, ours=name

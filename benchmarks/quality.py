@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 
 import harness
 
+from hvdx.compression import after
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CONTROL = "onebit:feedback=False,min_elements=0"
 LAST = 5  # epochs whose accuracies are averaged: one image is 0.28 points
@@ -155,6 +157,8 @@ def text_keras(method: Any, seed: int, steps: int) -> float:
 def text(framework: str, method: str, seed: int, told: argparse.Namespace) -> float:
     """Return the loss on text, in nats per byte."""
     compressor = importlib.import_module("compression_sweep").method(method)
+    if told.warm_up and method != "none":
+        compressor = after(told.warm_up, compressor)
     train: dict[str, Callable[..., float]] = {"torch": text_torch, "keras": text_keras}
     return train[framework](compressor, seed, told.steps)
 
@@ -250,6 +254,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many; 5 on digits, 1 on text")
     parser.add_argument("--epochs", type=int, default=30, help="of digits")
     parser.add_argument("--steps", type=int, default=300, help="on text")
+    parser.add_argument("--warm-up", type=int, default=0, help="steps without compression, of text")
     told = parser.parse_args()
     told.methods = told.methods or (TEXT if told.text else DIGITS)
     told.seeds = told.seeds or (1 if told.text else 5)

@@ -24,14 +24,12 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate, repeat
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hvdx.errors import HvdxError, StallError
 from hvdx.frameworks import Adapter
+from hvdx.whereabouts import whereabouts
 
 if TYPE_CHECKING:
     from hvdx.star import Listener, Wire
@@ -146,16 +144,22 @@ def patience(seconds: float) -> Iterator[None]:
         seconds: from now on; other ranks' ``HVDX_TIMEOUT`` begins when the block ends, or when
             they are over.
     """
-    global _patient_until
     if not seconds >= 0:  # nan neither
         raise ValueError(f"patience({seconds}): give a number of seconds")
-    before, _patient_until = _patient_until, max(_patient_until, time.monotonic() + seconds)
-    if _watch is not None:
-        _watch.wake()  # the others shall know at once
+    before = _patient_until
+    _be_patient(max(before, time.monotonic() + seconds))
     try:
         yield
     finally:
-        _patient_until = before
+        _be_patient(before)
+
+
+def _be_patient(until: float) -> None:
+    """Begin or end; the others shall know at once, lest they wait for one who is gone by then."""
+    global _patient_until
+    _patient_until = until
+    if _watch is not None:
+        _watch.wake()
 
 
 def timeout_seconds() -> float:
@@ -595,7 +599,7 @@ class Watch:
             return  # its call has returned, with an error
         if self._gone.wait(_GRACE_SECONDS) or self._told:
             return
-        at = _at(None)
+        at = whereabouts(None)
         _print(f"rank {self._rank} is interrupted at {at}, since the job has been stopped")
         with contextlib.suppress(Exception):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -616,11 +620,11 @@ class Watch:
                 if found.thread in threads:
                     continue  # a call of ours that waits within Horovod's
                 since = seen[key] = self._seen.get(key, now)
-                at = _at(found.thread) if where else ""
+                at = whereabouts(found.thread) if where else ""
                 ranks = list(found.ranks) if found.ranks else None
                 waits.append(Wait(*found[:3], now - since, ranks, at))
         self._seen = seen
-        last, at = _last, _at(None) if where else ""
+        last, at = _last, whereabouts(None) if where else ""
         told = f"{last[0]} {last[1]!r}" if last and last[1] else last[0] if last else ""
         patience = max(0.0, _patient_until - now)
         progress = f"{last} {sorted(map(str, seen))}"[:300]
@@ -632,7 +636,7 @@ class Watch:
         own = call.process_set
         ranks = getattr(own, "ranks", None) if getattr(own, "process_set_id", 0) else None
         thread = next((t for t, c in list(_waiting.items()) if c is call), None)
-        at = _at(thread) if where else ""
+        at = whereabouts(thread) if where else ""
         return Wait(
             call.operation,
             call.name and call.name[:200],
@@ -652,72 +656,6 @@ def describe(tensors: Any) -> str:
             dtype = getattr(tensor.dtype, "name", None) or str(tensor.dtype).removeprefix("torch.")
             told.append(f"{dtype} {tuple(tensor.shape)}")
     return ", ".join(told) + (f" and {len(given) - 3} more" if len(given) > 3 else "")
-
-
-class Place(NamedTuple):
-    """Where a thread is: one line of its stack."""
-
-    file: str
-    line: int
-    function: str
-
-
-def _at(thread: int | None) -> str:
-    """Tell where a thread is, the main thread by default.
-
-    For moments of need, not for every second: the thread runs on meanwhile. faulthandler, which
-    seems made for this, takes no lock: a thread that C++ code makes or ends while it looks
-    crashes it (Python 3.11, SIGSEGV).
-    """
-    frame = sys._current_frames().get(thread or threading.main_thread().ident or 0)
-    return _whereabouts(_stack(frame) if frame else [])
-
-
-def _stack(frame: FrameType) -> list[Place]:
-    """List where ``frame`` and its callers are, the innermost first."""
-    frames: deque[FrameType | None] = deque()
-    with contextlib.suppress(AttributeError):  # None, behind the outermost, has no f_back
-        # In C from end to end, so that the thread does not run on the way.
-        frames.extend(accumulate(repeat("f_back"), getattr, initial=frame))
-    return [
-        Place(each.f_code.co_filename, each.f_lineno or 0, each.f_code.co_name)
-        for each in frames
-        if each is not None
-    ]
-
-
-@functools.cache
-def _is_library(file: str) -> bool:
-    """Tell whether ``file`` is Python's, hvdx's or another installed package's."""
-    import sysconfig
-
-    import hvdx
-
-    inner = sys.modules.get("hvdx.integrations")
-    folders = [os.path.dirname(module.__file__ or "") for module in (hvdx, inner) if module]
-    folders += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
-    packages = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
-    return file.startswith(tuple(folder + os.sep for folder in folders)) or any(
-        package in file for package in packages
-    )
-
-
-def _is_users(place: Place) -> bool:
-    if place.file.startswith("<"):  # made at run time: by libraries, or given to python -c
-        return place.file in ("<string>", "<stdin>") and place.function == "<module>"
-    return not _is_library(place.file)
-
-
-def _whereabouts(stack: list[Place]) -> str:
-    """Name the innermost line of the user's own code: ``train.py:31 in main: loss.backward()``."""
-    import linecache
-
-    if not stack:
-        return ""
-    file, line, function = next(filter(_is_users, stack), stack[0])
-    source = linecache.getline(file, line).strip()[:120]
-    told = f"{file[-120:]}:{line} in {function}"
-    return f"{told}: {source}" if source else told
 
 
 def _print(text: str) -> None:

@@ -118,7 +118,7 @@ class HorovodChannel(PostChannel):
             for peer in set(range(self._size)) - {self._rank}:
                 self._outgoing[peer].append([message])
 
-    def _service(self, seconds: float) -> None:
+    def _service(self, seconds: float, wanted: int | None = None) -> None:
         self._news.wait(min(seconds, threading.TIMEOUT_MAX))
         self._news.clear()  # what has come since is looked for next
 

@@ -156,7 +156,7 @@ class PostChannel(abc.ABC):
             left = until - time.monotonic()
             if left <= 0:
                 raise TimeoutError(self._late(peer, key))
-            self._service(left)
+            self._service(left, peer)
 
     def fail(self, failure: Failure) -> None:
         """See :meth:`Channel.fail`."""
@@ -183,8 +183,8 @@ class PostChannel(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def _service(self, seconds: float) -> None:
-        """Wait for any news, and take what there is."""
+    def _service(self, seconds: float, wanted: int | None = None) -> None:
+        """Wait for any news, above all of ``wanted``, and take what there is."""
 
     @abc.abstractmethod
     def _check_peers(self, wanted: int, key: Key) -> None:

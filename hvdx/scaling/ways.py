@@ -4,7 +4,8 @@ ring                     every rank's gradients, averaged by a ring allreduce
 hierarchical             within hosts first, then between them
 powersgd=4               compressed: fp16, bf16, int8, int4, onebit, topk=0.01, dgc=0.001,
                          randomk=0.01
-hierarchical+powersgd=4  both; methods that gather have no hierarchy
+hierarchical+powersgd=4  both: compressed within hosts, too, and only allreduces have a hierarchy;
+                         ``Compression.hierarchical`` is not predicted
 diloco=32, local_sgd=8   averaged once in so many steps
 servers, servers=1       parameter servers: all ranks, or so many
 stages=4                 pipelines of so many stages, replicated over the ranks; with a method,

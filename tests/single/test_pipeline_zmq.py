@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zmq
 
+from hvdx.errors import HvdxError
 from hvdx.pipeline.channel import Key
 from hvdx.pipeline.zmq_channel import ZmqChannel
 
@@ -91,10 +92,19 @@ def test_closing_just_when_a_connection_breaks_ends():
         assert not closing.is_alive()
 
 
+def plain(endpoint: str) -> socket.socket:
+    """Connect without ZeroMQ."""
+    if endpoint.startswith("tcp://"):
+        address, port = endpoint.removeprefix("tcp://").split(":")
+        return socket.create_connection((address, int(port)))
+    made = socket.socket(socket.AF_UNIX)
+    made.connect("\0" + endpoint.removeprefix("ipc://@"))
+    return made
+
+
 def strangers(endpoint: str, context: zmq.Context) -> list:
     """Connect in wrong ways, and stay: in silence, with noise, without and with a wrong secret."""
-    address, port = endpoint.removeprefix("tcp://").split(":")
-    held: list = [socket.create_connection((address, int(port))) for _ in range(20)]
+    held: list = [plain(endpoint) for _ in range(20)]
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
     oversized = b"\xff" + bytes(8) + b"\x7f\x03\x00PLAIN" + bytes(47) + b"\x06" + b"\xff" * 8
     for number, guest in enumerate(held[:15]):
@@ -110,15 +120,18 @@ def strangers(endpoint: str, context: zmq.Context) -> list:
     return held
 
 
-def test_strangers_stay_outside():
+@pytest.mark.parametrize("machines", [1, 2])
+def test_strangers_stay_outside(machines):
     barrier, values, held, doors = threading.Barrier(2), [None, None], [], []
     context = zmq.Context()
 
     def exchange(rank, value):
+        if machines == 2 and isinstance(value, tuple):  # secret and kernel
+            value = value[0], rank
         values[rank] = value
         barrier.wait()
-        if rank == 1 and not doors:
-            doors.extend(values[0][1].values())
+        if rank == 1 and isinstance(values[0], dict):
+            doors.extend(values[0].values())
             for door in doors:
                 held.extend(strangers(door, context))
         barrier.wait()
@@ -136,6 +149,7 @@ def test_strangers_stay_outside():
     there.put(Key("B", 0, 0, 0), [np.zeros(2)])
     assert there.get(Key("F", 0, 1, 0))[0].tolist() == [1, 1, 1]
     assert here.get(Key("B", 0, 0, 0))[0].tolist() == [0, 0]
+    assert [door[:3] for door in doors] == [{1: "ipc", 2: "tcp"}[machines]]
     # The door stays open: ZeroMQ would close the connections with it.
     held.extend(strangers(doors[0], context))
     here.put(Key("F", 1, 1, 0), [np.ones(1)])
@@ -196,7 +210,8 @@ def test_closing_with_messages_on_their_way_to_one_who_dies():
 
 
 def test_an_address_that_is_not_there():
-    from hvdx.errors import HvdxError
+    def other(value):  # of another machine
+        return [value, ("", "") if isinstance(value, tuple) else None]
 
     with pytest.raises(HvdxError, match=r"rank 0: cannot listen on 203\.0\.113\.1"):
-        ZmqChannel(range(2), 0, lambda value: [value, value], address="203.0.113.1")
+        ZmqChannel(range(2), 0, other, address="203.0.113.1")

@@ -14,6 +14,7 @@ import hvdx as hvd
 from hvdx import watchdog
 from hvdx.errors import HvdxError, StallError
 from hvdx.watchdog import describe, waiting, watched
+from hvdx.whereabouts import whereabouts
 
 
 class Tensor:
@@ -103,10 +104,24 @@ def test_patience_is_for_numbers():
     assert watchdog._patient_until == before
 
 
+def test_the_end_of_patience_is_told_at_once(monkeypatch):
+    # A rank that stopped right after it was waited for up to the 300 s that it had asked for.
+    told = []
+
+    class Watch:
+        def wake(self):
+            told.append(watchdog._patient_until > time.monotonic())
+
+    monkeypatch.setattr(watchdog, "_watch", Watch())
+    with hvd.patience(300):
+        pass
+    assert told == [True, False]
+
+
 def test_the_place_is_the_users():
-    told = watchdog._at(None)
+    told = whereabouts(None)
     assert f"{os.path.basename(__file__)}:" in told
-    assert told.endswith("in test_the_place_is_the_users: told = watchdog._at(None)")
+    assert told.endswith("in test_the_place_is_the_users: told = whereabouts(None)")
 
 
 def test_threads_that_come_and_go_are_looked_at_without_harm():
@@ -116,7 +131,7 @@ def test_threads_that_come_and_go_are_looked_at_without_harm():
     """
     code = """
 import ctypes, os, sys, threading
-from hvdx import watchdog
+from hvdx.whereabouts import whereabouts
 sys.setswitchinterval(1e-6)
 lib = ctypes.CDLL(None)
 nothing = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: None)
@@ -136,7 +151,7 @@ for thread in threads:
     thread.start()
 places = set()
 for _ in range(3000):
-    places.add(watchdog._at(threads[2].ident).partition(" in ")[2])
+    places.add(whereabouts(threads[2].ident).partition(" in ")[2])
 print("alive", any("churn" in place for place in places), flush=True)
 os._exit(0)
 """
