@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import importlib
 import os
 import signal
@@ -69,10 +68,6 @@ def horovod(group: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     sets = [hvdx.ProcessSet(ranks) for ranks in PROCESS_SETS]
     hvdx.init(framework=framework, process_sets=sets)
     hvdx.declared_sets = sets
-    # What was imported stays. Looking through it, and at every 700 new objects, takes a fifth of
-    # the time of tests that trace graphs.
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
     yield hvdx
     if not request.session.testsfailed:
         hvdx.barrier()
