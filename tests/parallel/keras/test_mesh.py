@@ -51,7 +51,7 @@ def normed():
     ("place", "micro_batches", "rows", "options"),
     [
         pytest.param([[0, 2], [3, 1]], 4, (12, 12), {"checkpoint": "always"}, marks=FOUR),
-        pytest.param([[1, 0]], 2, (12, 7, 1), {"schedule": "zb1p"}, marks=TWO),
+        pytest.param([[1, 0]], 2, (7, 1), {"schedule": "zb1p"}, marks=TWO),
     ],
 )
 def test_replicas_normalize_together(place, micro_batches, rows, options, shared):
@@ -62,7 +62,7 @@ def test_replicas_normalize_together(place, micro_batches, rows, options, shared
         expected, _ = models.train(normed, data, place=["cpu"], micro_batches=turns)
     else:
         plain = models.made(normed)
-        plain.compile(keras.optimizers.Adam(1e-2), "mse")
+        plain.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=False)
         for x, y in data:
             plain.train_on_batch(x, y)
         expected = models.weights(plain)
