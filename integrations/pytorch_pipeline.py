@@ -378,9 +378,9 @@ class Pipeline(MovingPipeline):
                 )
             if self._syncs(plan.rows) and type(module).forward is not _BatchNorm.forward:
                 raise PlanError(
-                    f"layer {name!r} is a {type(module).__name__} with a forward of its own, which "
-                    "batchnorm='sync' cannot compute for all replicas: use nn.BatchNorm, or "
-                    "batchnorm='deferred'"
+                    f"layer {name!r} is of class {type(module).__name__}, whose forward is its "
+                    "own: batchnorm='sync' cannot compute that for all replicas; use nn.BatchNorm, "
+                    "or batchnorm='deferred'"
                 )
         at: dict[int, torch.device] = {}  # parameter: where it is needed
         for number, device in self._stage_devices().items():

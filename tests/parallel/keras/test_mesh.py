@@ -99,6 +99,11 @@ def test_a_replica_that_fails_is_told_to_those_who_wait_in_a_norm():
     with pytest.raises(PipelineError, match=r"rank 1, stage 0, unit 'breaks', [\s\S]*out of order"):
         pipe.step(x, y)
     pipe.close()
+    renorm = keras.Sequential(
+        [keras.Input((6,)), keras.layers.BatchNormalization(renorm=True, name="norm")]
+    )
+    with pytest.raises(PlanError, match="'norm' has renorm=True, which normalizes"):
+        models.pipeline(renorm, x, place=place, batchnorm="sync")
 
 
 def test_replicas_fit_with_compression_and_go_on_from_a_checkpoint(shared):
