@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 _FOLDER = "/proc/self/fd"  # elsewhere than on Linux nothing is known, and nothing cut
+LOOK_SECONDS = 0.2
 
 Connection = tuple[int, str]
 """A file descriptor, and the name of the socket behind it, which no other has."""
@@ -38,6 +40,28 @@ def noted(into: set[Connection]) -> Iterator[None]:
         yield
     finally:
         into |= sockets() - before
+
+
+@contextlib.contextmanager
+def cut_when(over: Callable[[], bool]) -> Iterator[None]:
+    """Cut what is opened meanwhile, from when ``over()`` says so; a thread asks it.
+
+    A rank that waits for another to connect would, if that has died, wait for Gloo's timeout.
+    """
+    before, done = sockets(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_SECONDS):
+            if over():
+                cut(sockets() - before)
+
+    thread = threading.Thread(target=look, name="hvdx-connecting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def cut(connections: Iterable[Connection]) -> None:

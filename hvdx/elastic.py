@@ -45,33 +45,36 @@ _leaving = False  # the ranks: they are met no more
 _running = 0  # calls of what run_fn has returned
 
 
-class Recoverable:
+class Recoverable(abc.ABC):
     """What can be saved, undone and shared when ranks come and go."""
 
+    @abc.abstractmethod
     def save(self) -> None:
         """Keep a copy on this rank."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def restore(self) -> None:
         """Go back to what was saved last."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sync(self) -> None:
         """Give all ranks what rank 0 has."""
-        raise NotImplementedError
 
-    def gather(self) -> None:
+    def gather(self) -> None:  # noqa: B027 (most have nothing to do here)
         """Bring together what is each rank's own, so that it outlives some; on all ranks."""
 
-    def leave(self) -> None:
+    def leave(self) -> None:  # noqa: B027
         """Take what :meth:`gather` has brought together to the next ranks."""
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027
         """Adapt to other ranks, before ``sync``."""
 
 
 class State(Recoverable):
     """What training needs to go on, and how to save it, undo to it and share it.
+
+    A subclass says how to ``save``, ``restore`` and ``sync``; one that lacks any cannot be made,
+    where Horovod's finds out when a rank has failed.
 
     Args:
         bcast_object: returns rank 0's object on all ranks.
@@ -205,7 +208,7 @@ class StatefulHandler(StateHandler):
         self.value.load_state_dict(self.value.state_dict())
 
 
-class OwedHandler(StateHandler, abc.ABC):
+class OwedHandler(StateHandler):
     """Keeps what compression holds back: each rank's own, and part of what training is owed.
 
     After a failure, training goes back to the last commit, and with it each rank to what it owed

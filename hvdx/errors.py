@@ -64,5 +64,12 @@ class LaunchError(HvdxError, RuntimeError):
     """A job could not be started: hosts, slots, network interface or environment."""
 
 
+class ConnectError(LaunchError):
+    """Horovod did not start: a rank has ended meanwhile, or cannot be reached.
+
+    In an elastic job raised only where the ranks did not come together several times in a row.
+    """
+
+
 class InstallError(HvdxError, RuntimeError):
     """Building or installing Horovod failed; the message holds cause, remedy and log file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -9,14 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdx import frameworks, watchdog
-from hvdx.connections import Connection, cut, noted
-from hvdx.errors import MismatchError, NotInitializedError
+from hvdx.connections import Connection, cut, cut_when, noted
+from hvdx.errors import ConnectError, MismatchError, NotInitializedError
 from hvdx.frameworks import Adapter
 
 #: Cores started by this process, by framework; the first answers rank(), size() and the like.
 _started: dict[str, Adapter] = {}
 #: Called whenever the set of running cores changes (caches that depend on it).
 _on_change: list[Any] = []
+ATTEMPTS = 5  # of an elastic job's ranks to come together
 #: Opened by cores since the first of them was started.
 _connections: set[Connection] = set()
 
@@ -48,6 +50,8 @@ def init(
         ValueError: the framework cannot be told; the message says how to say it.
         HorovodMissingError: Horovod is not installed for the framework.
         LaunchError: the launcher's environment contradicts itself.
+        ConnectError: Horovod did not start; what it says itself has gone to stderr. In elastic
+            jobs the ranks that are left try again with others.
         HvdxError: ``HVDX_TIMEOUT`` is no number of seconds.
         MismatchError: ranks start different frameworks (raised on every rank), or process sets
             (raised on those that have others than rank 0).
@@ -58,26 +62,57 @@ def init(
     chosen = frameworks.choose(framework)
     adapters = [frameworks.adapter(name) for name in chosen]
     fresh = [a for a in adapters if not a.horovod.is_initialized()]
+    if fresh and "HVDX_WORKER" in os.environ:
+        for adapter in fresh:
+            adapter.preload()
+    elastic = os.environ.get("HOROVOD_ELASTIC") == "1" and len(fresh) == len(adapters)
+    attempts = ATTEMPTS if elastic and not process_sets else 1
+    while not _meet(adapters, fresh, comm, process_sets, last=attempts == 1):
+        attempts -= 1
     if fresh:
-        if "HVDX_WORKER" in os.environ:
-            for adapter in fresh:
-                adapter.preload()
-        launch.prepare(mpi_built=bool(fresh[0].horovod.mpi_built()))
-        launch.check_as_first("process_sets", _sets(process_sets), "the process sets")
-    for adapter in adapters:
-        if adapter in fresh or process_sets:
-            with noted(_connections):
-                _start(adapter, comm, process_sets, first=adapter is adapters[0])
-        if adapter in fresh:
-            # Of an elastic job's slots some may be empty: GPUs go by slot.
-            adapter.take_device(int(os.environ.get("HVDX_HOST_SLOT", adapter.horovod.local_rank())))
-        _started.setdefault(adapter.framework, adapter)
-    _changed()
-    if fresh:
-        _check_frameworks(adapters)
         if len(fresh) == len(_started):  # the job's first cores; one watch serves all
             watchdog.start(adapters[0], _stop_cores)
         launch.report_up()
+
+
+def _meet(
+    adapters: list[Adapter], fresh: list[Adapter], comm: Any, process_sets: Any, *, last: bool
+) -> bool:
+    """Start cores and meet the other ranks; False if one of these has died meanwhile.
+
+    Args:
+        adapters: the cores that shall run.
+        fresh: those of them that do not yet.
+        comm: as :func:`init` takes it.
+        process_sets: the same.
+        last: raise what has failed; else leave, as the other ranks will.
+    """
+    from hvdx import launch
+    from hvdx.elastic import is_lost_rank
+
+    if fresh:
+        launch.prepare(mpi_built=bool(fresh[0].horovod.mpi_built()))
+        launch.check_as_first("process_sets", _sets(process_sets), "the process sets")
+    try:
+        for adapter in adapters:
+            if adapter in fresh or process_sets:
+                with noted(_connections):
+                    _start(adapter, comm, process_sets, first=adapter is adapters[0])
+            if adapter in fresh:
+                # Of an elastic job's slots some may be empty: GPUs go by slot.
+                local = adapter.horovod.local_rank()
+                adapter.take_device(int(os.environ.get("HVDX_HOST_SLOT", local)))
+            _started.setdefault(adapter.framework, adapter)
+        _changed()
+        if fresh:
+            _check_frameworks(adapters)
+    except Exception as error:
+        if last or not (isinstance(error, ConnectError) or is_lost_rank(error)):
+            raise
+        cut_off()
+        shutdown()
+        return False
+    return True
 
 
 def _start(adapter: Adapter, comm: Any, process_sets: Any, first: bool) -> None:
@@ -97,10 +132,36 @@ def _start(adapter: Adapter, comm: Any, process_sets: Any, first: bool) -> None:
     if adapter.horovod.is_initialized():
         number(known)
     else:
-        adapter.horovod.init(comm, process_sets if dynamic else known)
+        _connect(adapter, comm, process_sets if dynamic else known)
     for each, numbered in zip(given, known, strict=True):
         if isinstance(each, ProcessSet):
             each.register(adapter.framework, numbered)
+
+
+def _connect(adapter: Adapter, comm: Any, process_sets: Any) -> None:
+    """Have Horovod start; give up soon where the launcher of an elastic job misses a rank.
+
+    Raises:
+        ConnectError: it did not start.
+    """
+    from hvdx import launch
+
+    elastic = "HVDX_WORKER" in os.environ
+    try:
+        with cut_when(launch.is_over) if elastic else contextlib.nullcontext():
+            adapter.horovod.init(comm, process_sets)
+    except ValueError as error:
+        if "initialization failed" not in str(error):
+            raise
+        if not process_sets:  # else Horovod may wait until all ranks have given them up
+            adapter.horovod.shutdown()
+        rank, interface = os.environ.get("HOROVOD_RANK", 0), os.environ.get("HOROVOD_GLOO_IFACE")
+        raise ConnectError(
+            f"rank {rank}: Horovod did not start; its own message is above. Has another rank ended "
+            f"meanwhile? Else see that ranks reach each other over {interface or 'the network'}, "
+            f"within {os.environ.get('HOROVOD_GLOO_TIMEOUT_SECONDS', 30)} s "
+            "(HOROVOD_GLOO_TIMEOUT_SECONDS)"
+        ) from None
 
 
 def _sets(process_sets: Any) -> str:

@@ -33,6 +33,16 @@ GLOO_RECEIVES_FIRST = (
     "link took twice the time"
 )
 
+START_MAY_FAIL = (
+    "a rank that died while the others connected to it took them along: what Gloo throws then "
+    "ended the process (std::terminate), and with it all that an elastic job had in memory"
+)
+
+EAGER_NAMES = (
+    "TensorFlow gives the name of an eager operation to no kernel, which is called by its kind: "
+    "operations of one kind paired up by their order, whatever the ranks had named them"
+)
+
 EDITS = (
     Edit(
         "CMakeLists.txt",
@@ -88,6 +98,88 @@ EDITS = (
         "  global_ctx = global_context.ctx;",
         "process sets ignored HOROVOD_GLOO_IFACE and looked up the host's own name, which is "
         "often 127.0.0.1: no two hosts could connect",
+    ),
+    Edit(
+        "horovod/tensorflow/mpi_ops.cc",
+        "using namespace tensorflow;\nusing namespace horovod;\n",
+        "using namespace tensorflow;\nusing namespace horovod;\n\n"
+        "static thread_local std::string given_name;\n\n"
+        "// Name the operation that this thread runs next; null takes it back.\n"
+        'extern "C" void horovod_tensorflow_name(const char* name) {\n'
+        '  given_name = name == nullptr ? "" : name;\n'
+        "}\n\n"
+        "static std::string WithGivenName(std::string kind) {\n"
+        "  std::string name;\n"
+        "  name.swap(given_name);\n"
+        '  return name.empty() ? kind : kind + "." + name;\n'
+        "}\n",
+        EAGER_NAMES,
+        when="tensorflow",
+    ),
+    Edit(
+        "horovod/tensorflow/mpi_ops.cc",
+        "    auto node_name = name();\n",
+        "    auto node_name = WithGivenName(name());\n",
+        EAGER_NAMES,
+        times=8,
+        when="tensorflow",
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        "#if HAVE_GLOO\n"
+        "#if HAVE_MPI\n"
+        "  if (global_mpi_context.IsEnabled()) {\n"
+        "    // Initialize gloo context if mpi context is available\n",
+        "  try {\n"
+        "#if HAVE_GLOO\n"
+        "#if HAVE_MPI\n"
+        "  if (global_mpi_context.IsEnabled()) {\n"
+        "    // Initialize gloo context if mpi context is available\n",
+        START_MAY_FAIL,
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        "    state.process_set_table.Initialize(global_gloo_context);\n  }\n#endif // HAVE_GLOO\n",
+        "    state.process_set_table.Initialize(global_gloo_context);\n"
+        "  }\n"
+        "#endif // HAVE_GLOO\n"
+        "  } catch (const std::exception& ex) {\n"
+        '    LOG(ERROR) << "Horovod could not be initialized: " << ex.what();\n'
+        "    state.initialization_failed = true;\n"
+        "    goto shutdown;\n"
+        "  }\n"
+        "\n"
+        "  {  // no jump may pass the variables within\n",
+        START_MAY_FAIL,
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        "\nshutdown:\n",
+        "  }\n\nshutdown:\n",
+        START_MAY_FAIL,
+    ),
+    Edit(
+        "horovod/common/operations.cc",
+        "    // Reset initialization flag\n    horovod_global.initialization_done = false;\n",
+        "    // Reset initialization flags\n"
+        "    horovod_global.initialization_done = false;\n"
+        "    horovod_global.initialization_failed = false;\n",
+        "a process that once failed to start could never start again",
+    ),
+    Edit(
+        "horovod/common/process_set.cc",
+        "      InitializeRegisteredAndRemoveMarkedIfReady_(context, status);\n"
+        "      if (ProcessSetHasJustBeenRemoved()) {\n",
+        "      try {\n"
+        "        InitializeRegisteredAndRemoveMarkedIfReady_(context, status);\n"
+        "      } catch (const std::exception&) {  // a rank is gone: nobody to agree with\n"
+        "        id_to_process_set_[id].Finalize(status);\n"
+        "        DeregisterProcessSet(id);\n"
+        "        id_to_be_removed_ = SUCCESSFUL_REMOVAL;\n"
+        "      }\n"
+        "      if (ProcessSetHasJustBeenRemoved()) {\n",
+        "a rank that died in a job with process sets took the others along: they agree to remove "
+        "the sets, and what Gloo throws then ended the process (std::terminate)",
     ),
     Edit(
         "third_party/gloo/gloo/alltoallv.cc",

@@ -172,7 +172,7 @@ def _unpack(sdist: Path, work: Path) -> Path:
     with tarfile.open(sdist) as archive:
         if hasattr(tarfile, "data_filter"):
             archive.extractall(work, filter="data")
-        else:  # Python 3.10 before 3.10.12; the checksum says whose archive this is
+        else:  # before 3.10.12 and 3.11.4; the checksum says whose archive this is
             archive.extractall(work)
     return work / f"horovod-{edits.HOROVOD}"
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hvdx.launch.client import check_as_first, news, report_up
+    from hvdx.launch.client import check_as_first, is_over, news, report_up
     from hvdx.launch.command import run_command
     from hvdx.launch.environment import Launch, prepare
 
-__all__ = ["Launch", "check_as_first", "news", "prepare", "report_up", "run_command"]
+__all__ = ["Launch", "check_as_first", "is_over", "news", "prepare", "report_up", "run_command"]
 
 _HOME = {
     "Launch": "environment",
     "check_as_first": "client",
+    "is_over": "client",
     "news": "client",
     "prepare": "environment",
     "report_up": "client",

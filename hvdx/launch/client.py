@@ -168,6 +168,15 @@ def take_place(environ: MutableMapping[str, str]) -> None:
     environ.update({f"HOROVOD_{name.upper()}": str(value) for name, value in place.items()})
 
 
+def is_over(environ: Mapping[str, str] | None = None) -> bool:
+    """Tell whether this rank's world, in an elastic job, has lost a rank already."""
+    environ = os.environ if environ is None else environ
+    try:
+        return ask(environ, "GET", "over") == environ.get("HVDX_WORLD", "").encode()
+    except (OSError, LaunchError):  # who asks for the next world is told
+        return False
+
+
 def news(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
     """Return what the launcher of an elastic job tells of hosts, None where that is nothing.
 

@@ -184,6 +184,8 @@ class Launcher:
             if kind == "asked" and who in self._workers:
                 worker = self._workers[who]
                 worker.asked, worker.since = code, time.monotonic()
+                if who in self._world and code == self._generation:
+                    self._end_world()
             elif kind == "exit":
                 self._gone(self._workers.pop(who), code)
 
@@ -208,7 +210,7 @@ class Launcher:
             self._failures.append(failure)
             self._slots.ban(worker.slot)
             if member:
-                self._rendezvous.end_round()
+                self._end_world()
                 _say(f"{_told(failure)}; it was rank {rank}. {len(self._world)} go on")
             else:
                 _say(f"{_told(failure)} before it had joined")
@@ -364,6 +366,11 @@ class Launcher:
             f"world {self._generation} has {len(members)} ranks: processes "
             + ", ".join(map(str, self._world))
         )
+
+    def _end_world(self) -> None:
+        """Let ranks that still connect give up: one of them is gone, or has left."""
+        self._rendezvous.end_round()
+        self._rendezvous.put("over", str(self._generation).encode())
 
     def _tell_news(self, world: list[Worker]) -> None:
         """Let the world know of newcomers, or of hosts that go."""

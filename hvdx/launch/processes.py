@@ -272,10 +272,20 @@ def _forward(
                         sink.flush()
                 except (OSError, ValueError):  # nobody reads any more: end as by SIGPIPE
                     sinks.remove(sink)
+                    _abandon(sink)
                     events.put(("signal", -1, int(signal.SIGPIPE)))
         if not chunk:
             source.close()
             return
+
+
+def _abandon(sink: TextIO) -> None:
+    """Let what ``sink`` still holds go nowhere.
+
+    Python flushes it at exit, and where that fails the exit status is 120, whatever was asked for.
+    """
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sink.fileno())
 
 
 @contextlib.contextmanager

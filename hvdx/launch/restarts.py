@@ -11,14 +11,15 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from hvdx.errors import LaunchError
 from hvdx.launch.arguments import Arguments, Elastic
-from hvdx.launch.hosts import assign
+from hvdx.launch.hosts import Host, assign
 from hvdx.launch.job import Job, hosts_of
 from hvdx.launch.processes import Ended, Failure
 from hvdx.launch.remote import survey
-from hvdx.launch.slots import LOOK_SECONDS, Discovery, Slots
+from hvdx.launch.slots import LOOK_SECONDS, Discovery, Slot, Slots
 
 SSH_FAILED = 255
 
@@ -51,32 +52,37 @@ def run(asked: Arguments) -> Ended:
         if ended.signal is not None or not ended.failures:
             return ended
         lost = _lost(ended.failures)
-        for failure in lost:
-            slots.ban(taken[failure.rank])
         told = " and ".join(map(str, lost))
         if elastic.resets is not None and again >= elastic.resets:
             _say(f"{told}; the job has begun again {again} times (--reset-limit)")
             return ended
-        if not _wait(slots, discovery, elastic):
-            _say(f"{told}; fewer slots are left than --min-np {elastic.least}")
-            return ended
-        _leave_out(slots, options)
-        taken = slots.usable()[: elastic.most]
+        absent = _absent(hosts, options)
+        for failure in lost[1:] if absent else lost:  # the first then fails for want of that host
+            if failure.host not in absent:
+                slots.ban(taken[failure.rank])
+        taken = _wait(slots, discovery, elastic, options)[: elastic.most]
         if len(taken) < elastic.least:
-            _say(f"{told}; hosts cannot be reached")
+            _say(f"{told}; fewer slots are left than --min-np {elastic.least}")
             return ended
         again += 1
         _say(f"{told}; the job begins again, time {again}, on {len(taken)} ranks")
 
 
-def _leave_out(slots: Slots, options: argparse.Namespace) -> None:
-    """Leave out hosts that are gone: the first failure tells of one of their ranks only."""
-    for host in list(slots.hosts):
+def _absent(hosts: list[Host], options: argparse.Namespace) -> dict[str, str]:
+    """Ask hosts whether they are there; return why not, by name of those that are not."""
+
+    def ask(host: Host) -> str | None:
         try:
             survey([host], options)
         except LaunchError as error:
-            _say(f"left out: {error}")
-            slots.hosts.remove(host)
+            return str(error)
+        return None
+
+    if not hosts:
+        return {}
+    with ThreadPoolExecutor(max_workers=min(len(hosts), 32)) as pool:
+        answers = pool.map(ask, hosts)
+        return {host.name: why for host, why in zip(hosts, answers, strict=True) if why}
 
 
 def _lost(failures: list[Failure]) -> list[Failure]:
@@ -85,19 +91,30 @@ def _lost(failures: list[Failure]) -> list[Failure]:
     return [each for each in failures if each is failures[0] or each.code in gone]
 
 
-def _wait(slots: Slots, discovery: Discovery | None, elastic: Elastic) -> bool:
-    """Wait until there are enough slots; False if that takes too long, or cannot happen."""
+def _wait(
+    slots: Slots, discovery: Discovery | None, elastic: Elastic, options: argparse.Namespace
+) -> list[Slot]:
+    """Return the slots there are, once these are enough; fewer if that takes too long.
+
+    Hosts that do not answer are waited for, too: a link may come back.
+    """
     until = time.monotonic() + elastic.timeout
+    told: set[str] = set()
     while True:
         if discovery is not None:
             try:
                 slots.relist(discovery.look())
             except LaunchError as error:
                 _say(str(error))
-        if len(slots.usable()) >= elastic.least:
-            return True
-        if time.monotonic() > until or not (discovery or slots.may_grow()):
-            return False
+        absent = _absent(slots.hosts, options)
+        for name, why in absent.items():
+            if name not in told:
+                told.add(name)
+                _say(f"left out for now: {why}".rstrip("."))
+        usable = [slot for slot in slots.usable() if slot.host not in absent]
+        hope = discovery or slots.may_grow() or absent
+        if len(usable) >= elastic.least or time.monotonic() > until or not hope:
+            return usable
         time.sleep(LOOK_SECONDS)
 
 

@@ -169,6 +169,71 @@ def test_a_job_survives_a_killed_rank_and_takes_another_in(kind, tmp_path):
     assert sorted(result["seen"]) == [[e, i] for e in range(EPOCHS) for i in range(SAMPLES)]
 
 
+#: Process 1 leaves the first world, shows up for the second, and dies instead of connecting. One
+#: of the others is refused at the address it finds, the other waits to be connected to: Gloo has
+#: the lower address listen (it compares ports in network order, so that 256 is low).
+DIES_CONNECTING = """
+import os, signal, struct, time, urllib.error, urllib.request
+import torch
+import hvdx.torch as hvd
+from hvdx import launch, world
+
+def put_or_get(key, value=None):
+    place = [os.environ["HOROVOD_GLOO_RENDEZVOUS_" + name] for name in ("ADDR", "PORT")]
+    verb = "GET" if value is None else "PUT"
+    request = urllib.request.Request("http://%s:%s/global/%s" % (*place, key), value, method=verb)
+    return urllib.request.urlopen(request).read()
+
+def address(ip, port):
+    return struct.pack("=HHI120xQ", 2, port, ip, 0)
+
+def die_connecting():
+    world.cut_off()
+    hvd.shutdown()
+    launch.prepare()
+    put_or_get("rank_1", b"here")
+    refused, silent = address(0x0100007F, 1), address(0x0101017F, 1)
+    put_or_get("1", refused + silent)
+    for other in ("0", "2"):
+        while True:
+            try:
+                put_or_get(other)
+                break
+            except urllib.error.HTTPError:  # it has not come yet
+                time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+hvd.init()
+
+@hvd.elastic.run
+def train(state):
+    for state.step in range(state.step, 6):
+        if os.environ["HVDX_WORKER"] == "1" and state.step == 3:
+            die_connecting()
+        hvd.allreduce(torch.ones(1), name="step")
+        state.commit()
+
+state = hvd.elastic.TorchState(step=0)
+train(state)
+print("process", os.environ["HVDX_WORKER"], "made step", state.step, "of", hvd.size(), flush=True)
+"""
+
+
+def test_a_rank_that_dies_while_others_connect_does_not_take_them_along(tmp_path):
+    pytest.importorskip("torch")
+    script = tmp_path / "train.py"
+    script.write_text(DIES_CONNECTING)
+    patient = environment(HOROVOD_GLOO_TIMEOUT_SECONDS="3600", HVDX_TIMEOUT="3600")
+    flags = ["-np", "3", "--min-np", "2"]
+    done = run(*HVDX_RUN, *flags, "--", sys.executable, str(script), env=patient)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "process 1 on localhost was killed by signal 9 (SIGKILL); it was rank 1. 2 go" in told
+    assert sorted(done.stdout.splitlines()) == [
+        f"[{n}]<stdout>:process {n} made step 5 of 2" for n in (0, 2)
+    ]
+
+
 #: Epoch 1: h2 dies, with all that runs there. Epoch 2: rank 0 waits until there is a rank again.
 HOST_DIES = """
 def after_step(state, hvd, epoch, step):

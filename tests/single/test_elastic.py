@@ -109,6 +109,15 @@ def test_all_ranks_are_interrupted_by_what_rank_0_was_told():
         state.check_host_updates()
 
 
+def test_a_state_that_cannot_be_restored_is_refused_before_it_is_needed():
+    class Half(elastic.State):
+        def save(self):
+            pass
+
+    with pytest.raises(TypeError, match=r"restore.*sync"):
+        Half(lambda sent: sent, None)
+
+
 class Recorder(elastic.ObjectState):
     """Writes down what the loop asks of it."""
 

@@ -39,7 +39,11 @@ def told(what):
 
 def order():
     path = os.path.join(folder, number)
+    over = False
     while True:
+        if not over and client.is_over():
+            over = True
+            told("over")
         if client.news() is not None:
             return "leave"
         if os.path.exists(path):
@@ -121,6 +125,7 @@ def test_a_rank_is_replaced_while_the_others_go_on(jobs):
     job = jobs("-np", "3", *flags)
     job.wait(*(f"{n} world 1: {n} 3 {n} 3 0 1" for n in range(3)))
     job.kill(0)
+    job.wait("1 over", "2 over")  # which they look at while they connect
     for number in (1, 2):  # they notice by a collective
         job.order(number, "leave")
     # The others move up, and the newcomer, though its slot is the first, comes last.

@@ -165,3 +165,27 @@ horovod.torch.shutdown()
 print(hvd.is_initialized())
 """
     assert alone(code) == "False\n"
+
+
+def test_horovod_that_failed_to_start_can_be_started_again():
+    needs("horovod", "torch")
+    code = """
+import os
+import hvdx as hvd
+from hvdx.errors import ConnectError
+os.environ |= dict.fromkeys(("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"), "gloo")
+os.environ["HOROVOD_GLOO_IFACE"] = "nowhere0"
+for _ in range(2):
+    try:
+        hvd.init(framework="torch")
+    except ConnectError as error:
+        print(error)
+assert not hvd.is_initialized()
+del os.environ["HOROVOD_GLOO_IFACE"]
+hvd.init(framework="torch")
+print(hvd.size())
+"""
+    *failed, size = alone(code).splitlines()
+    assert size == "1"
+    assert len(failed) == 2
+    assert all("rank 0: Horovod did not start" in each and "nowhere0" in each for each in failed)
