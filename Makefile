@@ -24,6 +24,8 @@ demo: .venv
 
 # Ranks start by the hundred, and each would compile every module and test anew.
 test: export PYTHONDONTWRITEBYTECODE :=
+# Keras imports much that no test needs.
+test: export PYTHONPATH := $(CURDIR)/tests/lean$(if $(PYTHONPATH),:$(PYTHONPATH))
 test: .venv hosts
 	$(BIN)/python -m pytest --timeout 300 --numprocesses 2 --dist loadfile tests/single
 	$(BIN)/python tests/parallel/run.py 2 4

@@ -43,6 +43,14 @@ def name_scopes(kept: bool) -> Iterator[None]:
         _scopes_kept.reset(token)
 
 
+def as_is(call: Call) -> Call:
+    """Let ``tf.function`` call it as it is written: AutoGraph would rewrite all that it calls.
+
+    Nothing in there depends on the values of tensors, and rewriting takes longer than tracing.
+    """
+    return tf.autograph.experimental.do_not_convert(call)  # type: ignore[no-any-return]
+
+
 def refuse_xla() -> None:
     """Say at once what XLA would say late and in its own terms."""
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
@@ -60,7 +68,7 @@ def explained(call: Call) -> Call:
     name of the graph's node.
     """
 
-    @tf.autograph.experimental.do_not_convert
+    @as_is
     @functools.wraps(call)
     def checked(self: Any, tensors: Any, **options: Any) -> Any:
         if not tf.executing_eagerly():

@@ -33,7 +33,7 @@ from hvdx.world import shutdown
 _horovod = frameworks.adapter("tensorflow").horovod
 
 from hvdx.integrations.process_sets import ProcessSet, everyone  # noqa: E402
-from hvdx.integrations.tensorflow_operations import name_scopes  # noqa: E402
+from hvdx.integrations.tensorflow_operations import as_is, name_scopes  # noqa: E402
 from hvdx.integrations.tensorflow_tape import (  # noqa: E402
     TapeOptions,
     distributed,
@@ -107,6 +107,7 @@ def _tensors(values: Sequence[Any]) -> list[Any]:
     return [variable_of(_tensor(value)) for value in values]
 
 
+@as_is
 def allreduce(
     tensor: Any,
     average: bool | None = None,
@@ -138,6 +139,7 @@ def allreduce(
         )
 
 
+@as_is
 def grouped_allreduce(
     tensors: Sequence[Any],
     average: bool | None = None,
@@ -167,6 +169,7 @@ def grouped_allreduce(
         )
 
 
+@as_is
 def allgather(
     tensor: Any, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None
 ) -> Any:
@@ -175,6 +178,7 @@ def allgather(
         return collectives.allgather(_tensor(tensor), name, process_set)
 
 
+@as_is
 def grouped_allgather(
     tensors: Sequence[Any],
     name: str | None = None,
@@ -188,6 +192,7 @@ def grouped_allgather(
         return collectives.grouped_allgather(_tensors(tensors), name, process_set)
 
 
+@as_is
 def broadcast(
     tensor: Any,
     root_rank: int,
@@ -200,6 +205,7 @@ def broadcast(
         return collectives.broadcast(_tensor(tensor), root_rank, name, process_set)
 
 
+@as_is
 def broadcast_(
     variables: Sequence[Any], root_rank: int, name: str | None = None, process_set: Any = None
 ) -> list[Any]:
@@ -212,6 +218,7 @@ def broadcast_(
     return broadcast_in_place(variables, root_rank, name, process_set)
 
 
+@as_is
 def alltoall(
     tensor: Any,
     splits: Any = None,
@@ -224,6 +231,7 @@ def alltoall(
         return collectives.alltoall(_tensor(tensor), splits, name, process_set)
 
 
+@as_is
 def reducescatter(
     tensor: Any,
     device_dense: str = "",
@@ -242,6 +250,7 @@ def reducescatter(
         )
 
 
+@as_is
 def grouped_reducescatter(
     tensors: Sequence[Any],
     device_dense: str = "",
@@ -266,6 +275,7 @@ def _in_tensorflow_1() -> bool:
         return not tf.executing_eagerly()
 
 
+@as_is
 def broadcast_variables(
     variables: Sequence[Any], root_rank: int, process_set: Any = None, inplace: bool = False
 ) -> Any:
@@ -326,6 +336,7 @@ def allgather_object(
     return _allgather_object(obj, name, process_set)
 
 
+@as_is
 def DistributedGradientTape(
     gradtape: tf.GradientTape,
     device_dense: str = "",
@@ -388,6 +399,7 @@ def DistributedGradientTape(
     return distributed(gradtape, options, scale_local_gradients)
 
 
+@as_is
 def PartialDistributedGradientTape(
     gradtape: tf.GradientTape,
     device_dense: str = "",

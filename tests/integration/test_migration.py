@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -65,9 +66,9 @@ def launch(
     command = [sys.executable, Path(__file__).with_name("run_scripts.py"), folder]
     for script, arguments in scripts.items():
         command += ["--", script, *arguments]
-    job = run(
-        *launcher, *map(str, command), env=environment(PYTHONPATH=str(SCRIPTS)), timeout=4 * SECONDS
-    )
+    path = os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = environment(PYTHONPATH=path)
+    job = run(*launcher, *map(str, command), env=env, timeout=4 * SECONDS)
     assert job.returncode == 0, job.stdout + job.stderr
     lines = re.findall(r"^\[0\]<stdout>: ?report (.*)$", job.stdout, re.MULTILINE)
     reports = {report["script"]: report for report in map(json.loads, lines)}

@@ -9,7 +9,7 @@ import pytest
 import hvdx as hvd
 from hvdx.errors import CheckpointError, MismatchError
 
-TWO = pytest.mark.ranks(2)
+TWO, TORCH = pytest.mark.ranks(2), pytest.mark.backend("torch")
 
 
 def compiled(eager=False, **options):
@@ -43,10 +43,11 @@ WAYS = {
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param("plain", marks=[TWO, pytest.mark.backend("torch")]),  # the others hold it too
+        pytest.param("plain", marks=[TWO, TORCH]),  # the others hold it too
         pytest.param("topk", marks=TWO),
-        "servers",
-        pytest.param("local", marks=TWO),
+        pytest.param("servers", marks=TWO),
+        pytest.param("servers", marks=[pytest.mark.ranks(4), TORCH]),
+        pytest.param("local", marks=[TWO, TORCH]),  # on TensorFlow: test_local_sgd.py
     ],
 )
 def test_as_many_ranks_go_on_to_the_last_bit(way, shared):

@@ -14,7 +14,7 @@ from hvdx.errors import MismatchError, PipelineError, PlanError
 from hvdx.keras import SyncBatchNormalization
 
 counted = load_single("test_pipeline_keras_losses")
-TWO, TORCH = pytest.mark.ranks(2), pytest.mark.backend("torch")
+TWO, FOUR, TORCH = pytest.mark.ranks(2), pytest.mark.ranks(4), pytest.mark.backend("torch")
 DEEP = models.batches(8)
 
 
@@ -31,7 +31,7 @@ def learnt_alone():
         pytest.param("1f1b", "zmq", marks=[TWO, TORCH]),
         pytest.param("zb1p", "horovod", marks=TWO),
         pytest.param("zbv", "horovod", marks=[TWO, TORCH]),
-        ("interleaved", "horovod"),
+        pytest.param("interleaved", "horovod", marks=FOUR),
     ],
 )
 def test_schedules_and_channels_change_no_bit(schedule, channel, shared):
@@ -48,7 +48,8 @@ def test_schedules_and_channels_change_no_bit(schedule, channel, shared):
     ("build", "schedule", "rows"),
     [
         pytest.param(models.sequential, "gpipe", [12, 7, 3, 1], marks=[TWO, TORCH]),
-        (models.residual, "1f1b", [12, 7, 3, 1]),
+        pytest.param(models.residual, "1f1b", [12, 7, 3, 1], marks=TWO),
+        pytest.param(models.residual, "1f1b", [12, 7, 3, 1], marks=[FOUR, TORCH]),
         pytest.param(models.dropped, "1f1b", [12, 7], marks=TWO),
     ],
 )
@@ -71,7 +72,7 @@ def test_ranks_learn_what_one_process_learns(build, schedule, rows, shared):
 
 
 @TWO
-@pytest.mark.parametrize("build", [counted.penalised, counted.tagger])
+@pytest.mark.parametrize("build", [pytest.param(counted.penalised, marks=TORCH), counted.tagger])
 def test_losses_and_masks_cross_ranks(build):
     x, y, weight = counted.batch(build)
     loss = "mse" if build is counted.penalised else counted.entropy()
@@ -116,7 +117,12 @@ def _go_on(pipe, data, path):
 
 
 @pytest.mark.parametrize(
-    "policy", [pytest.param("mixed_bfloat16", marks=[TWO, TORCH]), "mixed_float16"]
+    "policy",
+    [
+        pytest.param("mixed_bfloat16", marks=[TWO, TORCH]),
+        pytest.param("mixed_float16", marks=TWO),
+        pytest.param("mixed_float16", marks=[FOUR, TORCH]),
+    ],
 )
 def test_low_precision_over_ranks(policy, shared):
     """The last rank has no variables, but scales the loss; what overflows anywhere is skipped."""
@@ -157,7 +163,14 @@ class Failing(keras.layers.Layer):
         return x
 
 
-@pytest.mark.parametrize("channel", [pytest.param("zmq", marks=TORCH), "horovod"])
+@pytest.mark.parametrize(
+    "channel",
+    [
+        pytest.param("zmq", marks=TORCH),
+        pytest.param("horovod", marks=TWO),
+        pytest.param("horovod", marks=[FOUR, TORCH]),
+    ],
+)
 def test_an_error_reaches_all_ranks(channel):
     size = hvd.size()
     model = keras.Sequential(
@@ -199,6 +212,7 @@ def test_ranks_that_differ_are_told():
 
 
 @TWO
+@TORCH  # on TensorFlow replicas fit in a mesh
 def test_fit_is_the_same_on_every_rank():
     x, y = (np.concatenate(parts) for parts in zip(*models.batches(3), strict=True))
     losses = []

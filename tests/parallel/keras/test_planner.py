@@ -11,6 +11,7 @@ import pytest
 import hvdx as hvd
 from hvdx.errors import PlanError
 from hvdx.pipeline.plan import Plan
+from hvdx.planner import auto
 
 pytestmark = pytest.mark.ranks(2)
 ROWS = 16
@@ -20,7 +21,7 @@ def made():
     keras.utils.set_random_seed(3)
     return keras.Sequential([
         keras.Input((12,)),
-        *(keras.layers.Dense(12, activation="tanh", name=f"d{number}") for number in range(3)),
+        *(keras.layers.Dense(12, activation="tanh", name=f"d{number}") for number in range(2)),
         keras.layers.BatchNormalization(name="norm"),
         keras.layers.Dropout(0.1, seed=1, name="drop"),
         keras.layers.Dense(3, name="head"),
@@ -49,7 +50,10 @@ def learnt(pipe, path):
     return losses, {(kind, n): v for kind in ("model", "optimizer") for n, v in told[kind].items()}
 
 
-def test_training_is_that_of_the_plan_given_by_hand(shared, capfd):
+def test_training_is_that_of_the_plan_given_by_hand(shared, capfd, monkeypatch):
+    if keras.backend.backend() == "tensorflow":  # traces each trial anew
+        monkeypatch.setattr(auto, "_LOOKS", 1)
+        monkeypatch.setattr(auto, "_NEAR", 1.0)  # none is run once more
     (x, y), model = batch(), made()
     before = [np.array(keras.ops.convert_to_numpy(each)) for each in model.variables]
     drawn = random.getstate()

@@ -9,7 +9,7 @@ from pipelines import load_single, models
 import hvdx as hvd
 
 alone = load_single("test_pipeline_moves_keras")
-FOUR, TWO = pytest.mark.ranks(4), pytest.mark.ranks(2)
+FOUR, TWO, TORCH = pytest.mark.ranks(4), pytest.mark.ranks(2), pytest.mark.backend("torch")
 CUTS = {
     2: [["leave"], ["tied"], ["norm"]],
     4: [["tied", "norm", "leave"], ["drop", "norm", "leave"]],
@@ -45,8 +45,8 @@ def train(path, moving, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, marks=[TWO, pytest.mark.backend("torch")]),
-        pytest.param({"channel": "horovod", "clip_norm": 0.05}, marks=TWO),
+        pytest.param({}, marks=[TWO, TORCH]),
+        pytest.param({"channel": "horovod", "clip_norm": 0.05}, marks=[TWO, TORCH]),
         pytest.param({"place": [[0, 2], [3, 1]],
                       "compression": hvd.Compression.topk(0.5, min_elements=1)}, marks=FOUR),
     ],

@@ -81,7 +81,7 @@ def held(optimizer):
     [
         pytest.param(None, marks=TWO),
         pytest.param([0], marks=[TWO, TORCH]),
-        pytest.param([0, 1], marks=FOUR),
+        pytest.param([0, 1], marks=[FOUR, TORCH]),
     ],
 )
 def test_memory_and_embeddings(hvd, servers, farthest, assert_equal_replicas):
@@ -124,7 +124,7 @@ def test_memory_and_embeddings(hvd, servers, farthest, assert_equal_replicas):
         pytest.param("powersgd", [0], "eager", marks=TWO),
         pytest.param("powersgd", None, "fit", marks=[TWO, TORCH]),
         pytest.param("fp16", [0], "fit", marks=[TWO, TORCH]),
-        pytest.param("int8", [0, 1], "eager", marks=FOUR),
+        pytest.param("int8", [0, 1], "eager", marks=[FOUR, TORCH]),
     ],
 )
 def test_compressed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import weakref
 from typing import Any
 
@@ -288,6 +289,36 @@ def test_plans_end_with_their_variables(hvd):
     gc.collect()
     assert last() is None
     assert len(tensorflow_tape._plans) < kept
+
+
+@pytest.mark.ranks(2)
+def test_autograph_rewrites_the_callers_code_only(hvd):
+    found = []
+
+    class Looking:
+        """A compressor as written for Horovod, called in the midst of hvdx."""
+
+        @staticmethod
+        def compress(tensor):
+            files = [frame.filename for frame in traceback.extract_stack()]
+            found.append(sum("__autograph_generated_file" in file for file in files))
+            return tensor, None
+
+        @staticmethod
+        def decompress(tensor, context):
+            return tensor
+
+    @tf.function
+    def step(x):
+        tape, target = recorded(lambda: tf.reduce_sum(3.0 * w))
+        tape = hvd.DistributedGradientTape(tape, compression=Looking)
+        return tape.gradient(target, w), hvd.allreduce(x, compression=Looking)
+
+    w = tf.Variable([1.0, 2.0])
+    gradient, total = step(tf.ones(2))
+    np.testing.assert_array_equal(gradient, [3.0, 3.0])
+    np.testing.assert_array_equal(total, [1.0, 1.0])
+    assert found and set(found) == {1}
 
 
 @pytest.mark.ranks(2)
