@@ -16,7 +16,6 @@ import keras
 import numpy as np
 from keras.src.backend import set_keras_mask
 
-from hvdx.agreement import next_name
 from hvdx.checkpoints import tree
 from hvdx.checkpoints.files import read_tree, write_tree
 from hvdx.checkpoints.parts import differences
@@ -170,7 +169,7 @@ class Pipeline(MovingPipeline):
             channel=channel,
             rebalance=rebalance,
         )
-        with self._alike():
+        with self._peers.alike():
             check_options(told.micro_batches, place, clip_norm, told.checkpoint, batchnorm, channel)
             _refuse(by, others)
             self._graph = traced(model, sample, deferred=batchnorm != "micro")
@@ -178,7 +177,7 @@ class Pipeline(MovingPipeline):
             self._loss = Objective(loss, loss_weights, self._graph)
         asked = {"micro_batches": told.micro_batches, "schedule": told.schedule}
         self._agree_on(stages=stages, by=by, **asked)
-        with self._alike():
+        with self._peers.alike():
             if self._auto:
                 self._given = optimizer
                 self._again = functools.partial(
@@ -294,7 +293,7 @@ class Pipeline(MovingPipeline):
         """
         with self._telling("save"):
             whole = self._gathered()
-            self._told_by_first("saved to", path, lambda: write_tree(Path(path), whole))
+            self._peers.done_by_first("saved to", path, lambda: write_tree(Path(path), whole))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` wrote with any number of stages; rank 0 reads, all call it.
@@ -304,7 +303,7 @@ class Pipeline(MovingPipeline):
                 listed, and nothing has changed.
         """
         with self._telling("load"):
-            told = self._told_by_first("loaded from", path, lambda: _read(Path(path)))
+            told = self._peers.done_by_first("loaded from", path, lambda: _read(Path(path)))
             self._take_fitting(path, told)
 
     # --- fit
@@ -328,7 +327,7 @@ class Pipeline(MovingPipeline):
             return self._rank == 0
 
         def settle(problem: str) -> None:
-            told = self._from_first(problem)
+            told = self._peers.of_first(problem)
             if told:
                 raise OSError(f"the model cannot be saved: {told}")
 
@@ -468,7 +467,7 @@ class Pipeline(MovingPipeline):
         }
         entries["the loss scale"] = f"= {self._scale and self._scale.settings()}"
         self._check_agreed(entries)
-        self._check_optimizers(summary(self.optimizer))
+        self._peers.check_optimizers(summary(self.optimizer))
         if model.variables:
             broadcast_parameters(model.variables)
 
@@ -615,7 +614,7 @@ class Pipeline(MovingPipeline):
         own = self._own_state()
         parts = [self._common_state(), _as_tree(own)]
         if self._channel is not None:
-            names = self._core.allgather_object(list(own), next_name("pipeline"), None)
+            names = self._peers.gathered(list(own))
             key = Key("S", self._step, 0, 0)
             self._channel.note = f"save at {self._step}"
             if self._rank:

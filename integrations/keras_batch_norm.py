@@ -140,5 +140,6 @@ def commit(layer: Any, total: Any) -> None:
         total: :func:`sums` of all pieces of the batch, added up.
     """
     moving = layer.moving_mean, layer.moving_variance
+    total = ops.convert_to_tensor(total)  # of other ranks it comes to the host's memory
     for variable, new in zip(moving, moments(total, layer.moving_mean.dtype), strict=True):
         variable.assign(variable * layer.momentum + new * (1.0 - layer.momentum))

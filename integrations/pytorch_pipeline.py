@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from hvdx import world
 from hvdx.agreement import next_name
 from hvdx.checkpoints.files import read_tree, write_tree
 from hvdx.checkpoints.tree import mapped, merged
@@ -177,7 +176,7 @@ class Pipeline(MovingPipeline):
             rebalance=rebalance,
         )
         self._loss, self._optimizer = loss, optimizer
-        with self._alike(), uncached():
+        with self._peers.alike(), uncached():
             _check_arguments(model, loss, optimizer, scaler)
             self._scaler = _Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
             check_options(
@@ -188,7 +187,7 @@ class Pipeline(MovingPipeline):
             self.units = [unit.name for unit in self._graph.units]
         asked = {"micro_batches": told.micro_batches, "schedule": told.schedule}
         self._agree_on(stages=stages, by=by, memory=memory, **asked)
-        with self._alike():
+        with self._peers.alike():
             if self._auto:
                 self._again = functools.partial(
                     Pipeline, model, sample, loss, optimizer, clip_norm=clip_norm,
@@ -253,7 +252,7 @@ class Pipeline(MovingPipeline):
         """
         with self._telling("save"):
             whole = self._gathered(self._share())
-            self._told_by_first("saved to", path, lambda: write_tree(Path(path), whole))
+            self._peers.done_by_first("saved to", path, lambda: write_tree(Path(path), whole))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` wrote with any number of stages, or a model's tensors alone.
@@ -266,7 +265,7 @@ class Pipeline(MovingPipeline):
                 listed, and nothing has changed.
         """
         with self._telling("load"):
-            told = self._told_by_first("loaded from", path, lambda: _read(Path(path)))
+            told = self._peers.done_by_first("loaded from", path, lambda: _read(Path(path)))
             self._take_fitting(path, told)
 
     # --- making one
@@ -319,9 +318,11 @@ class Pipeline(MovingPipeline):
         if self._carrier not in BACKENDS:
             return super()._connected(place)
         if self._carrier == "nccl":
-            check_gpus(self._home, self._core, next_name("pipeline"))
+            check_gpus(self._home, self._peers.core, next_name("pipeline"))
         options = {"backend": self._carrier, "device": self._home}
-        return over_zmq(DistributedChannel, self._core, self._codec, self._rank, place, **options)
+        return over_zmq(
+            DistributedChannel, self._peers.core, self._codec, self._rank, place, **options
+        )
 
     @property
     def _home(self) -> torch.device:
@@ -377,9 +378,9 @@ class Pipeline(MovingPipeline):
                 )
             if self._syncs(plan.rows) and type(module).forward is not _BatchNorm.forward:
                 raise PlanError(
-                    f"layer {name!r} is a {type(module).__name__} with a forward of its own, which "
-                    "batchnorm='sync' cannot compute for all replicas: use nn.BatchNorm, or "
-                    "batchnorm='deferred'"
+                    f"layer {name!r} is of class {type(module).__name__}, whose forward is its "
+                    "own: batchnorm='sync' cannot compute that for all replicas; use nn.BatchNorm, "
+                    "or batchnorm='deferred'"
                 )
         at: dict[int, torch.device] = {}  # parameter: where it is needed
         for number, device in self._stage_devices().items():
@@ -469,7 +470,7 @@ class Pipeline(MovingPipeline):
         entries["the GradScaler"] = f"= {self._scaler.state() if self._scaler else None}"
         self._check_agreed(entries)
         made = {f"{type(each).__qualname__} {each.defaults}" for each in self.optimizers.values()}
-        self._check_optimizers("none" if self._optimizer is None else ", ".join(sorted(made)))
+        self._peers.check_optimizers("none" if self._optimizer is None else ", ".join(sorted(made)))
         if model.state_dict():
             broadcast_parameters(model)
 
@@ -605,8 +606,7 @@ class Pipeline(MovingPipeline):
                 return _Slot(len(tensors) - 1)
 
             outline = pytree.tree_map_only(torch.Tensor, leave, own)
-            name = next_name("pipeline")
-            outlines = world.core("torch").allgather_object(outline, name, None)
+            outlines = self._peers.gathered(outline)
             key = Key("S", self._step, 0, 0)
             self._channel.note = f"save at {self._step}"
             if self._rank and self._rank in self._leads:

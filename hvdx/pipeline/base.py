@@ -18,18 +18,17 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hvdx import watchdog, world
-from hvdx.agreement import check_same, next_name
+from hvdx import watchdog
 from hvdx.compression import CompressionError, Compressor, Spec, as_compressor, none
 from hvdx.compression.base import refuse_momentum
-from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError
-from hvdx.frameworks import Adapter
+from hvdx.errors import CheckpointError, PipelineError, PlanError
 from hvdx.ops import ops_for
 from hvdx.pipeline.abreast import Abreast
 from hvdx.pipeline.channel import Failure, Key
 from hvdx.pipeline.connect import over_horovod, over_zmq
 from hvdx.pipeline.ir import Graph
 from hvdx.pipeline.options import CHANNELS, Told, checked_mesh, devices_for, is_mesh, placed
+from hvdx.pipeline.peers import Peers
 from hvdx.pipeline.plan import Link, Means, Plan, make, stage_times
 from hvdx.pipeline.post import Codec, PostChannel
 from hvdx.pipeline.probe import THREADS, measure_link
@@ -43,7 +42,6 @@ from hvdx.pipeline.zmq_channel import ZmqChannel
 
 _LAST_STEPS = 8  # that a timeline can show
 _PROFILING_SECONDS = 600.0  # for which the other ranks wait for rank 0
-_DISK_SECONDS = 3600.0  # likewise, while it reads or writes
 
 
 class BasePipeline(abc.ABC):
@@ -94,16 +92,15 @@ class BasePipeline(abc.ABC):
         channel: str,
         compression: Any = None,
     ) -> None:
-        self._framework, self._codec = framework, codec
+        self._codec = codec
         self._clip_norm, self._checkpoint = clip_norm, checkpoint or "never"
         self._batchnorm, self._carrier = batchnorm, channel
         self._asked, self._compressor = compression, as_compressor(none)
         self._auto = isinstance(place, str) and place == "auto"
         self._mesh: Sequence[Any] = place if place is not None and is_mesh(place) else ()
         self._devices = None if self._mesh or self._auto else place
-        job = self._devices is None and world.is_initialized(framework)
-        self._across = job and world.size() > 1
-        self._rank = world.rank() if self._across else 0
+        self._peers = Peers(framework, job=self._devices is None)
+        self._across, self._rank = self._peers.several, self._peers.rank
         self.steps = 0
         self.busy_seconds = self.schedule_seconds = 0.0
         self._step, self._failed = 0, ""  # calls for inference count as steps here
@@ -114,7 +111,7 @@ class BasePipeline(abc.ABC):
         self._times: Times | None = None
         self._measured: collections.deque[Any] = collections.deque(maxlen=_LAST_STEPS)
         self._orders: dict[tuple[int, bool], Schedule] = {}
-        self._seed = self._from_first(seed)
+        self._seed = self._peers.of_first(seed)
 
     def timeline(self, path: str | os.PathLike[str], steps: int = 3) -> None:
         """Draw the last steps of training below what is predicted, and why ranks wait.
@@ -133,17 +130,14 @@ class BasePipeline(abc.ABC):
             last = self._measured[-1][1]
             own = {step: spans for step, order, spans in self._measured if order is last}
             own = dict(list(own.items())[-max(1, steps) :])
-            everyone = [own]
-            if self._across:
-                everyone = self._core.allgather_object(own, next_name("pipeline"), None)
-            problem = ""
+            everyone, problem = self._peers.gathered(own), ""
             if self._rank == 0:
                 lanes = {step: [row for each in everyone for row in each[step]] for step in own}
                 try:
                     write_timeline(path, last, self._times, lanes)
                 except (OSError, PlanError) as error:
                     problem = str(error)
-            problem = self._from_first(problem)
+            problem = self._peers.of_first(problem)
         if problem:
             raise OSError(f"the timeline cannot be written to {os.fspath(path)!r}: {problem}")
 
@@ -237,53 +231,16 @@ class BasePipeline(abc.ABC):
     def _line(self) -> Graph:
         return self._graph.line  # type: ignore[no-any-return]  # of Any
 
-    @property
-    def _core(self) -> Adapter:
-        return world.core(self._framework)
-
-    @property
-    def _size(self) -> int:
-        """Count the ranks, if they have stages of one model."""
-        return world.size() if self._across else 1
-
-    def _everyones(self, value: Any) -> list[Any]:
-        """Return what all ranks have, by rank, on each of them."""
-        if not self._across:
-            return [value]
-        return list(self._core.allgather_object(value, next_name("pipeline"), None))
-
-    @contextlib.contextmanager
-    def _alike(self, what: str = "make the pipeline") -> Iterator[None]:
-        """Raise on every rank what one of them raises inside, where it does ``what``."""
-        problem: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            if not self._across:
-                raise
-            problem = error
-        if not self._across:
-            return
-        told = f"{type(problem).__name__}: {problem}" if problem else ""
-        everyone = self._core.allgather_object(told, next_name("pipeline"), None)
-        if problem is not None:
-            raise problem
-        for rank, each in enumerate(everyone):
-            if each:
-                raise PlanError(f"rank {rank} cannot {what}: {each}")
-
     def _agree_on(self, **options: Any) -> None:
         """Compare what the ranks ask for, before they do by it what takes all of them.
 
         Raises:
             MismatchError: they differ; raised on every rank.
         """
-        if self._across:
-            options |= {"clip_norm": self._clip_norm, "checkpoint": self._checkpoint}
-            options |= {"batchnorm": self._batchnorm, "place": "auto" if self._auto else "given"}
-            entries = {name: f"= {value!r}" for name, value in options.items()}
-            entries["channel"] = f"= {self._carrier!r}"
-            check_same(self._core, "pipeline", entries, next_name("pipeline"))
+        options |= {"clip_norm": self._clip_norm, "checkpoint": self._checkpoint}
+        options |= {"batchnorm": self._batchnorm, "place": "auto" if self._auto else "given"}
+        options |= {"channel": self._carrier}
+        self._peers.check_same({name: f"= {value!r}" for name, value in options.items()})
 
     def _planned(
         self,
@@ -303,8 +260,8 @@ class BasePipeline(abc.ABC):
             self._asked = compressor_named(stages.compression)
         micro_batches, schedule = given.micro_batches, given.schedule
         assert micro_batches is not None and schedule is not None  # see settled
-        ranks = world.size() if self._across else len(self._devices or ())
-        mesh = checked_mesh(self._mesh, world.size() if self._across else 1)
+        ranks = self._peers.size if self._across else len(self._devices or ())
+        mesh = checked_mesh(self._mesh, self._peers.size)
         if isinstance(stages, Plan):
             plan = placed(stages, mesh, ranks, "ranks" if self._across else "devices")
             plan.edges(self._line)
@@ -355,15 +312,15 @@ class BasePipeline(abc.ABC):
                     told = self._profile(sample, micro_batches)
                 except Exception as error:
                     told = f"the model cannot be profiled: {type(error).__name__}: {error}"
-        told = self._from_first(told)
+        told = self._peers.of_first(told)
         if isinstance(told, str):
             raise PlanError(told)
         if not self._across:
             return told, THREADS
-        channel = self._connected(range(world.size()))
+        channel = self._connected(range(self._peers.size))
         with contextlib.closing(channel), channel.session():
             link = measure_link(channel, self._rank, lambda size: self._tensor([0.0] * (size // 8)))
-        return told, self._from_first(link)
+        return told, self._peers.of_first(link)
 
     def _own_stages(self, plan: Plan | None = None) -> Iterator[tuple[int, int, int]]:
         """Yield the number, the first unit and the one after the last of this process' stages."""
@@ -378,21 +335,7 @@ class BasePipeline(abc.ABC):
         for name in ("cuts", "place", "mesh", "schedule", "micro_batches"):
             entries[name] = f"= {getattr(self.plan, name)}"
         entries["compression"] = f"= {self._compressor}"
-        check_same(self._core, "pipeline", entries, next_name("pipeline"))
-
-    def _check_optimizers(self, told: str) -> None:
-        """Compare the ranks' optimizers; a rank without parameters has nothing to tell.
-
-        Raises:
-            MismatchError: they differ; raised on every rank.
-        """
-        everyone = self._core.allgather_object(told, next_name("pipeline"), None)
-        if len({each for each in everyone if each}) > 1:
-            each = ", ".join(f"rank {rank}: {made}" for rank, made in enumerate(everyone) if made)
-            raise MismatchError(
-                f"ranks disagree about the optimizer: {each}. All must make the same one; to treat "
-                "parameters differently, decide by the parameters, not by the rank"
-            )
+        self._peers.check_same(entries)
 
     def _connect(self) -> None:
         """Open the channel to the other ranks, or start the threads of this process."""
@@ -462,8 +405,8 @@ class BasePipeline(abc.ABC):
     def _connected(self, place: Sequence[int | Sequence[int]]) -> PostChannel:
         """Open a channel between ``place``'s ranks; all ranks of the job call it."""
         if self._carrier == "horovod":
-            return over_horovod(self._core, self._codec, self._rank, place)
-        return over_zmq(ZmqChannel, self._core, self._codec, self._rank, place)
+            return over_horovod(self._peers.core, self._codec, self._rank, place)
+        return over_zmq(ZmqChannel, self._peers.core, self._codec, self._rank, place)
 
     # --- a step
 
@@ -656,27 +599,6 @@ class BasePipeline(abc.ABC):
         for stage in self._stages.values():
             stage.seed = self._seed
 
-    def _told_by_first(
-        self, what: str, path: str | os.PathLike[str], work: Callable[[], Any]
-    ) -> Any:
-        """Return on every rank what ``work`` does on rank 0.
-
-        Raises:
-            CheckpointError: it has failed; ``what`` and ``path`` say at what.
-        """
-        result, problem = None, ""
-        if self._rank == 0:
-            with watchdog.patience(_DISK_SECONDS):
-                try:
-                    result = work()
-                except (OSError, ValueError, TypeError) as error:
-                    problem = str(error) or type(error).__name__
-        result, problem = self._from_first((result, problem))
-        if problem:
-            told = f"the pipeline cannot be {what} {os.fspath(path)!r}: {problem}"
-            raise CheckpointError(told)
-        return result
-
     @abc.abstractmethod
     def misfits(self, told: dict[str, Any]) -> list[str]:
         """Say what of a checkpoint does not fit this pipeline; nothing is changed."""
@@ -724,12 +646,6 @@ class BasePipeline(abc.ABC):
         """Return by unit its stage."""
         edges = self.plan.edges(self._line)
         return [number for number, (first, stop) in enumerate(edges) for _ in range(first, stop)]
-
-    def _from_first(self, value: Any) -> Any:
-        """Return rank 0's ``value`` on every rank."""
-        if not self._across:
-            return value
-        return self._core.broadcast_object(value, 0, next_name("pipeline"), None)
 
 
 def _largest(plan: Plan, most: int, times: Times | None) -> Schedule:

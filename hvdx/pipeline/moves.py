@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from hvdx.agreement import check_same, next_name
 from hvdx.compression import none
 from hvdx.errors import PipelineError, PlanError
 from hvdx.pipeline.balance import (
@@ -108,7 +107,7 @@ class MovingPipeline(BasePipeline):
         """
         if self._failed:
             raise PipelineError(f"this pipeline is of no more use, since {self._failed}")
-        with self._alike("rebalance the pipeline"):
+        with self._peers.alike("rebalance the pipeline"):
             plan = None
             if stages is None:
                 self._check_observed()
@@ -236,16 +235,15 @@ class MovingPipeline(BasePipeline):
         own = typical([seconds for then, seconds in self._seen if then == trained])
         seconds = self._agreed_seconds(own)
         line = whole(self._line, self._measured_with)
-        with self._alike("rebalance the pipeline"):
+        with self._peers.alike("rebalance the pipeline"):
             known = observed(partly(line, trained), self._means, self.plan, seconds)
             return propose(partly(line, self._trained(anew=True)), known, self.plan).plan
 
     def _check_cuts(self, plan: Plan | None) -> None:
         """Compare what the ranks want, before they do what takes all of them."""
-        if self._across:
-            cuts = "the best for what was observed" if plan is None else list(plan.cuts)
-            entries = {"cuts": f"= {cuts}", "schedule": f"= {(plan or self.plan).schedule}"}
-            check_same(self._core, "new stages", entries, next_name("pipeline"))
+        cuts = "the best for what was observed" if plan is None else list(plan.cuts)
+        entries = {"cuts": f"= {cuts}", "schedule": f"= {(plan or self.plan).schedule}"}
+        self._peers.check_same(entries, "new stages")
 
     def _seconds(self, spans: Sequence[Any]) -> dict[int, float]:
         """Return by rank of this process what a micro-batch took in one step."""
@@ -291,9 +289,9 @@ class MovingPipeline(BasePipeline):
             return 0.0
         routes = ways(line, self.plan, plan)
         leaving = [way for way in routes if way.sender == self._rank and self._across]
-        about = self._everyones({way.unit: self._about(way.unit) for way in leaving})
+        about = self._peers.gathered({way.unit: self._about(way.unit) for way in leaving})
         arriving = [way for way in routes if way.receiver == self._rank and self._across]
-        with self._alike("rebalance the pipeline"):
+        with self._peers.alike("rebalance the pipeline"):
             prepared = self._prepared(plan, {w.unit: about[w.sender][w.unit] for w in arriving})
         with self._telling("rebalance"):
             self._note("rebalance")
@@ -334,7 +332,7 @@ class MovingPipeline(BasePipeline):
             tensors: list[Any] = []
             outlines[unit, receiver] = outlined(parcel, kind, tensors)
             channel.send(receiver, Key("M", self._step, unit, 0), tensors)
-        everyone = self._everyones(outlines)
+        everyone = self._peers.gathered(outlines)
         arrived = {}
         for unit, sender, receiver in arriving:
             tensors = list(channel.receive(sender, Key("M", self._step, unit, 0)))

@@ -120,11 +120,11 @@ def choose(pipe: BasePipeline, asked: Asked) -> Choice:
         PlanError: nothing can be done, or fits; raised on every rank.
     """
     begun = time.perf_counter()
-    ranks = pipe._size
+    ranks = pipe._peers.size
     methods = _methods(asked.compression)
     with watchdog.patience(_PATIENCE), _unchanged(pipe):
         rows = pipe._rows(asked.sample)
-        told = [f"rank {rank}: {count}" for rank, count in enumerate(pipe._everyones(rows))]
+        told = [f"rank {rank}: {count}" for rank, count in enumerate(pipe._peers.gathered(rows))]
         if len({each.partition(": ")[2] for each in told}) > 1:
             raise MismatchError(
                 f"samples of place='auto' have different numbers of rows ({', '.join(told)}): "
@@ -228,7 +228,7 @@ def _agreed(pipe: BasePipeline, ranking: Callable[[], list[Prediction]]) -> list
             own = _Ranking(ranking())
         except PlanError as error:
             own = _Ranking([], str(error))
-    told: _Ranking = pipe._from_first(own)
+    told: _Ranking = pipe._peers.of_first(own)
     if told.problem:
         raise PlanError(told.problem)
     return told.found
@@ -278,11 +278,11 @@ def _measured(
     methods: Mapping[str, Compressor],
 ) -> tuple[Profile, Job]:
     """Return what all ranks have measured, on all of them."""
-    memory = _limits(asked.memory, pipe._size)
+    memory = _limits(asked.memory, pipe._peers.size)
     numbers = to_measure(every, rows)
-    names = pipe._everyones(socket.gethostname())
+    names = pipe._peers.gathered(socket.gethostname())
     hosts = tuple(names.index(name) for name in names)
-    seen = pipe._everyones(_looked(pipe, asked.sample, numbers, hosts))
+    seen = pipe._peers.gathered(_looked(pipe, asked.sample, numbers, hosts))
     most = max(map(hosts.count, hosts))
     crowd = max([1.0, *(each.crowded / each.alone for each in seen if each.alone)])
     crowd = min(crowd, float(most))  # more than taking turns is the work of others
@@ -295,7 +295,7 @@ def _measured(
     update, slots = map(statistics.median, zip(*(each.update for each in seen), strict=True))
     network = _network(pipe, sorted({len(row) for each in every for row in each.mesh} - {1}))
     codecs = {name: _codec(pipe, method) for name, method in methods.items()}
-    job = Job(pipe._size, network, memory, _speeds(free), lanes, hosts)
+    job = Job(pipe._peers.size, network, memory, _speeds(free), lanes, hosts)
     return Profile(rows, lines, update / crowd, slots, codecs), job
 
 
@@ -329,16 +329,16 @@ def _looked(pipe: BasePipeline, sample: Any, numbers: Sequence[int], hosts: Sequ
     """Measure together with the other ranks, then, on the first of each host, alone."""
     lines = []
     for count in numbers:
-        pipe._everyones(None)  # begin together
+        pipe._peers.gathered(None)  # begin together
         lines.append(pipe._profile(sample, count, _RUNS, statistics.median))
-    pipe._everyones(None)
+    pipe._peers.gathered(None)
     update = pipe._measured_update()
-    pipe._everyones(None)
+    pipe._peers.gathered(None)
     middle, alone = len(numbers) // 2, 0.0
     own = hosts[pipe._rank]
     if hosts.count(own) > 1 and hosts.index(own) == pipe._rank:
         alone = seconds_of(pipe._profile(sample, numbers[middle], _RUNS, statistics.median))
-    pipe._everyones(None)
+    pipe._peers.gathered(None)
     return _Seen(lines, update, seconds_of(lines[middle]), alone)
 
 
@@ -375,18 +375,18 @@ def _network(pipe: BasePipeline, lengths: Sequence[int]) -> Network:
     """Measure a hop, and sums of as many replicas as rows may have."""
     if not pipe._across:
         return Network(THREADS)
-    channel = pipe._connected(range(pipe._size))
+    channel = pipe._connected(range(pipe._peers.size))
     ops = ops_for(type(pipe._tensor([0.0])))
     sums: dict[int, list[float]] = {}
     with contextlib.closing(channel), channel.session():
         told = measure_link(channel, pipe._rank, lambda size: pipe._tensor([0.0] * (size // 8)))
         for length in lengths:
             first = pipe._rank // length * length
-            if first + length <= pipe._size:
+            if first + length <= pipe._peers.size:
                 row = Row(range(first, first + length), pipe._rank, channel, ops)
                 sums[length] = [_sum_seconds(pipe, row, size) for size in _SIZES]
-    hop = pipe._from_first(told)
-    everyone = pipe._everyones(sums)
+    hop = pipe._peers.of_first(told)
+    everyone = pipe._peers.gathered(sums)
     lines = {}
     for length in lengths:
         short, long = (max(each) for each in zip(
@@ -412,13 +412,13 @@ def _codec(pipe: BasePipeline, compressor: Compressor) -> Codec:
     if not pipe._across:  # it has nobody to send to, and little choice
         nothing = (0.0,) * len(pipe._line.units)
         return Codec(nothing, nothing, nothing, 1, nothing)
-    units = [[Spec(name, shape, dtype, max(2, pipe._size))
+    units = [[Spec(name, shape, dtype, max(2, pipe._peers.size))
               for name, (shape, dtype) in pipe._shapes(number).items()]
              for number in range(len(pipe._line.units))]  # fmt: skip
     forms = {Form.of(spec): spec for own in units for spec in own}
-    core = pipe._core
+    core = pipe._peers.core
     seen = {form: link.watch(core, compressor.of(spec), spec) for form, spec in forms.items()}
-    everyone = pipe._everyones([each.seconds for each in seen.values()])
+    everyone = pipe._peers.gathered([each.seconds for each in seen.values()])
     seconds = dict(zip(seen, map(max, zip(*everyone, strict=True)), strict=True))
 
     def total(own: Sequence[Spec], gathered: bool) -> float:
@@ -458,7 +458,7 @@ def _tried(
         target = asked.target if asked.target is not None else twin(asked.sample)
         count = _WARM + _STEPS
         while len(taken) < count:
-            if max(pipe._everyones(max(taken[1:], default=0.0))) > _LONG:
+            if max(pipe._peers.gathered(max(taken[1:], default=0.0))) > _LONG:
                 count = _WARM + _LEAST
             start = time.perf_counter()
             try:
@@ -476,7 +476,7 @@ def _tried(
     own: dict[tuple[str, int], list[float]] = {}
     for action, start, end in (span for row in spans for span in row):
         own.setdefault((action.kind, action.stage), []).append(end - start)
-    everyone = pipe._everyones((taken[_WARM:], own))
+    everyone = pipe._peers.gathered((taken[_WARM:], own))
     steps = [max(each) for each in zip(*(seconds for seconds, _ in everyone), strict=True)]
     actions: dict[tuple[str, int], list[float]] = {}
     for _, theirs in everyone:

@@ -297,6 +297,11 @@ def test_replicas_normalize_together(place, count, options, shared):
     pipe.close()
 
 
+class Own(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 class Breaks(nn.Module):
     """Fails on the rank that is told so."""
 
@@ -320,6 +325,8 @@ def test_a_replica_that_fails_is_told_to_those_who_wait_in_a_norm():
     with pytest.raises(PipelineError, match=told):
         pipe.step(x, y)
     pipe.close()
+    with pytest.raises(PlanError, match="layer '0' is of class Own, whose forward is its own"):
+        pipeline(nn.Sequential(Own(6), nn.Linear(6, 6)), x, place=place, batchnorm="sync")
 
 
 def test_sums_over_a_row_go_in_its_order():
