@@ -3,9 +3,13 @@
     python tests/parallel/run.py 2 4
     python tests/parallel/run.py 2 --group torch -- -k allreduce
 
-All ranks run the same tests in the same order. Rank 0's output is shown as it comes, that of the
-others when something fails. A rank that fails ends at once and `hvdx run` ends the others; each
-then prints where it stood (see conftest.py), so a hang shows who waits for whom.
+Ranks wait for each other half of the time. So where numbers differ, as many launches run at a time
+as have the ranks of the largest: with 2 and 4, two of 2 ranks.
+
+All ranks run the same tests in the same order. Rank 0's output is shown as it comes, or at the end
+where launches run side by side; that of the others when something fails. A rank that fails ends at
+once and `hvdx run` ends the others; each then prints where it stood (see conftest.py), so a hang
+shows who waits for whom.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,18 +49,29 @@ def main() -> int:
     parser.add_argument("sizes", type=int, nargs="*", default=[2, 4], help="numbers of ranks")
     parser.add_argument("--group", help="only the groups whose name begins so")
     parser.add_argument("--tests", type=Path, default=HERE, help="folder with the groups")
-    parser.add_argument("--limit", type=float, default=900, help="seconds per launch")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds per launch")
     parser.add_argument("--test-limit", type=float, default=180, help="seconds per test")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:cut])
     extra = [f"--timeout={options.test_limit}", *sys.argv[cut + 1 :]]  # the rest is pytest's
 
+    groups = [
+        (name, options.tests / folder, environ)
+        for name, (folder, environ) in GROUPS.items()
+        if name.startswith(options.group or "") and any((options.tests / folder).glob("test_*.py"))
+    ]
     results = []
-    for name, (folder, environ) in GROUPS.items():
-        path = options.tests / folder
-        if name.startswith(options.group or "") and any(path.glob("test_*.py")):
-            for size in options.sizes:
-                results.append(launch(f"{name}, {size} ranks", path, size, environ, extra, options))
+    for size in options.sizes:
+        at_a_time = max(1, max(options.sizes) // size)
+
+        def started(
+            group: tuple[str, Path, dict[str, str]], size: int = size, alone: bool = at_a_time == 1
+        ) -> Result:
+            name, path, environ = group
+            return launch(f"{name}, {size} ranks", path, size, environ, extra, options, alone)
+
+        with ThreadPoolExecutor(at_a_time) as pool:
+            results += pool.map(started, groups)
     print()
     for name, passed, failed, seconds in results:
         print(f"{name}: {passed} passed, {failed} failed ({seconds:.0f} s)")
@@ -70,9 +86,11 @@ def launch(
     environ: dict[str, str],
     extra: list[str],
     options: argparse.Namespace,
+    alone: bool,
 ) -> Result:
-    """Run one group on ``size`` ranks."""
+    """Run one group on ``size`` ranks; what it says is shown at its end unless it is alone."""
     print(f"\n--- {name}", flush=True)
+    said: list[str] = [] if alone else [f"\n--- What {name} said:\n"]
     pytest = ["-m", "pytest", "-x", "--capture=sys", "--timeout-method=thread"]
     pytest += ["-p", "no:cacheprovider", "--color=no", *extra]
     hvdx_run = [sys.executable, "-m", "hvdx", "run"]
@@ -101,16 +119,19 @@ def launch(
         if rank and rank[1] == "0":
             text = line[rank.end() :]
             summary = text if re.match(r"=+ .*\d+ (passed|failed|error)", text) else summary
-            print(text, end="", flush=True)
+            if alone:
+                print(text, end="", flush=True)
+            else:
+                said.append(text)
         else:
             others.append(line)
     status = job.wait()
     overdue.cancel()
     seconds = time.monotonic() - start
     if status:
-        print("".join(others), end="")
         late = f" after {options.limit:.0f} s" if seconds >= options.limit else ""
-        print(f"--- {name}: FAILED, exit status {status}{late}", flush=True)
+        said += [*others, f"--- {name}: FAILED, exit status {status}{late}\n"]
+    print("".join(said), end="", flush=True)
     counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", summary)}
     failed = counted.get("failed", 0) + counted.get("error", 0)
     return Result(name, counted.get("passed", 0), max(failed, int(status != 0)), seconds)
