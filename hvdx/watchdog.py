@@ -144,16 +144,22 @@ def patience(seconds: float) -> Iterator[None]:
         seconds: from now on; other ranks' ``HVDX_TIMEOUT`` begins when the block ends, or when
             they are over.
     """
-    global _patient_until
     if not seconds >= 0:  # nan neither
         raise ValueError(f"patience({seconds}): give a number of seconds")
-    before, _patient_until = _patient_until, max(_patient_until, time.monotonic() + seconds)
-    if _watch is not None:
-        _watch.wake()  # the others shall know at once
+    before = _patient_until
+    _be_patient(max(before, time.monotonic() + seconds))
     try:
         yield
     finally:
-        _patient_until = before
+        _be_patient(before)
+
+
+def _be_patient(until: float) -> None:
+    """Begin or end; the others shall know at once, lest they wait for one who is gone by then."""
+    global _patient_until
+    _patient_until = until
+    if _watch is not None:
+        _watch.wake()
 
 
 def timeout_seconds() -> float:

@@ -27,6 +27,7 @@ from keras.src.backend import get_keras_mask, set_keras_mask
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_masks import MASK, Ahead
 from hvdx.integrations.keras_batch_norm import commit
+from hvdx.pipeline.abreast import Abreast
 
 LOSSES = "/losses"
 lock = threading.RLock()  # of what layers share between threads: seeds, functions to be traced
@@ -340,7 +341,7 @@ class Sums:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self._units = units
-        self._found: dict[tuple[int, int, int], Any] = {}  # by unit, layer in it, call of that
+        self._found: dict[tuple[int, ...], Any] = {}  # by unit, layer in it, call of that
 
     def add(self, index: int, found: Sequence[Sequence[Any]]) -> None:
         """Add those of a micro-batch: by layer of ``units[index].norms`` and call."""
@@ -349,9 +350,14 @@ class Sums:
                 key = index, layer, call
                 self._found[key] = self._found[key] + each if key in self._found else each
 
-    def commit(self) -> None:
-        """Move the running statistics, and forget the sums."""
-        for (index, layer, _), total in sorted(self._found.items(), key=lambda each: each[0]):
+    def commit(self, abreast: Abreast | None = None) -> None:
+        """Move the running statistics, and forget the sums.
+
+        Args:
+            abreast: replicas whose sums count, too.
+        """
+        found = self._found if abreast is None else abreast.merged(self._found)
+        for (index, layer, _), total in sorted(found.items(), key=lambda each: each[0]):
             commit(self._units[index].norms[layer], total)
         self._found.clear()
 

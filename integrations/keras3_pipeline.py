@@ -99,7 +99,9 @@ class Pipeline(MovingPipeline):
         compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
             With ``place="auto"`` also ``hvd.Compression.auto("safe")``: if and how is planned, too.
         batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
-            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
+            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch;
+            ``"sync"``: as deferred, but the micro-batches that replicas of a stage compute side
+            by side are normalized together.
         channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
             else.
         seed: of dropout and the like; default: drawn by Python's ``random`` on rank 0.
@@ -171,7 +173,7 @@ class Pipeline(MovingPipeline):
         with self._alike():
             check_options(told.micro_batches, place, clip_norm, told.checkpoint, batchnorm, channel)
             _refuse(by, others)
-            self._graph = traced(model, sample, deferred=batchnorm == "deferred")
+            self._graph = traced(model, sample, deferred=batchnorm != "micro")
             self.units = [unit.name for unit in self._graph.units]
             self._loss = Objective(loss, loss_weights, self._graph)
         asked = {"micro_batches": told.micro_batches, "schedule": told.schedule}
@@ -385,7 +387,13 @@ class Pipeline(MovingPipeline):
             if any(isinstance(part, SyncBatchNormalization) for part in unit.parts):
                 raise PlanError(
                     f"layer {unit.name!r} is a SyncBatchNormalization, which waits for all ranks, "
-                    "but those of other stages do not have it: use keras.layers.BatchNormalization"
+                    "but those of other stages do not have it: use BatchNormalization, with "
+                    "batchnorm='sync' if the replicas of its stage shall normalize together"
+                )
+            if self._syncs(plan.rows) and any(getattr(p, "renorm", 0) for p in unit.parts):
+                raise PlanError(
+                    f"layer {unit.name!r} has renorm=True, which normalizes by running statistics: "
+                    "batchnorm='sync' cannot; use batchnorm='deferred', or leave renorm= out"
                 )
 
     def _make_stages(self) -> dict[int, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from tensorflow.python.eager import context
 from hvdx.errors import PlanError
 from hvdx.integrations.keras3_graph import Batch, Graph, Sums, Unit, drawing, lock
 from hvdx.integrations.keras3_losses import Objective
-from hvdx.integrations.keras_batch_norm import gathering
+from hvdx.integrations.keras_batch_norm import Add, gathering, over_replicas
+from hvdx.pipeline.abreast import Abreast
 from hvdx.pipeline.post import Packed
 from hvdx.pipeline.run import unreached
 
@@ -136,15 +137,21 @@ class KerasStage:
         self._in_thread = not tf.config.list_logical_devices("GPU")
         self.unit: str | None = None
 
-    def begin(self, batch: Batch, again: frozenset[int] = frozenset()) -> None:
+    def begin(
+        self,
+        batch: Batch,
+        again: frozenset[int] = frozenset(),
+        abreast: Abreast | None = None,
+    ) -> None:
         """Forget the last step and take the batch of the next.
 
         Args:
             batch: of the step.
             again: micro-batches of which only the inputs are kept; their backward begins with
                 their forward.
+            abreast: the replicas whose micro-batches are normalized together.
         """
-        self._batch, self._again = batch, again
+        self._batch, self._again, self._abreast = batch, again, abreast
         self._inputs: dict[int, tuple[dict[str, Any], list[Any]]] = {}
         self._kept: dict[int, list[_Pass]] = {}
         self._pending: dict[int, list[tuple[tuple[int, str], Any]]] = {}
@@ -157,7 +164,7 @@ class KerasStage:
     def commit(self) -> None:
         """Move the running statistics of batch normalization that were put off in this step."""
         with self._placed():
-            self._sums.commit()
+            self._sums.commit(self._abreast)
 
     def found(self) -> dict[int, list[Any]]:
         """Return by micro-batch the weighted loss, if training, and outputs that are asked for."""
@@ -273,11 +280,19 @@ class KerasStage:
         with self._random(unit, index, micro_batch), _tape(train) as tape:
             if train:
                 tape.watch([*entered.values(), *(v.value for v in unit.params.values())])
-            made, sums = compiled(unit, train)(given)
+            made, sums = self._function(index, micro_batch)(given)
         if not again:
             self._sums.add(index, sums)
         values.update(made)
         return _Pass(index, tape, entered, made)
+
+    def _function(self, index: int, micro_batch: int) -> Callable[[dict[str, Any]], Any]:
+        """Return :meth:`Unit.call`, compiled unless layers in it talk to other ranks."""
+        unit, train = self._graph.units[index], self._batch.train
+        if self._abreast is None or not unit.norms:
+            return compiled(unit, train)  # type: ignore[no-any-return]  # of TensorFlow
+        add = over_replicas(self._abreast, _with_gradient, index, micro_batch)
+        return functools.partial(_called, unit, train, add=add)
 
     def _finish(self, values: Mapping[str, Any], micro_batch: int) -> list[_Pass]:
         """Compute the loss, and keep the outputs."""
@@ -343,11 +358,18 @@ def compiled(unit: Unit, training: bool) -> Any:
 
 
 def _called(
-    unit: Unit, training: bool, given: dict[str, Any]
+    unit: Unit, training: bool, given: dict[str, Any], add: Add | None = None
 ) -> tuple[dict[str, Any], list[list[Any]]]:
-    with gathering(unit.norms if training else []) as sums:
+    with gathering(unit.norms if training else [], add) as sums:
         made = unit.call(given, training)
     return made, sums
+
+
+def _with_gradient(
+    tensor: Any, forward: Callable[[Any], Any], backward: Callable[[Any], Any]
+) -> Any:
+    """Apply ``forward``, and ``backward`` to the gradient."""
+    return tf.custom_gradient(lambda x: (forward(x), backward))(tensor)
 
 
 def _tape(train: bool) -> Any:

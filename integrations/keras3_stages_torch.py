@@ -7,9 +7,9 @@ bits the same. Here is what Keras does in its own way: calls of layers, seeds, l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import torch
@@ -17,14 +17,16 @@ import torch
 from hvdx.integrations import keras3_graph as keras3
 from hvdx.integrations import pytorch_profile
 from hvdx.integrations.keras3_losses import Objective
-from hvdx.integrations.keras_batch_norm import gathering
+from hvdx.integrations.keras_batch_norm import gathering, over_replicas
 from hvdx.integrations.pytorch_channel import TorchCodec as Codec
 from hvdx.integrations.pytorch_graph import flat
 from hvdx.integrations.pytorch_stages import Batch, TorchStage
 from hvdx.integrations.pytorch_stages import usable_device as device
 from hvdx.pipeline import ir
+from hvdx.pipeline.abreast import Abreast
 
 FRAMEWORK = "torch"
+_Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 __all__ = [
     "FRAMEWORK",
     "Codec",
@@ -105,6 +107,8 @@ class _Graph:
         self._variables = graph.variables(graph.units)
         self.sums = keras3.Sums(graph.units)
         self.counts = True  # what batch normalization finds; not again where it is computed again
+        self.abreast: Abreast | None = None  # replicas that normalize together
+        self.micro_batch = 0
 
     def bind(self, given: Any) -> dict[str, Any]:
         """See :meth:`keras3_graph.Graph.tensors`."""
@@ -131,7 +135,8 @@ class _Graph:
     ) -> None:
         """Compute a unit: read from ``values`` and add to them."""
         given = {name: values[name] for name in unit.reads}
-        with gathering(unit.whole.norms if train else []) as sums:
+        add = over_replicas(self.abreast, _WithGradient.apply, unit.index, self.micro_batch)
+        with gathering(unit.whole.norms if train else [], add) as sums:
             values.update(unit.whole.call(given, train, aliases))
         if self.counts:
             self.sums.add(unit.index, [[each.detach() for each in calls] for calls in sums])
@@ -178,24 +183,31 @@ class KerasStage(TorchStage):
         )
         self._objective = loss
 
-    def begin(self, batch: Any, again: frozenset[int] = frozenset()) -> None:
+    def begin(
+        self,
+        batch: Any,
+        again: frozenset[int] = frozenset(),
+        abreast: Abreast | None = None,
+    ) -> None:
         """Forget the last step and take the batch, a :class:`keras3_graph.Batch`, of the next."""
         self._keeps_outputs = batch.outputs
         given = batch.step, batch.inputs, batch.targets, batch.weights, batch.train
         scale = 1.0 if batch.scale is None else batch.scale
         super().begin(Batch(*given, scale=scale), again)
         self._keras.sums = keras3.Sums(self._keras.whole.units)
+        self._keras.abreast = abreast
 
     @torch.no_grad()
     def commit(self) -> None:
         """Move the running statistics of batch normalization that were put off in this step."""
         with keras.device(str(self._device)):
-            self._keras.sums.commit()
+            self._keras.sums.commit(self._keras.abreast)
 
-    def _compute(self, *args: Any, **options: Any) -> list[Any]:
+    def _compute(self, values: Any, micro_batch: int, *args: Any, **options: Any) -> list[Any]:
         self._keras.counts = not options.get("again", False)
+        self._keras.micro_batch = micro_batch
         with keras.device(str(self._device)):  # where Keras makes tensors
-            return super()._compute(*args, **options)
+            return super()._compute(values, micro_batch, *args, **options)
 
     def _finish(self, local: dict[str, Any], micro_batch: int, made: dict[Any, Any]) -> None:
         """Compute the loss, and keep the outputs."""
@@ -217,6 +229,19 @@ class KerasStage(TorchStage):
         drawing = keras3.drawing(unit.whole, told, unit.random and self._batch.train)
         with super()._random(unit, index, micro_batch), drawing:
             yield
+
+
+class _WithGradient(torch.autograd.Function):
+    """Apply ``forward`` to a tensor, and ``backward`` to its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, forward: _Change, backward: _Change) -> Any:
+        ctx.backward = backward
+        return forward(tensor.detach()).clone()  # what is remembered shall have no gradient
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.backward(gradient), None, None
 
 
 def profiled(graph: keras3.Graph, sample: Any, micro_batches: int, *options: Any) -> ir.Graph:

@@ -9,10 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
+
+from hvdx.pipeline.abreast import Abreast
+
+Add: TypeAlias = Callable[[int, int, Any], Any]
+"""Adds up sums of several batches: those of a layer's call, both by number."""
 
 
 def sums(layer: Any, inputs: Any, mask: Any, mean: Any, variance: Any) -> Any:
@@ -32,11 +37,12 @@ def sums(layer: Any, inputs: Any, mask: Any, mean: Any, variance: Any) -> Any:
     return ops.stack([count, count * mean, count * (variance + ops.square(mean))])
 
 
-def moments(total: Any) -> tuple[Any, Any]:
-    """Return mean and variance by channel, in float64, from added :func:`sums`."""
+def moments(total: Any, dtype: Any) -> tuple[Any, Any]:
+    """Return mean and variance by channel from added :func:`sums`."""
     count = ops.maximum(total[0], 1.0)
     mean = total[1] / count
-    return mean, ops.maximum(total[2] / count - ops.square(mean), 0.0)
+    variance = ops.maximum(total[2] / count - ops.square(mean), 0.0)
+    return ops.cast(mean, dtype), ops.cast(variance, dtype)
 
 
 def _count(layer: Any, inputs: Any, mask: Any) -> Any:
@@ -62,12 +68,18 @@ def deferrable(layer: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def gathering(layers: Sequence[Any]) -> Iterator[list[list[Any]]]:
-    """Let ``layers`` leave their running statistics alone; yield their sums, by layer and call."""
+def gathering(layers: Sequence[Any], add: Add | None = None) -> Iterator[list[list[Any]]]:
+    """Let ``layers`` leave their running statistics alone; yield their sums, by layer and call.
+
+    Args:
+        layers: that are called within.
+        add: from :func:`over_replicas`; None: each batch is normalized by itself.
+    """
     found: list[list[Any]] = [[] for _ in layers]
     moving = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
-    for layer, into in zip(layers, found, strict=True):
-        vars(layer)["_moments"] = functools.partial(_noted, layer, layer._moments, into)
+    for number, (layer, into) in enumerate(zip(layers, found, strict=True)):
+        own = None if add is None else functools.partial(add, number)
+        vars(layer)["_moments"] = functools.partial(_noted, layer, layer._moments, own, into)
     for variable in moving:
         vars(variable)["assign"] = lambda value: value
     try:
@@ -80,11 +92,44 @@ def gathering(layers: Sequence[Any]) -> Iterator[list[list[Any]]]:
 
 
 def _noted(
-    layer: Any, compute: Callable[[Any, Any], Any], into: list[Any], inputs: Any, mask: Any
+    layer: Any,
+    compute: Callable[[Any, Any], Any],
+    add: Callable[[int, Any], Any] | None,
+    into: list[Any],
+    inputs: Any,
+    mask: Any,
 ) -> Any:
     mean, variance = compute(inputs, mask)
-    into.append(sums(layer, inputs, mask, mean, variance))
-    return mean, variance
+    own = sums(layer, inputs, mask, mean, variance)
+    into.append(own)
+    return (mean, variance) if add is None else moments(add(len(into) - 1, own), inputs.dtype)
+
+
+def over_replicas(
+    abreast: Abreast | None,
+    smooth: Callable[[Any, Callable[[Any], Any], Callable[[Any], Any]], Any],
+    unit: int,
+    micro_batch: int,
+) -> Add | None:
+    """Return what adds up :func:`sums` over the replicas that normalize a micro-batch together.
+
+    Args:
+        abreast: these; None: there are none.
+        smooth: a backend's: applies a function to a tensor, and another to the gradient.
+        unit: that has the layers.
+        micro_batch: of this replica.
+    """
+    if abreast is None:
+        return None
+
+    def add(layer: int, call: int, own: Any) -> Any:
+        def total(what: str, tensor: Any) -> Any:
+            name = f"{what} of unit {unit}, norm {layer}, call {call}"
+            return abreast.summed(tensor, name, micro_batch)
+
+        return smooth(own, functools.partial(total, "sums"), functools.partial(total, "gradients"))
+
+    return add
 
 
 def commit(layer: Any, total: Any) -> None:
@@ -94,7 +139,6 @@ def commit(layer: Any, total: Any) -> None:
         layer: a ``BatchNormalization``.
         total: :func:`sums` of all pieces of the batch, added up.
     """
-    for variable, new in zip((layer.moving_mean, layer.moving_variance), moments(total),
-                             strict=True):  # fmt: skip
-        new = ops.cast(new, variable.dtype)
+    moving = layer.moving_mean, layer.moving_variance
+    for variable, new in zip(moving, moments(total, layer.moving_mean.dtype), strict=True):
         variable.assign(variable * layer.momentum + new * (1.0 - layer.momentum))

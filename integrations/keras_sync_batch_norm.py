@@ -54,7 +54,5 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if symbolic_scope.in_symbolic_scope():  # shapes are looked for, there is nothing to send
             return mean, variance
         own = sums(self, inputs, mask, mean, variance)
-        mean, variance = moments(
-            collectives.allreduce(own, op=ReduceOp.Sum, process_set=self.process_set)
-        )
-        return ops.cast(mean, inputs.dtype), ops.cast(variance, inputs.dtype)
+        total = collectives.allreduce(own, op=ReduceOp.Sum, process_set=self.process_set)
+        return moments(total, inputs.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from hvdx import world
@@ -101,7 +102,9 @@ class Pipeline(MovingPipeline):
         compression: of the gradients that replicas add up, ``hvd.Compression.int8`` for instance.
             With ``place="auto"`` also ``hvd.Compression.auto("safe")``: if and how is planned, too.
         batchnorm: micro-batches are normalized by their own statistics; ``"deferred"``: the
-            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch.
+            running ones move once per batch, by all of it; ``"micro"``: with each micro-batch;
+            ``"sync"``: as deferred, but the micro-batches that replicas of a stage compute side
+            by side are normalized together.
         scaler: a ``torch.amp.GradScaler``, for float16: every rank gives an equal one. The
             pipeline does what is done with it: scale, unscale, skip and update.
         channel: how tensors travel between ranks: ``"zmq"``; ``"horovod"``, slower, needs nothing
@@ -341,7 +344,7 @@ class Pipeline(MovingPipeline):
                 device=devices.get(number, self._home),
                 seed=self._seed,
                 split=split,
-                deferred=self._batchnorm == "deferred",
+                deferred=self._batchnorm != "micro",
             )
         return stages
 
@@ -365,11 +368,18 @@ class Pipeline(MovingPipeline):
                         f"buffer {name!r}, which forward changes, is used in stages {owner[name]} "
                         f"and {number}: cut so that one stage has both uses"
                     )
-        for name, module in batch_norms(graph, graph.units).items():
-            if self._across and isinstance(module, (nn.SyncBatchNorm, SyncBatchNorm)):
+        for name, module in batch_norms(graph, graph.units).items() if self._across else ():
+            if isinstance(module, (nn.SyncBatchNorm, SyncBatchNorm)):
                 raise PlanError(
                     f"layer {name!r} is a SyncBatchNorm, which waits for all ranks, but those of "
-                    "other stages do not have it: use nn.BatchNorm"
+                    "other stages do not have it: use nn.BatchNorm, with batchnorm='sync' if the "
+                    "replicas of its stage shall normalize together"
+                )
+            if self._syncs(plan.rows) and type(module).forward is not _BatchNorm.forward:
+                raise PlanError(
+                    f"layer {name!r} is a {type(module).__name__} with a forward of its own, which "
+                    "batchnorm='sync' cannot compute for all replicas: use nn.BatchNorm, or "
+                    "batchnorm='deferred'"
                 )
         at: dict[int, torch.device] = {}  # parameter: where it is needed
         for number, device in self._stage_devices().items():

@@ -36,6 +36,7 @@ from hvdx.integrations.pytorch_graph import (
     unflat,
 )
 from hvdx.integrations.pytorch_precision import Casts, casting
+from hvdx.pipeline.abreast import Abreast
 from hvdx.pipeline.run import unreached
 
 _LOSS = ("the loss", 0)  # where others have (value, number of its leaf)
@@ -160,13 +161,19 @@ class TorchStage:
         reads = [name for name in dict.fromkeys(read) if name not in made]
         return _Segment(units, reads, makes, has_loss)
 
-    def begin(self, batch: Batch, again: frozenset[int] = frozenset()) -> None:
+    def begin(
+        self,
+        batch: Batch,
+        again: frozenset[int] = frozenset(),
+        abreast: Abreast | None = None,
+    ) -> None:
         """Forget the last step and take the batch of the next.
 
         Args:
             batch: of the step.
             again: micro-batches of which only the inputs are kept; their backward begins with
                 their forward.
+            abreast: the replicas whose micro-batches BatchNorm normalizes together.
         """
         self._batch, self._again = batch, again
         self._inputs: dict[int, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
@@ -175,7 +182,7 @@ class TorchStage:
         self._own: set[tuple[int, str]] = set()  # whose memory nobody else has
         self.results: dict[int, list[torch.Tensor]] = {}
         self.unit = None
-        self._norms.begin()
+        self._norms.begin(abreast)
         self._differentiable = differentiable(self._graph) if batch.train else set()
         returns = self._last or not self._differentiable.isdisjoint(self._leaving)
         self._trains = batch.train and returns
@@ -243,7 +250,8 @@ class TorchStage:
     ) -> list[_Pass]:
         """Compute all segments, for the first time or ``again``; fill ``values``."""
         cast = casting(self._batch.casts, self._device.type)
-        with torch.set_grad_enabled(grad), cast, self._norms.gathering(not again):
+        norms = self._norms.gathering(micro_batch, counts=not again)
+        with torch.set_grad_enabled(grad), cast, norms:
             return [self._advance(segment, values, micro_batch) for segment in self._segments]
 
     def _skim(self, values: dict[str, Any], micro_batch: int) -> None:

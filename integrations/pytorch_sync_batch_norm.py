@@ -6,7 +6,9 @@ squared differences from them: sums of squares would cancel where the mean is la
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -65,11 +67,12 @@ class SyncBatchNorm(_BatchNorm):
             return functional.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        output, mean, variance, count = _Normalize.apply(
-            input, self.weight, self.bias, self.eps, self.process_set
-        )
+        core, process_set = world.core("torch"), world.own_set("torch", self.process_set)
+        moments = found(input, lambda own: _gathered(own, core, process_set))
+        add = functools.partial(_summed, core=core, process_set=process_set)
+        output = normalized(input, self.weight, self.bias, self.eps, moments, add)
         if self.training and self.track_running_stats:
-            self._track(mean, variance, count)
+            self._track(*moments)
         return output
 
     @torch.no_grad()
@@ -82,6 +85,73 @@ class SyncBatchNorm(_BatchNorm):
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             assert running is not None  # as long as they are tracked
             running.lerp_(new.to(running.dtype), share)
+
+
+class Moments(NamedTuple):
+    """What batches are normalized by.
+
+    Attributes:
+        mean: (channels,).
+        variance: (channels,), the biased one.
+        number: of values of each channel, ().
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    number: torch.Tensor
+
+
+Share: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""Takes what this rank has and returns what all ranks have, or its sum."""
+
+
+@torch.no_grad()
+def found(input: torch.Tensor, gather: Share) -> Moments:
+    """Return the moments of all ranks' batches.
+
+    Args:
+        input: (N, C, ...), of this rank.
+        gather: of this rank's means, sums of squared differences from them, and counts, (3, C);
+            returns those of all ranks, (ranks, 3, C).
+
+    Raises:
+        ValueError: there is one value per channel in all.
+    """
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    channels = input.shape[1]
+    others = [dim for dim in range(input.dim()) if dim != 1]
+    count = input.numel() // channels
+    own = torch.zeros(3, channels, dtype=wide, device=input.device)
+    if count:
+        variance, mean = torch.var_mean(input.to(wide), others, correction=0)
+        own = torch.stack([mean, variance * count, torch.full_like(mean, count)])
+    means, squares, counts = gather(own).double().unbind(1)  # each (ranks, channels)
+    total = counts[:, 0].sum()
+    if total <= 1:
+        raise ValueError(
+            f"rank {world.rank()}: batch normalization got {int(total)} values per channel from "
+            "all ranks together; a variance needs 2"
+        )
+    mean = (means * counts).sum(0) / total
+    variance = (squares + counts * (means - mean) ** 2).sum(0) / total
+    return Moments(mean.to(wide), variance.to(wide), total.to(wide))
+
+
+def normalized(
+    input: torch.Tensor, weight: Any, bias: Any, eps: float, moments: Moments, add: Share
+) -> torch.Tensor:
+    """Normalize by the moments of all ranks' batches; gradients know of the others' share.
+
+    Args:
+        input: (N, C, ...), of this rank.
+        weight: (C,), or None.
+        bias: (C,), or None.
+        eps: added to the variance.
+        moments: from :func:`found`.
+        add: sums a tensor over the ranks, for the gradient of ``input``.
+    """
+    output: torch.Tensor = _Normalize.apply(input, weight, bias, eps, moments, add)
+    return output
 
 
 class _Normalize(torch.autograd.Function):
@@ -97,20 +167,19 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: torch.Tensor, weight: Any, bias: Any, eps: float, process_set: Any
-    ) -> Any:
-        mean, variance, count = _statistics(input, process_set)
-        output = functional.batch_norm(
+        ctx: Any, input: torch.Tensor, weight: Any, bias: Any, eps: float, moments: Moments,
+        add: Share,
+    ) -> torch.Tensor:  # fmt: skip
+        mean, variance, count = moments
+        ctx.save_for_backward(input, weight, mean, torch.rsqrt(variance + eps), count)
+        ctx.add = add
+        return functional.batch_norm(
             input, mean, variance, _like(weight, mean), _like(bias, mean), eps=eps
         )
-        ctx.save_for_backward(input, weight, mean, torch.rsqrt(variance + eps), count)
-        ctx.process_set = process_set
-        ctx.mark_non_differentiable(mean, variance, count)
-        return output, mean, variance, count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         input, weight, mean, scale, count = ctx.saved_tensors
         shape = [1, -1, *[1] * (input.dim() - 2)]
         others = [dim for dim in range(input.dim()) if dim != 1]
@@ -120,38 +189,13 @@ class _Normalize(torch.autograd.Function):
         of_bias, of_weight = sums
         of_input = None
         if ctx.needs_input_grad[0]:
-            total, along = _summed(sums, ctx.process_set) / count
+            total, along = ctx.add(sums) / count
             factor = scale if weight is None else scale * weight.to(mean.dtype)
             of_input = grad - total.view(shape) - normal * along.view(shape)
             of_input = (of_input * factor.view(shape)).to(input.dtype)
         if weight is None:
-            return of_input, None, None, None, None
-        return of_input, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None
-
-
-def _statistics(
-    input: torch.Tensor, process_set: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return mean and variance per channel over all ranks, and how many values each is of."""
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    channels = input.shape[1]
-    others = [dim for dim in range(input.dim()) if dim != 1]
-    count = input.numel() // channels
-    own = torch.zeros(3, channels, dtype=wide, device=input.device)
-    if count:
-        variance, mean = torch.var_mean(input.to(wide), others, correction=0)
-        own = torch.stack([mean, variance * count, torch.full_like(mean, count)])
-    every = _gathered(own.unsqueeze(0), process_set)  # (ranks, 3, channels)
-    means, squares, counts = every.double().unbind(1)  # each (ranks, channels)
-    total = counts[:, 0].sum()
-    if total <= 1:
-        raise ValueError(
-            f"rank {world.rank()}: SyncBatchNorm got {int(total)} values per channel from all "
-            "ranks together; a variance needs 2"
-        )
-    mean = (means * counts).sum(0) / total
-    variance = (squares + counts * (means - mean) ** 2).sum(0) / total
-    return mean.to(wide), variance.to(wide), total.to(wide)
+            return of_input, None, None, None, None, None
+        return of_input, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None, None
 
 
 def _like(parameter: torch.Tensor | None, statistic: torch.Tensor) -> torch.Tensor | None:
@@ -162,19 +206,18 @@ def _like(parameter: torch.Tensor | None, statistic: torch.Tensor) -> torch.Tens
 # agreed on by name.
 
 
-def _gathered(own: torch.Tensor, process_set: Any) -> torch.Tensor:
-    core, process_set = _core(process_set)
+def _gathered(own: torch.Tensor, core: Any, process_set: Any) -> torch.Tensor:
+    """Return (ranks, ...)."""
     if core.ranks(process_set) == 1:
-        return own
+        return own.unsqueeze(0)
     name = f"hvdx.sync_batch_norm.statistics.{own.shape[-1]}"
-    return core.allgather(own, name=name, process_set=process_set)
+    return core.allgather(own.unsqueeze(0), name=name, process_set=process_set)  # type: ignore[no-any-return]
 
 
-def _summed(own: torch.Tensor, process_set: Any) -> torch.Tensor:
-    core, process_set = _core(process_set)
+def _summed(own: torch.Tensor, core: Any, process_set: Any) -> torch.Tensor:
     if core.ranks(process_set) == 1:
         return own
-    return core.allreduce(
+    return core.allreduce(  # type: ignore[no-any-return]
         own,
         op=ReduceOp.Sum,
         name=f"hvdx.sync_batch_norm.gradients.{own.shape[-1]}",
@@ -182,7 +225,3 @@ def _summed(own: torch.Tensor, process_set: Any) -> torch.Tensor:
         postscale_factor=1.0,
         process_set=process_set,
     )
-
-
-def _core(process_set: Any) -> tuple[Any, Any]:
-    return world.core("torch"), world.own_set("torch", process_set)

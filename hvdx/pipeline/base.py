@@ -25,6 +25,7 @@ from hvdx.compression.base import refuse_momentum
 from hvdx.errors import CheckpointError, MismatchError, PipelineError, PlanError
 from hvdx.frameworks import Adapter
 from hvdx.ops import ops_for
+from hvdx.pipeline.abreast import Abreast
 from hvdx.pipeline.channel import Failure, Key
 from hvdx.pipeline.connect import over_horovod, over_zmq
 from hvdx.pipeline.ir import Graph
@@ -56,7 +57,7 @@ class BasePipeline(abc.ABC):
         clip_norm: that gradients are scaled down to; None: not at all.
         checkpoint: which micro-batches are computed again for backward.
         compression: of the gradients that replicas of a stage add up.
-        batchnorm: when running statistics of batch normalization move.
+        batchnorm: how batch normalization treats micro-batches: one of ``options.BATCHNORMS``.
         channel: how tensors travel between ranks.
 
     Attributes:
@@ -523,7 +524,7 @@ class BasePipeline(abc.ABC):
         order = self._order(rows, train)
         again = recomputed(order, self._checkpoint)
         for number, stage in self._stages.items():
-            stage.begin(batch, again[number])
+            stage.begin(batch, again[number], self._abreast(number, order))
         start = time.perf_counter()
         if self._channel is None:
             assert self._threads is not None
@@ -543,6 +544,16 @@ class BasePipeline(abc.ABC):
         found = self._spread(order)
         compared = train if compared is None else compared
         return self._joined([found[k] for k in sorted(found)], compared)
+
+    def _abreast(self, stage: int, order: Schedule) -> Abreast | None:
+        """Return the replicas of a stage, if their micro-batches are normalized together."""
+        if not (order.trains and self._syncs([self._row.ranks])):
+            return None
+        return Abreast(self._row, self._step, stage, order.micro_batches)
+
+    def _syncs(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Tell whether replicas in such rows normalize micro-batches together."""
+        return self._batchnorm == "sync" and max(map(len, rows)) > 1
 
     def _spread(self, order: Schedule) -> dict[int, Sequence[Any]]:
         """Return what the last stage found, by micro-batch, on every rank."""

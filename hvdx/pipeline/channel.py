@@ -81,7 +81,12 @@ class Channel(Protocol):
     crosses ranks. One thread uses it, unless it says otherwise.
 
     Once a rank has failed, the channel is of no more use: every call but ``close`` raises.
+
+    Attributes:
+        seconds_waited: for messages that had not come when they were asked for, if it counts them.
     """
+
+    seconds_waited: float
 
     def put(self, key: Key, tensors: Tensors) -> None:
         """Send, and return at once: a put never waits for its get.
@@ -127,6 +132,8 @@ class LocalChannel:
     Args:
         seconds: deadline of a get; None: wait for ever.
     """
+
+    seconds_waited = 0.0  # threads share it, and their stages have no replicas to wait for
 
     def __init__(self, seconds: float | None = 30.0) -> None:
         self._seconds = seconds or None

@@ -10,8 +10,9 @@ from hvdx.errors import PlanError
 from hvdx.pipeline.plan import SCHEDULES, Plan, check_mesh
 from hvdx.pipeline.schedule import CHECKPOINTS
 
-#: Running statistics of batch normalization move once per batch, or with each micro-batch.
-BATCHNORMS = ("deferred", "micro")
+#: Running statistics of batch normalization move once per batch, or with each micro-batch; or a
+#: micro-batch is normalized together with those that the replicas of its stage have meanwhile.
+BATCHNORMS = ("deferred", "micro", "sync")
 CHANNELS = "zmq", "horovod"
 
 
@@ -40,11 +41,6 @@ def check_options(
         raise PlanError(f"clip_norm={clip_norm!r}: give a number above 0, or None")
     if checkpoint is not None and checkpoint not in CHECKPOINTS:
         raise PlanError(f"checkpoint={checkpoint!r}: use one of {', '.join(CHECKPOINTS)}")
-    if batchnorm == "sync":
-        raise PlanError(
-            "batchnorm='sync' takes statistics of all replicas of a stage together, but here each "
-            "stage has one: use 'deferred', whose running statistics are those of whole batches"
-        )
     if batchnorm not in BATCHNORMS:
         raise PlanError(f"batchnorm={batchnorm!r}: use one of {', '.join(BATCHNORMS)}")
     if channel not in channels:

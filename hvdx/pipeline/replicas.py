@@ -91,8 +91,11 @@ class Row:
         return self.start(together([*map(_sum, tensors)], self.ops), key).finish()
 
     def swap(self, parts: Sequence[Any], key: Key) -> Callable[[], list[Any]]:
-        """Send part j to the j-th rank; the function returned waits for what they send here."""
-        count = len(self.ranks)
+        """Send part j to the j-th rank; the function returned waits for what they send here.
+
+        With fewer parts than ranks, only as many ranks, the first ones, take part.
+        """
+        count = len(parts)
         for step in range(1, count):  # not all to the first one at the same time
             other = (self.place + step) % count
             self.send(other, key, [parts[other]])

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Protocol
+from typing import Any, Protocol
 
 from hvdx.errors import PipelineError
 from hvdx.pipeline.channel import Channel, Failure, Key, LocalChannel, Tensors
@@ -81,7 +81,8 @@ def run(
         ended: called with the number of each stage that has done all its work here, at once.
 
     Returns:
-        When each action ran, by ``time.perf_counter``, from its inputs' arrival on.
+        When each action ran, by ``time.perf_counter``, from its inputs' arrival on; without what
+        stages have waited for their replicas meanwhile.
 
     Raises:
         PipelineError: an action failed, here or elsewhere. Every rank raises it that is not done
@@ -128,18 +129,21 @@ class _Loop:
         stage = self._stages[number]
         stage.unit = None
         if kind == "W":
-            start = time.perf_counter()
-            stage.weight_gradient(micro_batch)
-            return Span(action, start, time.perf_counter())
+            return self._timed(action, lambda: stage.weight_gradient(micro_batch))[1]
         way = action.gives.kind
         work = getattr(stage, _METHODS[kind])
         given = self._fetch(Key(way, self._step, number, micro_batch))
-        start = time.perf_counter()
-        result = work(micro_batch, given)
-        end = time.perf_counter()
+        result, span = self._timed(action, lambda: work(micro_batch, given))
         onward = number + 1 if way == "F" else number - 1
         self._send(Key(way, self._step, onward, micro_batch), result)
-        return Span(action, start, end)
+        return span
+
+    def _timed(self, action: Action, work: Callable[[], Any]) -> tuple[Any, Span]:
+        """Return what ``work`` returns, and when it ran."""
+        before, start = self._channel.seconds_waited, time.perf_counter()
+        result = work()
+        end = time.perf_counter()
+        return result, Span(action, start + self._channel.seconds_waited - before, end)
 
     def _fetch(self, key: Key) -> Tensors | None:
         if not 0 <= key.sender < self._order.stages:

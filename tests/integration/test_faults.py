@@ -114,8 +114,8 @@ FAULTS = {
         "options", "options['steps'] = WHEN; import atexit; "
         "atexit.register(os.kill, os.getpid(), signal.SIGKILL)", (KILLED,), status=137),
     # ranks that hang
-    "SIGSTOP of rank 0": Fault(
-        "step", "os.kill(os.getpid(), signal.SIGSTOP)",
+    "SIGSTOP of rank 0": Fault(  # once it has told that warming is over
+        "step", "time.sleep(1); os.kill(os.getpid(), signal.SIGSTOP)",
         ("rank 0 has not been heard of",), rank=0, stalls=True),
     "SIGSTOP of another rank": Fault(
         "step", "os.kill(os.getpid(), signal.SIGSTOP)",
@@ -192,7 +192,8 @@ FAULTS = {
         theirs="tmp"),  # Keras' archive
     "the disk is full, pipeline checkpoint": Fault(
         "options", "options.update(width=20_000, checkpoints=str(FOLDER / 'small'))",
-        ("OSError: the pipeline cannot be saved",), rank=None, frameworks=(TORCH,), **PIPE),
+        ("CheckpointError: the pipeline cannot be saved", "No space left on device"), rank=None,
+        frameworks=(TORCH,), **PIPE),
 }  # fmt: skip
 #: Moves the time of day, for all code of a process, C++ too: LD_PRELOAD puts it before libc.
 CLOCK = """

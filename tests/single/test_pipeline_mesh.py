@@ -12,7 +12,7 @@ from hvdx.errors import PlanError
 from hvdx.pipeline.dispatch import dry_run
 from hvdx.pipeline.ir import Graph, Unit
 from hvdx.pipeline.plan import SCHEDULES, Link, Means, Plan, check_mesh, make, schedule_of
-from hvdx.pipeline.schedule import parse, peak_live_of_ranks, validate
+from hvdx.pipeline.schedule import Action, needs, parse, peak_live_of_ranks, validate
 from hvdx.pipeline.simulator import Times, simulate
 
 TWO_BY_TWO = ((0, 2), (1, 3))
@@ -34,6 +34,34 @@ def test_any_schedule_can_run_on_any_mesh(name):
         assert order.ranks == sum(map(len, mesh))
         for rank, row in enumerate(order.rows):
             assert all(order.owner(action.stage, action.micro_batch) == rank for action in row)
+
+
+def ready(row, left, order, done):
+    """The actions of a turn that replicas are all at, the next of ``row`` among them, or none."""
+    if not row:
+        return []
+    (kind, stage, micro_batch), replicas = row[0], len(order.mesh[order.place[row[0].stage]])
+    first = micro_batch // replicas * replicas
+    members = range(first, min(first + replicas, order.micro_batches))
+    turn = [Action(kind, stage, k) for k in members]
+    at = {actions[0] for actions in left if actions}
+    can = all(action in at and done.issuperset(needs(action, order.stages)) for action in turn)
+    return turn if can else []
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_replicas_of_a_turn_may_wait_for_each_other_in_each_action(name):
+    """As those do that normalize together: no schedule blocks on any mesh."""
+    draw = random.Random(name)
+    for _ in range(40):
+        mesh, count = random_mesh(draw), draw.randint(1, 9)
+        order = schedule_of(name, len(mesh), count, mesh=mesh)
+        left, done = [list(row) for row in order.rows], set()
+        while turn := next(filter(None, (ready(row, left, order, done) for row in left)), None):
+            done.update(action.gives for action in turn)
+            for action in turn:
+                left[order.owner(*action[1:])].pop(0)
+        assert not any(left), order
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

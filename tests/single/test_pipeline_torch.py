@@ -395,6 +395,7 @@ def test_running_statistics_are_those_of_whole_batches(momentum):
         micro = train(model, data, batchnorm="micro", **options)[0]
         assert micro["0.num_batches_tracked"] == 12
         assert_same(micro, train(model, data, batchnorm="micro")[0])
+    assert_same(one, train(model, data, batchnorm="sync")[0])  # here no stage has replicas
     assert_near(train(model, data, micro_batches=1)[0], plain)
     norms[0].eval().requires_grad_(False)  # pipelines leave it so
     after = train(model, data)[0]
@@ -683,8 +684,7 @@ def wrong(**options):
         ({"schedule": "fast"}, PlanError, "schedule='fast': use one of"),
         ({"micro_batches": 0}, PlanError, "micro_batches=0"),
         ({"checkpoint": "some"}, PlanError, "checkpoint='some': use one of never, exc"),
-        ({"batchnorm": "sync"}, PlanError, "'sync' takes statistics of all replicas .* 'deferred'"),
-        ({"batchnorm": "none"}, PlanError, "batchnorm='none': use one of deferred, micro"),
+        ({"batchnorm": "none"}, PlanError, "batchnorm='none': use one of deferred, micro, sync"),
         ({"clip_norm": -1}, PlanError, "clip_norm=-1: give a number above 0"),
         ({"place": ["cpu", "cuda:99"]}, PlanError, "place has 'cuda:99', which cannot be used"),
         ({"place": "cpu"}, PlanError, "place='cpu': give a list"),

@@ -104,6 +104,20 @@ def test_patience_is_for_numbers():
     assert watchdog._patient_until == before
 
 
+def test_the_end_of_patience_is_told_at_once(monkeypatch):
+    # A rank that stopped right after it was waited for up to the 300 s that it had asked for.
+    told = []
+
+    class Watch:
+        def wake(self):
+            told.append(watchdog._patient_until > time.monotonic())
+
+    monkeypatch.setattr(watchdog, "_watch", Watch())
+    with hvd.patience(300):
+        pass
+    assert told == [True, False]
+
+
 def test_the_place_is_the_users():
     told = whereabouts(None)
     assert f"{os.path.basename(__file__)}:" in told

@@ -34,7 +34,8 @@ def batch():
 
 def pipeline(model, x, **options):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return hvd.Pipeline(model, x, loss, keras.optimizers.Adam(1e-2), seed=7, **options)
+    options = {"seed": 7, "batchnorm": "sync", **options}
+    return hvd.Pipeline(model, x, loss, keras.optimizers.Adam(1e-2), **options)
 
 
 def learnt(pipe, path):

@@ -228,6 +228,100 @@ def test_wrong_meshes_are_told_on_every_rank():
         pipeline(models.sequential(), x, place=place)
 
 
+def normed():
+    """Norms in a unit of their own and within one, of several kinds; no bias that they undo."""
+    enter = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8))
+    plain = nn.BatchNorm1d(8, momentum=None, affine=False), nn.Linear(8, 8, bias=False)
+    return nn.Sequential(
+        enter, *plain, nn.Tanh(), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 6)
+    ).double()
+
+
+def by_turns(model, data, micro_batches, replicas):
+    """Train in one process, a turn at a time; running statistics move once, by the whole batch."""
+    optimizer = models.adam(model.parameters())
+    norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm1d)]
+    seen = {each: [] for each in norms}
+    for each in norms:
+        each.register_forward_pre_hook(lambda norm, given: seen[norm].append(given[0].detach()))
+    for step, (x, y) in enumerate(data):
+        before = {name: each.clone() for name, each in model.named_buffers()}
+        sizes = [
+            len(part) for part in torch.arange(len(x)).tensor_split(min(len(x), micro_batches))
+        ]
+        turns = [sum(sizes[k : k + replicas]) for k in range(0, len(sizes), replicas)]
+        optimizer.zero_grad()
+        for one, other in zip(x.split(turns), y.split(turns), strict=True):
+            (F.mse_loss(model(one), other) * len(one) / len(x)).backward()
+        optimizer.step()
+        for name, each in model.named_buffers():
+            each.copy_(before[name])
+        for norm in norms:
+            given = torch.cat(seen[norm])
+            seen[norm].clear()
+            if norm.track_running_stats:
+                share = norm.momentum or 1 / (step + 1)
+                norm.num_batches_tracked += 1
+                norm.running_mean.lerp_(given.mean(0), share)
+                norm.running_var.lerp_(given.var(0), share)
+    return models.weights(model)
+
+
+ROWS = (11, 10, 2)
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "options"),
+    [
+        pytest.param(
+            [[0, 2], [1, 3]], 2, {"checkpoint": "always", "channel": "horovod"}, marks=four
+        ),
+        pytest.param([[3, 1], [0, 2]], 5, {"schedule": "zb1p"}, marks=four),
+        pytest.param(UNEQUAL, 5, {"stages": ["5"], "checkpoint": "always"}, marks=four),
+        pytest.param([[1, 0]], 2, {"schedule": "zb1p", "channel": "gloo"}, marks=two),
+        pytest.param([[1, 0]], 5, {"checkpoint": "always"}, marks=two),
+    ],
+)
+def test_replicas_normalize_together(place, count, options, shared):
+    """Also where a last turn is incomplete, or where a replica has no micro-batch."""
+    data = [(x.double() + 5, y.double()) for x, y in models.batches(rows=list(ROWS))]
+    expected = by_turns(models.made(normed), data, count, len(place[0]))
+    options = {"place": place, "micro_batches": count, "batchnorm": "sync", **options}
+    pipe, _ = train(models.made(normed), data, **options)
+    models.assert_near(learnt(pipe, shared / "state"), expected, 1e-10, 1e-10)
+    stages = {number for number, _, _ in pipe._own_stages()}
+    own = {name: each for name, each in pipe._graph.model.state_dict().items()
+           if pipe._stage_of()[pipe._graph.owner(name)] in stages}  # fmt: skip
+    for name, value in _of_first(pipe, own).items():
+        assert torch.equal(own[name], value), name
+    pipe.close()
+
+
+class Breaks(nn.Module):
+    """Fails on the rank that is told so."""
+
+    rank = None
+
+    def forward(self, x):
+        if self.training and hvd.rank() == self.rank:
+            raise RuntimeError("out of order")
+        return x
+
+
+def test_a_replica_that_fails_is_told_to_those_who_wait_in_a_norm():
+    x, y = models.batches(1)[0]
+    breaks = Breaks()
+    stack = [nn.Linear(6, 6), breaks, nn.BatchNorm1d(6), nn.Linear(6, 6)]
+    place = [list(range(hvd.size()))]
+    pipe = pipeline(nn.Sequential(*stack), x, place=place, batchnorm="sync", leaves=[Breaks])
+    pipe.step(x, y)
+    breaks.rank = hvd.size() - 1
+    told = rf"rank {breaks.rank}, stage 0, unit '1', forward .*out of order"
+    with pytest.raises(PipelineError, match=told):
+        pipe.step(x, y)
+    pipe.close()
+
+
 def test_sums_over_a_row_go_in_its_order():
     """Large ones in two rounds; rounding shows the order."""
     place = [list(range(hvd.size()))[::-1]]

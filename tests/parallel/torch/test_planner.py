@@ -30,9 +30,8 @@ def batches(count):
 
 
 def pipeline(model, x, **options):
-    return hvd.Pipeline(
-        model, x, F.mse_loss, lambda ps: torch.optim.Adam(ps, 1e-2), seed=7, **options
-    )
+    options = {"seed": 7, "batchnorm": "sync", **options}
+    return hvd.Pipeline(model, x, F.mse_loss, lambda ps: torch.optim.Adam(ps, 1e-2), **options)
 
 
 def learnt(pipe, path):
