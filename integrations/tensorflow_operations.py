@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_char_p
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -102,13 +103,33 @@ def operation(
     kept = _scopes_kept.get()
     named = {"name": name, "ignore_name_scope": name is not None if kept is None else not kept}
     if tf.executing_eagerly():
-        yield list(tensors), named
+        tell = _teller() if name else None
+        if tell is not None:
+            tell(str(name).replace("/", ".").encode())
+        try:
+            yield list(tensors), named
+        finally:
+            if tell is not None:  # where the operation did not take it
+                tell(None)
         return
     if name is None:  # as Horovod does
         name = "_".join(dict.fromkeys([tensors[0].name, tensors[-1].name]))
         name = mpi_ops._normalize_name(f"Horovod{kind}_{name}")
     named["name"] = name.replace("/", ".")
     yield [_fresh(tensor) for tensor in tensors], named
+
+
+@functools.cache
+def _teller() -> Callable[[bytes | None], None] | None:
+    """Return what names this thread's next eager operation in Horovod; TensorFlow drops the name.
+
+    None where Horovod was not built by hvdx: it then pairs eager operations by their order, as it
+    does where TensorFlow was set to compute them in other threads.
+    """
+    tell = getattr(mpi_ops._basics.MPI_LIB_CTYPES, "horovod_tensorflow_name", None)
+    if tell is not None:
+        tell.argtypes, tell.restype = [c_char_p], None
+    return tell
 
 
 def _fresh(tensor: Any) -> Any:

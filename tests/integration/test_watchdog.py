@@ -120,10 +120,10 @@ CASES = {
     ),
     "TensorFlow, one rank skips a collective": Case(
         TENSORFLOW, "x = tf.ones(3)",
-        "if rank == 0: hvd.broadcast(x, 0, name='weights')\n"
+        "if rank == 0: hvd.allreduce(x, name='the/weights')\n"
         "hvd.allreduce(x, name='loss')",
         [("StallError: rank ", "is waiting for another collective", "rank 0: waiting for "
-          "broadcast 'weights' (float32 (3,))", "rank 1: waiting for allreduce 'loss'")] * 2,
+          "allreduce 'the/weights' (float32 (3,))", "rank 1: waiting for allreduce 'loss'")] * 2,
     ),
     "Keras on TensorFlow, a batch less": Case(
         KERAS, FIT,
