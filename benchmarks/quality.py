@@ -34,6 +34,7 @@ from hvdx.compression import after
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CONTROL = "onebit:feedback=False,min_elements=0"
+PEER = "ddp-powersgd"  # --methods: PyTorch's own, on text
 LAST = 5  # epochs whose accuracies are averaged: one image is 0.28 points
 
 
@@ -119,7 +120,10 @@ def text_torch(method: Any, seed: int, steps: int) -> float:
     torch.manual_seed(seed)
     model: Any = Transformer(256, WIDTH, DEPTH)
     optimizer: Any = torch.optim.Adam(model.parameters(), RATE)
-    optimizer = hvd.DistributedOptimizer(optimizer, model, compression=method)
+    if method == PEER:
+        model = with_hook(model)
+    else:
+        optimizer = hvd.DistributedOptimizer(optimizer, model, compression=method)
     train, test = map(torch.from_numpy, windows(hvd.rank(), steps, seed))
     for batch in train.split(BATCH):
         optimizer.zero_grad()
@@ -129,6 +133,18 @@ def text_torch(method: Any, seed: int, steps: int) -> float:
     with torch.no_grad():
         losses = [model(part).item() * len(part) for part in test.split(64)]
     return sum(losses) / len(test)
+
+
+def with_hook(model: Any) -> Any:
+    """Return ``model`` in PyTorch's own data parallelism, with its hook for PowerSGD, rank 4."""
+    import torch
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    # One bucket, as in benchmarks/compression.py.
+    model = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=64)
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return model
 
 
 def text_keras(method: Any, seed: int, steps: int) -> float:
@@ -156,26 +172,34 @@ def text_keras(method: Any, seed: int, steps: int) -> float:
 
 def text(framework: str, method: str, seed: int, told: argparse.Namespace) -> float:
     """Return the loss on text, in nats per byte."""
-    compressor = importlib.import_module("compression_sweep").method(method)
-    if told.warm_up and method != "none":
-        compressor = after(told.warm_up, compressor)
+    compressor: Any = method
+    if method != PEER:
+        compressor = importlib.import_module("compression_sweep").method(method)
+        if told.warm_up and method != "none":
+            compressor = after(told.warm_up, compressor)
     train: dict[str, Callable[..., float]] = {"torch": text_torch, "keras": text_keras}
     return train[framework](compressor, seed, told.steps)
 
 
 def work(told: argparse.Namespace) -> None:
-    """Train everything on one rank; rank 0 leaves the samples."""
+    """Train everything on one rank."""
     sys.path.insert(0, str(EXAMPLES))
     (framework,) = told.frameworks
     if framework == "torch":
-        import torch
-
-        torch.set_num_threads(1)
-    else:
-        importlib.import_module("digits_keras")  # chooses the backend
+        with harness.torch_job():
+            train_all(framework, told)
+        return
+    importlib.import_module("digits_keras")  # chooses the backend
     import hvdx as hvd
 
     hvd.init()
+    train_all(framework, told)
+
+
+def train_all(framework: str, told: argparse.Namespace) -> None:
+    """Train method by method; rank 0 leaves the samples."""
+    import hvdx as hvd
+
     case, train = f"{'text' if told.text else 'digits'}, {framework}", text if told.text else digits
     samples = []
     for seed in range(told.seeds):
