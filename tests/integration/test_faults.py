@@ -126,9 +126,9 @@ FAULTS = {
         gloo=3),
     "a call that keeps Python's lock": Fault(
         "step", "keep_the_lock(1000)", ("rank 1 has not been heard of",), stalls=True),
-    "a lock that nobody gives back": Fault(
-        "step", "threading.Semaphore(0).acquire()",
-("rank 1 has not called it",), stalls=True),
+    "a lock that nobody gives back": Fault(  # rank 1 is interrupted, and may end first
+        "step", "threading.Semaphore(0).acquire()", ("rank 1 has not called it",), status=None,
+        stalls=True),
     "SIGSTOP before init": Fault(
         "before init", "os.kill(os.getpid(), signal.SIGSTOP)", ("rank 0",), status=None,
         stalls=True),
@@ -425,7 +425,8 @@ def test_a_link_that_breaks_ends_the_job_on_both_hosts(net, tmp_path, framework)
         net.link("h2", "up")
     assert job.returncode not in (0, None), said
     assert "rank 1 not heard of" in said or "rank 1 has not been heard of" in said, said
-    assert "hvdx run: rank 0 on h1 exited with code 1" in said
+    ends = ("rank 0 on h1 exited with code 1", "rank 1 on h2 exited with code 255 (ssh's own")
+    assert any(f"hvdx run: {end}" in said for end in ends), said  # whichever came first
     assert seconds < TIMEOUT + SECONDS + SLACK, said
     assert not left and len(ranks) >= 2
     assert not gone([p for p in processes if alive([p])], SECONDS + SLACK)
