@@ -1,7 +1,7 @@
 """Keras without what no test of hvdx uses: `make test` puts this on the path of all it starts.
 
 Wherever scikit-learn and matplotlib are installed, ``import keras`` imports them, for wrappers and
-plots, which takes a third of its time. With torch as its backend, ``set_random_seed`` and ``save``
+plots, which takes long. With torch as its backend, ``set_random_seed`` and ``save``
 import all of TensorFlow, to seed it and to ask whether an object is of its types. Keras works
 without them: for it, and for nobody else, they are not installed. A run starts Keras a hundred
 times and more.
