@@ -9,7 +9,8 @@ seed fixes the data, their order and the first weights, so that methods are comp
 - Digits: the net of ``examples/digits_*.py``; accuracy on the test set, and by how many points it
   may fall.
 - Text: a transformer of 1.3 M parameters that reads the help texts that Python ships, byte by
-  byte; loss on what it has not seen, and by how many percent it may rise.
+  byte, with Adam or with SGD and momentum; loss on what it has not seen, and by how many percent it
+  may rise.
 
 The last method is the control that must fail: without error feedback signs are not enough.
 """
@@ -60,8 +61,9 @@ BARS = {
 CONTROL_BAR = Bar(2.0, 2.0)
 DIGITS = ["fp16", "bf16", "int8", "int4", "onebit", "topk", "dgc:warmup_steps=200", "randomk",
           "powersgd", CONTROL]  # fmt: skip
-#: Without dgc: it brings its own momentum, and transformers are trained with Adam.
 TEXT = ["fp16", "bf16", "int8", "int4", "onebit", "topk", "powersgd", CONTROL]
+#: dgc brings its own momentum, which Adam has already.
+MOMENTUM_ONLY = ["dgc:warmup_steps=100"]
 
 
 class Sample(NamedTuple):
@@ -96,7 +98,8 @@ def digits(framework: str, method: str, seed: int, told: argparse.Namespace) -> 
     return 100 * statistics.fmean(sweep.train(method, options).accuracies[-LAST:])
 
 
-WIDTH, DEPTH, LENGTH, BATCH, RATE = 160, 4, 64, 8, 1e-3
+WIDTH, DEPTH, LENGTH, BATCH = 160, 4, 64, 8
+RATES = {"adam": 1e-3, "sgd": 0.1}
 
 
 def windows(rank: int, steps: int, seed: int) -> tuple[Any, Any]:
@@ -110,7 +113,7 @@ def windows(rank: int, steps: int, seed: int) -> tuple[Any, Any]:
     return gpt.windows(train, starts, LENGTH), test[:rest].reshape(-1, LENGTH + 1)
 
 
-def text_torch(method: Any, seed: int, steps: int) -> float:
+def text_torch(method: Any, seed: int, told: argparse.Namespace) -> float:
     """Return the mean loss of PyTorch's transformer on the test windows."""
     import torch
     from optimizer import Transformer
@@ -119,12 +122,14 @@ def text_torch(method: Any, seed: int, steps: int) -> float:
 
     torch.manual_seed(seed)
     model: Any = Transformer(256, WIDTH, DEPTH)
-    optimizer: Any = torch.optim.Adam(model.parameters(), RATE)
+    optimizer: Any = torch.optim.Adam(model.parameters(), told.rate)
+    if told.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), told.rate, momentum(method))
     if method == PEER:
         model = with_hook(model)
     else:
         optimizer = hvd.DistributedOptimizer(optimizer, model, compression=method)
-    train, test = map(torch.from_numpy, windows(hvd.rank(), steps, seed))
+    train, test = map(torch.from_numpy, windows(hvd.rank(), told.steps, seed))
     for batch in train.split(BATCH):
         optimizer.zero_grad()
         model(batch).backward()
@@ -133,6 +138,11 @@ def text_torch(method: Any, seed: int, steps: int) -> float:
     with torch.no_grad():
         losses = [model(part).item() * len(part) for part in test.split(64)]
     return sum(losses) / len(test)
+
+
+def momentum(method: Any) -> float:
+    """Return the momentum that the optimizer is to have."""
+    return 0.0 if getattr(method, "owns_momentum", False) else 0.9
 
 
 def with_hook(model: Any) -> Any:
@@ -147,7 +157,7 @@ def with_hook(model: Any) -> Any:
     return model
 
 
-def text_keras(method: Any, seed: int, steps: int) -> float:
+def text_keras(method: Any, seed: int, told: argparse.Namespace) -> float:
     """Return the mean loss of the same transformer in Keras on the test windows."""
     import keras
     from keras import layers
@@ -163,9 +173,12 @@ def text_keras(method: Any, seed: int, steps: int) -> float:
         y = layers.Dense(4 * WIDTH, activation="relu")(layers.LayerNormalization()(x))
         x = x + layers.Dense(WIDTH)(y)
     model = keras.Model(tokens, layers.Dense(256)(x))
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(RATE), compression=method)
+    optimizer: Any = keras.optimizers.Adam(told.rate)
+    if told.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(told.rate, momentum(method))
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=method)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    train, test = windows(hvd.rank(), steps, seed)
+    train, test = windows(hvd.rank(), told.steps, seed)
     model.fit(train[:, :-1], train[:, 1:], batch_size=BATCH, shuffle=False, verbose=0)
     return float(model.evaluate(test[:, :-1], test[:, 1:], batch_size=64, verbose=0))
 
@@ -178,7 +191,7 @@ def text(framework: str, method: str, seed: int, told: argparse.Namespace) -> fl
         if told.warm_up and method != "none":
             compressor = after(told.warm_up, compressor)
     train: dict[str, Callable[..., float]] = {"torch": text_torch, "keras": text_keras}
-    return train[framework](compressor, seed, told.steps)
+    return train[framework](compressor, seed, told)
 
 
 def work(told: argparse.Namespace) -> None:
@@ -278,9 +291,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many; 5 on digits, 1 on text")
     parser.add_argument("--epochs", type=int, default=30, help="of digits")
     parser.add_argument("--steps", type=int, default=300, help="on text")
+    parser.add_argument("--optimizer", choices=RATES, default="adam", help="on text")
+    parser.add_argument("--rate", type=float, help="of learning, on text; else 0.001, by sgd 0.1")
     parser.add_argument("--warm-up", type=int, default=0, help="steps without compression, of text")
     told = parser.parse_args()
-    told.methods = told.methods or (TEXT if told.text else DIGITS)
+    on_text = TEXT + (MOMENTUM_ONLY if told.optimizer == "sgd" else [])
+    told.methods = told.methods or (on_text if told.text else DIGITS)
+    told.rate = told.rate or RATES[told.optimizer]
     told.seeds = told.seeds or (1 if told.text else 5)
     if told.short:  # does it work at all?
         told.seeds, told.epochs, told.steps, told.ranks = 1, 2, 5, 2

@@ -60,7 +60,8 @@ def run(asked: Arguments) -> Ended:
         for failure in lost[1:] if absent else lost:  # the first then fails for want of that host
             if failure.host not in absent:
                 slots.ban(taken[failure.rank])
-        taken = _wait(slots, discovery, elastic, options)[: elastic.most]
+        just_asked = {host.name: absent.get(host.name) for host in hosts}
+        taken = _wait(slots, discovery, elastic, options, just_asked)[: elastic.most]
         if len(taken) < elastic.least:
             _say(f"{told}; fewer slots are left than --min-np {elastic.least}")
             return ended
@@ -92,11 +93,16 @@ def _lost(failures: list[Failure]) -> list[Failure]:
 
 
 def _wait(
-    slots: Slots, discovery: Discovery | None, elastic: Elastic, options: argparse.Namespace
+    slots: Slots,
+    discovery: Discovery | None,
+    elastic: Elastic,
+    options: argparse.Namespace,
+    just_asked: dict[str, str | None],
 ) -> list[Slot]:
     """Return the slots there are, once these are enough; fewer if that takes too long.
 
-    Hosts that do not answer are waited for, too: a link may come back.
+    Hosts that do not answer are waited for, too: a link may come back. Those ``just_asked``, by
+    name, with why they are absent if they are, are not asked again at once: that can take long.
     """
     until = time.monotonic() + elastic.timeout
     told: set[str] = set()
@@ -106,7 +112,9 @@ def _wait(
                 slots.relist(discovery.look())
             except LaunchError as error:
                 _say(str(error))
-        absent = _absent(slots.hosts, options)
+        absent = _absent([host for host in slots.hosts if host.name not in just_asked], options)
+        absent |= {h.name: why for h in slots.hosts if (why := just_asked.get(h.name))}
+        just_asked = {}
         for name, why in absent.items():
             if name not in told:
                 told.add(name)
