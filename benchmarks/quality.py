@@ -99,7 +99,7 @@ def digits(framework: str, method: str, seed: int, told: argparse.Namespace) -> 
 
 
 WIDTH, DEPTH, LENGTH, BATCH = 160, 4, 64, 8
-RATES = {"adam": 1e-3, "sgd": 0.1}
+RATES = {"adam": 1e-3, "sgd": 0.02}
 
 
 def windows(rank: int, steps: int, seed: int) -> tuple[Any, Any]:
@@ -129,11 +129,14 @@ def text_torch(method: Any, seed: int, told: argparse.Namespace) -> float:
         model = with_hook(model)
     else:
         optimizer = hvd.DistributedOptimizer(optimizer, model, compression=method)
+    factor = (lambda step: 1 - step / told.steps) if told.decay else (lambda step: 1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     train, test = map(torch.from_numpy, windows(hvd.rank(), told.steps, seed))
     for batch in train.split(BATCH):
         optimizer.zero_grad()
         model(batch).backward()
         optimizer.step()
+        schedule.step()
     model.eval()
     with torch.no_grad():
         losses = [model(part).item() * len(part) for part in test.split(64)]
@@ -173,9 +176,12 @@ def text_keras(method: Any, seed: int, told: argparse.Namespace) -> float:
         y = layers.Dense(4 * WIDTH, activation="relu")(layers.LayerNormalization()(x))
         x = x + layers.Dense(WIDTH)(y)
     model = keras.Model(tokens, layers.Dense(256)(x))
-    optimizer: Any = keras.optimizers.Adam(told.rate)
+    rate = told.rate
+    if told.decay:
+        rate = keras.optimizers.schedules.PolynomialDecay(told.rate, told.steps, 0.0)
+    optimizer: Any = keras.optimizers.Adam(rate)
     if told.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(told.rate, momentum(method))
+        optimizer = keras.optimizers.SGD(rate, momentum(method))
     optimizer = hvd.DistributedOptimizer(optimizer, compression=method)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     train, test = windows(hvd.rank(), told.steps, seed)
@@ -292,7 +298,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="of digits")
     parser.add_argument("--steps", type=int, default=300, help="on text")
     parser.add_argument("--optimizer", choices=RATES, default="adam", help="on text")
-    parser.add_argument("--rate", type=float, help="of learning, on text; else 0.001, by sgd 0.1")
+    parser.add_argument("--rate", type=float, help="of learning, on text; else 0.001, by sgd 0.02")
+    parser.add_argument("--decay", action="store_true", help="to a rate of 0 at the end, on text")
     parser.add_argument("--warm-up", type=int, default=0, help="steps without compression, of text")
     told = parser.parse_args()
     on_text = TEXT + (MOMENTUM_ONLY if told.optimizer == "sgd" else [])

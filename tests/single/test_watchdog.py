@@ -130,7 +130,7 @@ def test_threads_that_come_and_go_are_looked_at_without_harm():
     because threads that C code makes appear and vanish while it looks.
     """
     code = """
-import ctypes, os, sys, threading
+import ctypes, os, sys, threading, time
 from hvdx.whereabouts import whereabouts
 sys.setswitchinterval(1e-6)
 lib = ctypes.CDLL(None)
@@ -149,9 +149,10 @@ def churn():
 threads = [threading.Thread(target=t, daemon=True) for t in (hatch, hatch, churn)]
 for thread in threads:
     thread.start()
-places = set()
-for _ in range(3000):
+places, looks, end = set(), 0, time.monotonic() + 60
+while looks < 3000 or not any("churn" in place for place in places) and time.monotonic() < end:
     places.add(whereabouts(threads[2].ident).partition(" in ")[2])
+    looks += 1
 print("alive", any("churn" in place for place in places), flush=True)
 os._exit(0)
 """
