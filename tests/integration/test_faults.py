@@ -425,7 +425,7 @@ def test_a_link_that_breaks_ends_the_job_on_both_hosts(net, tmp_path, framework)
     finally:
         net.link("h2", "up")
     assert job.returncode not in (0, None), said
-    # The last form: Gloo may give up first where rank 0 computed for long after the cut.
+    # The first form: Gloo may give up first where rank 0 computed for long after the cut.
     assert re.search("rank 1(: not| not| has not been) heard of", said), said
     ends = ("rank 0 on h1 exited with code 1", "rank 1 on h2 exited with code 255 (ssh's own")
     assert any(f"hvdx run: {end}" in said for end in ends), said  # whichever came first
