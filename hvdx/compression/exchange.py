@@ -20,6 +20,7 @@ from hvdx.comm import Allgather, Alltoall, Owners, Rank, Ranks, Work
 from hvdx.compression import draws
 from hvdx.compression.base import Compressor, Reduced, Spec, none
 from hvdx.compression.codecs import Codec
+from hvdx.compression.levels import Levels, leveled, levels
 from hvdx.compression.state import OwedPiece
 from hvdx.ops import Ops
 
@@ -37,7 +38,9 @@ class Rounding(NamedTuple):
     owner: Owner | None
 
 
-def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Compressor:
+def exchange(
+    codec: Codec, *, owner_feedback: bool = False, seed: int = 0, even: bool = False
+) -> Compressor:
     """Return the compressor that sends gradients written by ``codec``.
 
     Args:
@@ -46,6 +49,8 @@ def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Co
             and add it to that piece's next mean. Biased codecs need it beside the feedback for
             the first phase (:func:`hvdx.compression.feedback.error_feedback`).
         seed: of noisy codecs, equal on all ranks; each of them then rounds in its own way.
+        even: give rows and columns of matrices scales of their own
+            (:mod:`hvdx.compression.levels`), which takes one phase more.
     """
 
     def init(ops: Ops, spec: Spec) -> Any:
@@ -72,15 +77,26 @@ def exchange(codec: Codec, *, owner_feedback: bool = False, seed: int = 0) -> Co
             return codec.encode(ops, rows, used, *keys)
 
         flat = ops.cast(ops.reshape(grad, (-1,)), "float32")
+        level = None
+        if even and leveled(shape):
+            level = yield from levels(ops, flat, shape)
+            flat = flat * level.up
         if cut is not None:
             mean, own = yield from _to_owners(ops, codec, write, flat, cut.spans)
         elif ranks == 2:
             mean, own = yield from _one_phase(ops, codec, write, flat, size)
         else:
-            mean, own, owner = yield from _two_phases(ops, codec, write, flat, size, ranks, owner)
+            mean, own, owner = yield from _two_phases(
+                ops, codec, write, flat, size, ranks, owner, level
+            )
+
+        def back(read: Any) -> Any:
+            read = read if level is None else read * level.down
+            return ops.cast(ops.reshape(read, shape), dtype)
+
         return Reduced(
-            ops.cast(ops.reshape(mean, shape), dtype),
-            lambda: ops.cast(ops.reshape(own(), shape), dtype),
+            back(mean),
+            lambda: back(own()),
             Rounding(draws.following(draw), owner) if codec.noisy else owner,
         )
 
@@ -114,11 +130,22 @@ def _one_phase(
 
 
 def _two_phases(
-    ops: Ops, codec: Codec, write: Write, flat: Any, size: int, ranks: int, owner: Owner | None
+    ops: Ops,
+    codec: Codec,
+    write: Write,
+    flat: Any,
+    size: int,
+    ranks: int,
+    owner: Owner | None,
+    level: Levels | None,
 ) -> Work[tuple[Any, Callable[[], Any], Owner | None]]:
     columns = _columns(size, ranks, codec.block)
     shape = (ranks, codec.row_bytes(columns))
     rank = yield Rank()
+
+    def mine(whole: Any) -> Any:
+        return _rows(ops, whole, size, ranks, columns)[rank]
+
     data = write(_rows(ops, flat, size, ranks, columns), size, rank)
     pieces = yield Alltoall(ops.reshape(data, (-1,)))
     rows = codec.decode(ops, ops.reshape(pieces, shape), columns)
@@ -127,13 +154,16 @@ def _two_phases(
         total = total + rows[row]
     piece = ops.scale(total, 1.0 / ranks)
     if owner is not None:
-        piece = piece + owner.lost
+        lost = owner.lost if level is None else owner.lost * mine(level.up)
+        piece = piece + lost
     used = min(max(size - rank * columns, 0), columns)
     rows = _rows(ops, piece[:used], used, 1, columns)  # padding has decoded to anything
     everyone = yield Allgather(ops.reshape(write(rows, used, ranks + rank), (-1,)))
     means = codec.decode(ops, ops.reshape(everyone, shape), columns)
     if owner is not None:
-        owner = Owner(ops.finite_or(rows[0] - means[rank], owner.lost))
+        lost = rows[0] - means[rank]
+        lost = lost if level is None else lost * mine(level.down)
+        owner = Owner(ops.finite_or(lost, owner.lost))
 
     def own() -> Any:
         return ops.reshape(codec.decode(ops, data, columns), (-1,))[:size]

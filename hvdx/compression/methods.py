@@ -74,16 +74,29 @@ class Compression:
         return _integers("int4", 4, 128, feedback, rounding, seed)
 
     @staticmethod
-    def onebit(feedback: bool = True, min_elements: int = _SMALL) -> Compressor:
+    def onebit(
+        feedback: bool = True, min_elements: int = _SMALL, scales: str = "blocks"
+    ) -> Compressor:
         """Signs, and the mean magnitude of every 1024 elements, with error feedback.
 
         Args:
             feedback: without it training stalls; for experiments.
             min_elements: smaller parameters, and vectors, travel raw.
+            scales: ``"matrix"`` adds a power of two for each row and column of a parameter's
+                matrix: closer by far where these differ, as in transformers, for some 6 % more
+                bytes and one more operation a step. ``"blocks"``: none.
         """
         _check_whole("onebit", "min_elements", min_elements)
-        compressor = _quantised(codecs.signs(1024), feedback)
-        return _finished(min_size(min_elements, compressor), min_elements=(min_elements, _SMALL))
+        if scales not in ("blocks", "matrix"):
+            raise CompressionError(
+                f"Compression.onebit(scales={scales!r}): use 'blocks' or 'matrix'"
+            )
+        compressor = _quantised(codecs.signs(1024), feedback, even=scales == "matrix")
+        return _finished(
+            min_size(min_elements, compressor),
+            min_elements=(min_elements, _SMALL),
+            scales=(scales, "blocks"),
+        )
 
     @staticmethod
     def topk(density: float = 0.01, min_elements: int = _SMALL) -> Compressor:
@@ -288,8 +301,10 @@ def _names() -> list[str]:
     return [name for name in vars(Compression) if not name.startswith("_")]
 
 
-def _quantised(codec: codecs.Codec, feedback: bool, seed: int = 0) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback, seed=seed)
+def _quantised(
+    codec: codecs.Codec, feedback: bool, seed: int = 0, even: bool = False
+) -> Compressor:
+    compressor = exchange(codec, owner_feedback=feedback, seed=seed, even=even)
     if feedback:
         compressor = error_feedback(compressor)
     updates = None if codec.noisy else coded(codec)

@@ -110,9 +110,9 @@ class NumpyOps:
         """See :meth:`Ops.mask`."""
         return x & bits
 
-    def max(self, x: Any) -> Any:
+    def max(self, x: Any, axis: int = -1) -> Any:
         """See :meth:`Ops.max`."""
-        return x.max(-1)
+        return x.max(axis)
 
     def sum(self, x: Any) -> Any:
         """See :meth:`Ops.sum`."""

@@ -95,8 +95,8 @@ class Ops(Protocol):
     def mask(self, x: Any, bits: int) -> Any:
         """Keep only the bits set in ``bits``, of integers."""
 
-    def max(self, x: Any) -> Any:
-        """Return the largest along the last axis."""
+    def max(self, x: Any, axis: int = -1) -> Any:
+        """Return the largest along ``axis``."""
 
     def sum(self, x: Any) -> Any:
         """Return the sum along the last axis, in the same dtype; exact for integers only."""

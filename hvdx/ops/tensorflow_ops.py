@@ -116,9 +116,9 @@ class TensorFlowOps:
         """See :meth:`Ops.mask`."""
         return self._tf.bitwise.bitwise_and(x, self._tf.cast(bits, x.dtype))
 
-    def max(self, x: Any) -> Any:
+    def max(self, x: Any, axis: int = -1) -> Any:
         """See :meth:`Ops.max`."""
-        return self._tf.reduce_max(x, -1)
+        return self._tf.reduce_max(x, axis)
 
     def sum(self, x: Any) -> Any:
         """See :meth:`Ops.sum`."""

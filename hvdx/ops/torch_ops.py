@@ -130,9 +130,9 @@ class TorchOps:
         """See :meth:`Ops.mask`."""
         return x & bits
 
-    def max(self, x: Any) -> Any:
+    def max(self, x: Any, axis: int = -1) -> Any:
         """See :meth:`Ops.max`."""
-        return x.amax(-1)
+        return x.amax(axis)
 
     def sum(self, x: Any) -> Any:
         """See :meth:`Ops.sum`."""

@@ -119,8 +119,8 @@ class Row:
         assert self._post is not None
         return self._post.receive(self.ranks[place], key)
 
-    def add(self, parts: Sequence[Any]) -> Any:
-        """Add what the ranks have, in their order.
+    def fold(self, parts: Sequence[Any], op: ReduceOp) -> Any:
+        """Add what the ranks have, in their order; or find the largest, by element.
 
         Raises:
             MismatchError: they have tensors of different sizes.
@@ -132,7 +132,10 @@ class Row:
                 f"replicas of a stage have gradients of different numbers of elements ({told}): "
                 "the model must use the same parameters on every rank, whatever the data"
             )
-        return functools.reduce(operator.add, parts)
+        return functools.reduce(self._larger if op is ReduceOp.Max else operator.add, parts)
+
+    def _larger(self, one: Any, other: Any) -> Any:
+        return self.ops.where(one < other, other, one)
 
 
 class Talk(Generic[Result]):
@@ -182,8 +185,9 @@ class Talk(Generic[Result]):
 
     def _begin_sum(self, request: Allreduce) -> Callable[[], Any]:
         row, ops, count = self._row, self._row.ops, len(self._row.ranks)
-        if request.op not in (ReduceOp.Sum, ReduceOp.Average):
-            raise NotImplementedError(f"replicas of a stage add up, they have no {request.op.name}")
+        op = request.op
+        if op not in (ReduceOp.Sum, ReduceOp.Average, ReduceOp.Max):
+            raise NotImplementedError(f"replicas of a stage have no {op.name}")
         shape = tuple(request.tensor.shape)
         flat = ops.reshape(request.tensor, (-1,))
         size = math.prod(shape)
@@ -191,16 +195,16 @@ class Talk(Generic[Result]):
             everyone = row.swap([flat] * count, self._next())
 
             def total() -> Any:
-                return row.add(everyone())
+                return row.fold(everyone(), op)
         else:
             ends = [size * i // count for i in range(count + 1)]
             pieces = row.swap([flat[a:b] for a, b in pairwise(ends)], self._next())
             second = self._next()
 
             def total() -> Any:
-                return ops.concat(row.swap([row.add(pieces())] * count, second)())
+                return ops.concat(row.swap([row.fold(pieces(), op)] * count, second)())
 
-        factor = 1.0 / count if request.op is ReduceOp.Average and count > 1 else None
+        factor = 1.0 / count if op is ReduceOp.Average and count > 1 else None
 
         def answer() -> Any:
             found = ops.reshape(total(), shape)

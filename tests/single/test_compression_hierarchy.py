@@ -33,6 +33,7 @@ METHODS = {
     "int8 at random": Compression.int8(rounding="stochastic"),
     "int4": Compression.int4(),
     "onebit": Compression.onebit(min_elements=0),
+    "onebit by matrix": Compression.onebit(scales="matrix"),
     "topk": Compression.topk(0.02, min_elements=0),
     "dgc": Compression.dgc(0.02, min_elements=0),
     "randomk": Compression.randomk(0.05, min_elements=0),

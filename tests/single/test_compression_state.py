@@ -23,6 +23,7 @@ METHODS = {
     "int8 with feedback": Compression.int8(feedback=True),
     "int4": Compression.int4(),
     "onebit": Compression.onebit(min_elements=0),
+    "onebit by matrix": Compression.onebit(scales="matrix"),
     "topk": Compression.topk(0.02),
     "dgc": Compression.dgc(0.02, min_elements=0),
     "randomk": Compression.randomk(0.05),

@@ -35,7 +35,7 @@ class Vector:
         self.lines = lines_of(block)
         self.title = self.lines["method"]
         name, *options = self.title.split()
-        told: dict[str, Any] = {key: float(x) for key, x in (o.split("=") for o in options)}
+        told = {key: option(x) for key, x in (each.split("=") for each in options)}
         self.compressor = method(name, **told)
         self.ranks = int(self.lines["ranks"])
 
@@ -49,11 +49,16 @@ class Vector:
         return np.split(flat, np.cumsum(sizes)[:-1])
 
     def expected(self) -> dict[str, bytes]:
-        kinds = ("alltoall", "allgather", "allreduce")
+        kinds = ("levels", "alltoall", "allgather", "allreduce")
         return {key: octets(told) for key, told in self.lines.items() if key.startswith(kinds)}
 
     def mean(self) -> np.ndarray:
         return numbers(self.lines["mean"])
+
+
+def option(text: str) -> Any:
+    """Return an option of a method: a number or a word."""
+    return text if text.isalpha() else float(text)
 
 
 def lines_of(block: str) -> dict[str, str]:
@@ -110,7 +115,8 @@ def run(works: list[Work[Any]], tensor: Any) -> tuple[list[Any], list[Any]]:
 
 
 def named(rank: int, request: Any) -> str:
-    return f"{type(request).__name__.lower()}[{rank}]"
+    kind = request.phase if request.phase == "levels" else type(request).__name__.lower()
+    return f"{kind}[{rank}]"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ METHODS = {
     "int8": C.int8(feedback=True),
     "int4": C.int4(),
     "onebit": C.onebit(min_elements=0),
+    "onebit by matrix": C.onebit(min_elements=0, scales="matrix"),
     "topk": C.topk(0.1, min_elements=0),
     "randomk": C.randomk(0.2, min_elements=0),
     "powersgd": C.powersgd(2, min_elements=0),
@@ -136,7 +137,8 @@ def on_torch(methods, everywhere, **marks):
 
 
 @pytest.mark.parametrize(
-    "method", on_torch(METHODS, ["int8", "randomk", "powersgd", "dgc", "after"], int8=[])
+    "method",
+    on_torch(METHODS, ["int8", "onebit by matrix", "randomk", "powersgd", "dgc", "after"], int8=[]),
 )
 def test_compiled_fit(hvd, method):
     everyone = [gradients(rank) for rank in range(hvd.size())]

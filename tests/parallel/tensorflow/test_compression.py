@@ -18,6 +18,7 @@ from hvdx.ops import NumpyOps
 C = hvdx.Compression
 METHODS = {  # made anew by each tape, as scripts do
     "onebit": lambda: C.onebit(min_elements=0),
+    "onebit by matrix": lambda: C.onebit(min_elements=0, scales="matrix"),
     "randomk": lambda: C.randomk(0.2, min_elements=0),
     "after": lambda: after(2, C.dgc(0.1, momentum=0.5, min_elements=0)),
 }
@@ -52,7 +53,13 @@ def in_memory(compressor: Any, everyone: list[list[list[np.ndarray]]]) -> list[n
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("method", "run"),
-    [("onebit", "eager"), ("randomk", "graph"), ("after", "eager"), ("after", "graph")],
+    [
+        ("onebit", "eager"),
+        ("onebit by matrix", "graph"),
+        ("randomk", "graph"),
+        ("after", "eager"),
+        ("after", "graph"),
+    ],
 )
 def test_as_between_ranks_in_memory(hvd, method, run):
     everyone = [gradients(rank) for rank in range(hvd.size())]

@@ -20,6 +20,7 @@ METHODS = {
     "int8": C.int8(),
     "int4": C.int4(),
     "onebit": C.onebit(min_elements=0),
+    "onebit by matrix": C.onebit(min_elements=0, scales="matrix"),
     "topk": C.topk(0.1, min_elements=0),
     "randomk": C.randomk(0.2, min_elements=0),
     "powersgd": C.powersgd(2, min_elements=0),

@@ -360,6 +360,7 @@ METHODS = {
     "fp16": (C.fp16, 2e-3),
     "int8": (C.int8(), 0.03),
     "onebit": (C.onebit(), 0.5),
+    "onebit by matrix": (C.onebit(scales="matrix"), 0.5),
     "powersgd": (C.powersgd(2, min_elements=0), 0.3),
 }
 
@@ -402,7 +403,12 @@ def test_compressed_training(name, servers):
 
 
 @pytest.mark.parametrize(
-    ("name", "servers"), [("onebit", None), pytest.param("powersgd", [0], marks=TWO)]
+    ("name", "servers"),
+    [
+        ("onebit", None),
+        pytest.param("onebit by matrix", [0], marks=TWO),
+        pytest.param("powersgd", [0], marks=TWO),
+    ],
 )
 def test_nothing_is_lost(name, servers):
     """Parameters, what owners owe, and what workers owe make up all gradients there were."""
