@@ -34,8 +34,8 @@ BASELINE = "horovod"
 OTHERS = ("horovod fp16", "ddp", "ddp fp16", "ddp powersgd 1", "ddp powersgd 2", "ddp powersgd 4")
 BALANCED = ("fp16", "bf16", "int8", "int4", "onebit", "powersgd 4")  # what auto chooses from
 METHODS = (
-    "none", *BALANCED, "powersgd 2", "powersgd 1", "topk 0.01", "dgc 0.001", "randomk 0.01",
-    "diloco 32", "auto",
+    "none", *BALANCED, "onebit matrix", "powersgd 2", "powersgd 1", "topk 0.01", "dgc 0.001",
+    "randomk 0.01", "diloco 32", "auto",
 )  # fmt: skip
 
 #: How many times quicker a step must be than Horovod's on 2 hosts at 100 Mbit/s.
@@ -89,7 +89,8 @@ def formula(variant: str, hosts: int) -> float | None:
     if method in ("fp16", "bf16"):
         return ring * 2 * elements
     if method in blocks:  # one phase between two hosts: as much
-        return ring * elements * blocks[method]
+        levels = (hosts - 1) * sum(map(sum, matrices)) if option == "matrix" else 0
+        return ring * elements * blocks[method] + levels
     if method == "powersgd":
         return vectors + ring * 4 * int(option) * sum(map(sum, matrices))
     if method in ("topk", "dgc", "randomk"):
@@ -149,13 +150,15 @@ def _add_hook(module: Any, option: str) -> None:
 
 
 def compression(name: str) -> Any:
-    """Return hvdx's method: ``topk 0.01`` is ``Compression.topk(0.01)``."""
+    """Return hvdx's method: ``topk 0.01`` is ``Compression.topk(0.01)``; a word means scales."""
     import hvdx as hvd
 
     if name.startswith("hierarchical "):
         return hvd.Compression.hierarchical(compression(name.removeprefix("hierarchical ")))
     method, _, option = name.partition(" ")
     made = getattr(hvd.Compression, method)
+    if option.isalpha():
+        return made(scales=option)
     return made(float(option) if "." in option else int(option)) if option else made
 
 

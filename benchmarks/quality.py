@@ -56,12 +56,14 @@ BARS = {
     "dgc": Bar(1.0, 2.0),
     "randomk": Bar(1.0, None),
     "powersgd": Bar(0.3, 1.0),
+    "diloco": Bar(None, 2.0),
 }
 #: What the control must cost at least, to show that feedback is needed and that bars can be missed.
 CONTROL_BAR = Bar(2.0, 2.0)
 DIGITS = ["fp16", "bf16", "int8", "int4", "onebit", "topk", "dgc:warmup_steps=200", "randomk",
           "powersgd", CONTROL]  # fmt: skip
-TEXT = ["fp16", "bf16", "int8", "int4", "onebit", "topk", "powersgd", CONTROL]
+TEXT = ["fp16", "bf16", "int8", "int4", "onebit", "onebit:scales='matrix'", "topk", "powersgd",
+        "diloco", CONTROL]  # fmt: skip
 #: dgc brings its own momentum, which Adam has already.
 MOMENTUM_ONLY = ["dgc:warmup_steps=100"]
 
@@ -122,9 +124,10 @@ def text_torch(method: Any, seed: int, told: argparse.Namespace) -> float:
 
     torch.manual_seed(seed)
     model: Any = Transformer(256, WIDTH, DEPTH)
-    optimizer: Any = torch.optim.Adam(model.parameters(), told.rate)
     if told.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), told.rate, momentum(method))
+        optimizer: Any = torch.optim.SGD(model.parameters(), told.rate, momentum(method))
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), told.rate)
     if method == PEER:
         model = with_hook(model)
     else:
@@ -137,10 +140,17 @@ def text_torch(method: Any, seed: int, told: argparse.Namespace) -> float:
         model(batch).backward()
         optimizer.step()
         schedule.step()
+    finish(optimizer)
     model.eval()
     with torch.no_grad():
         losses = [model(part).item() * len(part) for part in test.split(64)]
     return sum(losses) / len(test)
+
+
+def finish(optimizer: Any) -> None:
+    """Bring replicas together that were trained apart."""
+    if hasattr(optimizer, "flush"):
+        optimizer.flush()
 
 
 def momentum(method: Any) -> float:
@@ -179,13 +189,15 @@ def text_keras(method: Any, seed: int, told: argparse.Namespace) -> float:
     rate = told.rate
     if told.decay:
         rate = keras.optimizers.schedules.PolynomialDecay(told.rate, told.steps, 0.0)
-    optimizer: Any = keras.optimizers.Adam(rate)
     if told.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(rate, momentum(method))
+        optimizer: Any = keras.optimizers.SGD(rate, momentum(method))
+    else:
+        optimizer = keras.optimizers.Adam(rate)
     optimizer = hvd.DistributedOptimizer(optimizer, compression=method)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     train, test = windows(hvd.rank(), told.steps, seed)
     model.fit(train[:, :-1], train[:, 1:], batch_size=BATCH, shuffle=False, verbose=0)
+    finish(optimizer)
     return float(model.evaluate(test[:, :-1], test[:, 1:], batch_size=64, verbose=0))
 
 

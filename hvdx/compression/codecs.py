@@ -11,6 +11,7 @@ all. (A cast of NaN to an integer would send a zero and hide it.)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -115,23 +116,60 @@ def signs(block: int = 1024) -> Codec:
     halvings = block.bit_length() - 1
 
     def write(ops: Ops, blocks: Any, start: int, used: int) -> tuple[Any, Any]:
-        bits = ops.abs_bits(blocks)
-        top = ops.max(bits)
-        exponent = _at_least(ops, ops.shift_right(top, 23) - 19, 12)
-        up = ops.from_bits((254 - exponent) * _EXPONENT)
-        whole = ops.quantise(ops.from_bits(bits), up[:, None], 2**20, "int32")
+        top, exponent, total = _total(ops, ops.abs_bits(blocks))
         down = ops.from_bits((exponent - halvings) * _EXPONENT)
-        mean = ops.cast(ops.sum(whole), "float32") * down
+        mean = ops.cast(total, "float32") * down
         mean = _without_padding(ops, mean, block, used - start * block)
-        mean = ops.where(top < _INFINITE, mean, ops.constant(math.nan, "float32"))
-        return ops.to_bytes(mean), ops.pack_bits(ops.positive(ops.reshape(blocks, (-1,))))
+        return _told(ops, top, mean), _signs(ops, blocks)
 
-    def read(ops: Ops, scales: Any, codes: Any) -> Any:
-        mean = ops.from_bytes(scales, "float32")
-        positive = ops.reshape(ops.unpack_bits(codes), (-1, block))
-        return ops.signed(positive, mean[:, None])
+    return _in_blocks("onebit", block, 1, 4, write, functools.partial(_read_signs, block))
 
-    return _in_blocks("onebit", block, 1, 4, write, read)
+
+def sized_signs(block: int = 1024) -> Codec:
+    """One bit an element, and per block a factor, where all know sizes for the elements.
+
+    What is read is still to be multiplied by the sizes. The factor is that of least squares: the
+    signs, as large as told, miss the block by no more than zeros would, whatever the sizes are, so
+    that error feedback is as sure to settle as with :func:`signs`.
+
+    ``encode`` takes the sizes, in the shape of the rows: powers of two, none of which is under
+    2^-60 of another, and 0 in padding.
+    """
+
+    def write(ops: Ops, blocks: Any, start: int, used: int, sizes: Any) -> tuple[Any, Any]:
+        sizes = ops.reshape(sizes, (-1, block))[start : start + blocks.shape[0]]
+        inverse = ops.from_bits(254 * _EXPONENT - ops.abs_bits(ops.max(sizes)))
+        near = sizes * inverse[:, None]  # 1 at most
+        top, exponent, total = _total(ops, ops.abs_bits(blocks * near))
+        squares = ops.sum(ops.quantise(near, ops.scale(near, 2.0**20), 2**20, "int32"))
+        ratio = ops.cast(total, "float32") / ops.cast(_at_least(ops, squares, 1), "float32")
+        factor = ops.scale(ratio, 2.0**20) * ops.from_bits(exponent * _EXPONENT)
+        return _told(ops, top, factor * inverse), _signs(ops, blocks)
+
+    return _in_blocks("onebit", block, 1, 4, write, functools.partial(_read_signs, block))
+
+
+def _total(ops: Ops, bits: Any) -> tuple[Any, Any, Any]:
+    """Return each block's largest bits, the exponent of a unit, and the sum of magnitudes in it."""
+    top = ops.max(bits)
+    exponent = _at_least(ops, ops.shift_right(top, 23) - 19, 12)
+    up = ops.from_bits((254 - exponent) * _EXPONENT)
+    whole = ops.quantise(ops.from_bits(bits), up[:, None], 2**20, "int32")
+    return top, exponent, ops.sum(whole)
+
+
+def _told(ops: Ops, top: Any, scale: Any) -> Any:
+    """Return the bytes of each block's scale, NaN where something in it is not finite."""
+    return ops.to_bytes(ops.where(top < _INFINITE, scale, ops.constant(math.nan, "float32")))
+
+
+def _signs(ops: Ops, blocks: Any) -> Any:
+    return ops.pack_bits(ops.positive(ops.reshape(blocks, (-1,))))
+
+
+def _read_signs(block: int, ops: Ops, scales: Any, codes: Any) -> Any:
+    positive = ops.reshape(ops.unpack_bits(codes), (-1, block))
+    return ops.signed(positive, ops.from_bytes(scales, "float32")[:, None])
 
 
 def _in_blocks(

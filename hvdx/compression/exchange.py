@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from hvdx.buckets import summed_width
 from hvdx.comm import Allgather, Alltoall, Owners, Rank, Ranks, Work
 from hvdx.compression import draws
 from hvdx.compression.base import Compressor, Reduced, Spec, none
 from hvdx.compression.codecs import Codec
-from hvdx.compression.levels import Levels, leveled, levels
+from hvdx.compression.levels import leveled, sizes_of
 from hvdx.compression.state import OwedPiece
 from hvdx.ops import Ops
 
@@ -39,7 +39,7 @@ class Rounding(NamedTuple):
 
 
 def exchange(
-    codec: Codec, *, owner_feedback: bool = False, seed: int = 0, even: bool = False
+    codec: Codec, *, owner_feedback: bool = False, seed: int = 0, sized: Codec | None = None
 ) -> Compressor:
     """Return the compressor that sends gradients written by ``codec``.
 
@@ -49,8 +49,9 @@ def exchange(
             and add it to that piece's next mean. Biased codecs need it beside the feedback for
             the first phase (:func:`hvdx.compression.feedback.error_feedback`).
         seed: of noisy codecs, equal on all ranks; each of them then rounds in its own way.
-        even: give rows and columns of matrices scales of their own
-            (:mod:`hvdx.compression.levels`), which takes one phase more.
+        sized: takes its place for matrices, and is told how large their elements are
+            (:mod:`hvdx.compression.levels`), on which ranks agree in a phase before. It has the
+            same blocks and bytes.
     """
 
     def init(ops: Ops, spec: Spec) -> Any:
@@ -71,32 +72,20 @@ def exchange(
             # feedback has kept till then is delivered, and nothing is lost.
             return (yield from none.reduce(ops, grad, state))
         draw, owner = state if codec.noisy else (None, state)
-
-        def write(rows: Any, used: int, stream: int) -> Any:
-            keys = [draws.key(ops, draw, stream)] if codec.noisy else []
-            return codec.encode(ops, rows, used, *keys)
-
         flat = ops.cast(ops.reshape(grad, (-1,)), "float32")
-        level = None
-        if even and leveled(shape):
-            level = yield from levels(ops, flat, shape)
-            flat = flat * level.up
+        wire = Wire(ops, codec, draw)
+        if sized is not None and leveled(shape):
+            lost = None if owner is None else (yield from _in_place(ops, owner.lost, ranks, size))
+            wire = Wire(ops, sized, draw, (yield from sizes_of(ops, flat, shape, lost)))
         if cut is not None:
-            mean, own = yield from _to_owners(ops, codec, write, flat, cut.spans)
+            mean, own = yield from _to_owners(wire, flat, cut.spans)
         elif ranks == 2:
-            mean, own = yield from _one_phase(ops, codec, write, flat, size)
+            mean, own = yield from _one_phase(wire, flat, size)
         else:
-            mean, own, owner = yield from _two_phases(
-                ops, codec, write, flat, size, ranks, owner, level
-            )
-
-        def back(read: Any) -> Any:
-            read = read if level is None else read * level.down
-            return ops.cast(ops.reshape(read, shape), dtype)
-
+            mean, own, owner = yield from _two_phases(wire, flat, size, ranks, owner)
         return Reduced(
-            back(mean),
-            lambda: back(own()),
+            ops.cast(ops.reshape(mean, shape), dtype),
+            lambda: ops.cast(ops.reshape(own(), shape), dtype),
             Rounding(draws.following(draw), owner) if codec.noisy else owner,
         )
 
@@ -113,96 +102,121 @@ def pays(codec: Codec, size: int, dtype: str, ranks: int) -> bool:
     return written < size * summed_width(dtype)
 
 
-Write: TypeAlias = Callable[[Any, int, int], Any]
-"""``(rows, used, stream) -> bytes``: the codec's, with another key for each stream."""
+class Wire(NamedTuple):
+    """How one gradient is written and read in one step."""
+
+    ops: Ops
+    codec: Codec
+    draw: Any = None  # of a noisy codec
+    sizes: Any = None  # of a sized one: those of the gradient's elements, flat
+
+    def laid(self, flat: Any, size: int, rows: int, columns: int) -> Any:
+        """Return the ``size`` elements of ``flat`` as rows, with padding at the end."""
+        padding = rows * columns - size
+        if padding:
+            flat = self.ops.concat([flat, self.ops.zeros((padding,), "float32")])
+        return self.ops.reshape(flat, (rows, columns))
+
+    def sizes_in(self, start: int, stop: int, rows: int, columns: int) -> Any:
+        """Return those of the elements from ``start`` to ``stop``, laid out as these are."""
+        if self.sizes is None:
+            return None
+        return self.laid(self.sizes[start:stop], stop - start, rows, columns)
+
+    def write(self, rows: Any, used: int, stream: int, sizes: Any) -> Any:
+        """Return the bytes of rows, flat; each ``stream`` has noise of its own."""
+        more = [draws.key(self.ops, self.draw, stream)] if self.codec.noisy else []
+        more += [] if sizes is None else [sizes]
+        return self.ops.reshape(self.codec.encode(self.ops, rows, used, *more), (-1,))
+
+    def read(self, data: Any, rows: int, columns: int, sizes: Any) -> Any:
+        """Return the rows whose bytes these are, all of the sizes given."""
+        data = self.ops.reshape(data, (rows, self.codec.row_bytes(columns)))
+        decoded = self.codec.decode(self.ops, data, columns)
+        return decoded if sizes is None else decoded * sizes
 
 
-def _one_phase(
-    ops: Ops, codec: Codec, write: Write, flat: Any, size: int
-) -> Work[tuple[Any, Callable[[], Any]]]:
-    columns = _columns(size, 1, codec.block)
+def _one_phase(wire: Wire, flat: Any, size: int) -> Work[tuple[Any, Callable[[], Any]]]:
+    columns = _columns(size, 1, wire.codec.block)
     rank = yield Rank()
-    data = write(_rows(ops, flat, size, 1, columns), size, rank)
-    everyone = yield Allgather(ops.reshape(data, (-1,)))
-    rows = codec.decode(ops, ops.reshape(everyone, (2, codec.row_bytes(columns))), columns)
-    mean = ops.scale(rows[0] + rows[1], 0.5)
+    sizes = wire.sizes_in(0, size, 1, columns)
+    data = wire.write(wire.laid(flat, size, 1, columns), size, rank, sizes)
+    rows = wire.read((yield Allgather(data)), 2, columns, sizes)
+    mean = wire.ops.scale(rows[0] + rows[1], 0.5)
     return mean[:size], lambda: rows[rank][:size]
 
 
 def _two_phases(
-    ops: Ops,
-    codec: Codec,
-    write: Write,
-    flat: Any,
-    size: int,
-    ranks: int,
-    owner: Owner | None,
-    level: Levels | None,
+    wire: Wire, flat: Any, size: int, ranks: int, owner: Owner | None
 ) -> Work[tuple[Any, Callable[[], Any], Owner | None]]:
-    columns = _columns(size, ranks, codec.block)
-    shape = (ranks, codec.row_bytes(columns))
+    ops, columns = wire.ops, _columns(size, ranks, wire.codec.block)
     rank = yield Rank()
-
-    def mine(whole: Any) -> Any:
-        return _rows(ops, whole, size, ranks, columns)[rank]
-
-    data = write(_rows(ops, flat, size, ranks, columns), size, rank)
-    pieces = yield Alltoall(ops.reshape(data, (-1,)))
-    rows = codec.decode(ops, ops.reshape(pieces, shape), columns)
+    sizes = wire.sizes_in(0, size, ranks, columns)
+    own_sizes = None if sizes is None else sizes[rank : rank + 1]
+    data = wire.write(wire.laid(flat, size, ranks, columns), size, rank, sizes)
+    rows = wire.read((yield Alltoall(data)), ranks, columns, own_sizes)
     total = rows[0]
     for row in range(1, ranks):  # in rank order: another order rounds otherwise
         total = total + rows[row]
     piece = ops.scale(total, 1.0 / ranks)
     if owner is not None:
-        lost = owner.lost if level is None else owner.lost * mine(level.up)
-        piece = piece + lost
+        piece = piece + owner.lost
     used = min(max(size - rank * columns, 0), columns)
-    rows = _rows(ops, piece[:used], used, 1, columns)  # padding has decoded to anything
-    everyone = yield Allgather(ops.reshape(write(rows, used, ranks + rank), (-1,)))
-    means = codec.decode(ops, ops.reshape(everyone, shape), columns)
+    rows = wire.laid(piece[:used], used, 1, columns)  # padding has decoded to anything
+    everyone = yield Allgather(wire.write(rows, used, ranks + rank, own_sizes))
+    means = wire.read(everyone, ranks, columns, sizes)
     if owner is not None:
-        lost = rows[0] - means[rank]
-        lost = lost if level is None else lost * mine(level.down)
-        owner = Owner(ops.finite_or(lost, owner.lost))
+        owner = Owner(ops.finite_or(rows[0] - means[rank], owner.lost))
 
     def own() -> Any:
-        return ops.reshape(codec.decode(ops, data, columns), (-1,))[:size]
+        return ops.reshape(wire.read(data, ranks, columns, sizes), (-1,))[:size]
 
     return ops.reshape(means, (-1,))[:size], own, owner
 
 
+def _in_place(ops: Ops, piece: Any, ranks: int, size: int) -> Work[Any]:
+    """Return a flat gradient's size of zeros, with this rank's piece in its place."""
+    rank, columns = (yield Rank()), piece.shape[0]
+    before, after = (ops.zeros((count * columns,), "float32") for count in (rank, ranks - 1 - rank))
+    return ops.concat([before, piece, after])[:size]
+
+
 def _to_owners(
-    ops: Ops, codec: Codec, write: Write, flat: Any, spans: list[tuple[int, int]]
+    wire: Wire, flat: Any, spans: list[tuple[int, int]]
 ) -> Work[tuple[Any, Callable[[], Any]]]:
     """Send each rank the piece that it owns, and average one's own; zeros stand elsewhere.
 
     Servers send parameters back, not means: the second phase and its rounding are not needed.
     """
+    ops, codec = wire.ops, wire.codec
     rank, ranks = (yield Rank()), len(spans)
     columns = [_columns(stop - start, 1, codec.block) for start, stop in spans]
+
+    def sizes(place: int) -> Any:
+        return wire.sizes_in(*spans[place], 1, columns[place])
+
+    pushed = [place for place, (start, stop) in enumerate(spans) if stop > start]
     data = []
-    for place, (start, stop) in enumerate(spans):
-        if stop > start:
-            rows = _rows(ops, flat[start:stop], stop - start, 1, columns[place])
-            data.append(ops.reshape(write(rows, stop - start, rank + ranks * place), (-1,)))
+    for place in pushed:
+        start, stop = spans[place]
+        rows = wire.laid(flat[start:stop], stop - start, 1, columns[place])
+        data.append(wire.write(rows, stop - start, rank + ranks * place, sizes(place)))
     splits = tuple(codec.row_bytes(each) for each in columns)
     received = yield Alltoall(ops.concat(data), "push", splits)
     start, stop = spans[rank]
     parts = [ops.zeros((start,), "float32"), ops.zeros((flat.shape[0] - stop,), "float32")]
     if stop > start:
-        rows = codec.decode(ops, ops.reshape(received, (ranks, splits[rank])), columns[rank])
+        rows = wire.read(received, ranks, columns[rank], sizes(rank))
         total = rows[0]
         for row in range(1, ranks):  # in rank order: another order rounds otherwise
             total = total + rows[row]
         parts.insert(1, ops.scale(total, 1.0 / ranks)[: stop - start])
 
     def own() -> Any:
-        sizes = [stop - start for start, stop in spans if stop > start]
-        used = [each for each in columns if each]
-        pieces = [
-            codec.decode(ops, ops.reshape(one, (1, -1)), width)[0][:size]
-            for one, width, size in zip(data, used, sizes, strict=True)
-        ]
+        pieces = []
+        for one, place in zip(data, pushed, strict=True):
+            start, stop = spans[place]
+            pieces.append(wire.read(one, 1, columns[place], sizes(place))[0][: stop - start])
         return ops.concat(pieces)
 
     return ops.concat(parts), own
@@ -211,10 +225,3 @@ def _to_owners(
 def _columns(size: int, rows: int, block: int) -> int:
     """Return how long each of ``rows`` equal rows of whole blocks is, to hold ``size``."""
     return -(-size // (rows * block)) * block
-
-
-def _rows(ops: Ops, flat: Any, size: int, rows: int, columns: int) -> Any:
-    padding = rows * columns - size
-    if padding:
-        flat = ops.concat([flat, ops.zeros((padding,), "float32")])
-    return ops.reshape(flat, (rows, columns))

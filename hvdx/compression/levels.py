@@ -1,34 +1,28 @@
-"""Bring rows and columns to one level before a codec gives one size to many elements.
+"""How large the elements of a gradient are, as its rows and columns tell.
 
 In gradients of transformers some rows and columns are many times larger than others: words that are
-frequent, units that are active. Signs with one mean magnitude for 1024 elements give the small ones
-the size of the large; feeding that error back takes long, and Adam takes it for noise. A power of
-two for each row and each column, a byte each, tells most of it, as sums of rows and of columns tell
-Adafactor most of the second moments (Shazeer and Stern, ICML 2018).
+frequent, units that are active. Signs with one magnitude for 1024 elements give the small ones the
+size of the large; feeding that error back takes long, and Adam takes it for noise. A byte for each
+row and column tells most of it, as sums of rows and of columns tell Adafactor most of the second
+moments (Shazeer and Stern, ICML 2018).
 
-Powers of two come from exponents of largest magnitudes: exact, and the same on every framework.
+Sizes are powers of two, made of exponents of largest magnitudes: exact, and so the same on every
+framework.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvdx.comm import Allgather, Allreduce, Ranks, Work
 from hvdx.compression.powersgd import matrix_shape
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
-_LEAST, _MOST = 2, 252  # of biased exponents whose powers of two, and their inverses, are normal
+_LEAST = 67  # the biased exponent of 2^-60
 _EXPONENT = 2**23  # where the exponent begins in a float32
 _FEW = 8  # ranks up to which all can have a byte of all as cheaply as Horovod's maxima of int32
-
-
-class Levels(NamedTuple):
-    """Two powers of two for each element, flat: float32, their product is 1."""
-
-    up: Any  # what it is multiplied by before it is written
-    down: Any  # what it is multiplied by once it has been read
 
 
 def leveled(shape: tuple[int, ...]) -> bool:
@@ -37,26 +31,34 @@ def leveled(shape: tuple[int, ...]) -> bool:
     return 8 * (rows + columns) <= rows * columns
 
 
-def levels(ops: Ops, flat: Any, shape: tuple[int, ...]) -> Work[Levels]:
-    """Agree with the other ranks on the levels of a gradient.
+def sizes_of(ops: Ops, flat: Any, shape: tuple[int, ...], lost: Any = None) -> Work[Any]:
+    """Agree with the other ranks on the sizes of a gradient's elements, against the largest.
 
     With e and f the exponents of the largest magnitudes in an element's row and column, on any
-    rank, and t that of the largest of all, its power of two is 2^(e + f - t).
+    rank, and t that of the largest of all, its size is 2^(e + f - 2t), or 2^-60 if that is less.
 
     Args:
         ops: the verbs.
         flat: float32, in row-major order.
         shape: what it is flattened from.
+        lost: what this rank, as owner of a piece, will add to the mean: laid out likewise. Where
+            gradients have become small it is to be sent none the less.
+
+    Returns:
+        Float32, flat.
     """
     rows, columns = matrix_shape(shape)
-    bits = ops.abs_bits(ops.reshape(flat, (rows, columns)))
+    bits = ops.abs_bits(flat)
+    if lost is not None:
+        others = ops.abs_bits(lost)
+        bits = ops.where(bits < others, others, bits)
+    bits = ops.reshape(bits, (rows, columns))
     largest = ops.concat([ops.max(bits), ops.max(bits, 0)])
     told = yield from _largest_anywhere(ops, ops.shift_right(largest, 23))
-    told = ops.where(told > _MOST, ops.constant(_MOST, "int32"), told)
-    both = told[:rows, None] + told[None, rows:] - ops.max(told)
-    both = ops.where(both < _LEAST, ops.constant(_LEAST, "int32"), both)
-    both = ops.reshape(both, (math.prod(shape),))
-    return Levels(ops.from_bits((254 - both) * _EXPONENT), ops.from_bits(both * _EXPONENT))
+    told = told - ops.max(told)
+    exponents = told[:rows, None] + told[None, rows:] + 127
+    exponents = ops.where(exponents < _LEAST, ops.constant(_LEAST, "int32"), exponents)
+    return ops.reshape(ops.from_bits(exponents * _EXPONENT), (math.prod(shape),))
 
 
 def _largest_anywhere(ops: Ops, exponents: Any) -> Work[Any]:

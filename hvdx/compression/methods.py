@@ -82,16 +82,17 @@ class Compression:
         Args:
             feedback: without it training stalls; for experiments.
             min_elements: smaller parameters, and vectors, travel raw.
-            scales: ``"matrix"`` adds a power of two for each row and column of a parameter's
-                matrix: closer by far where these differ, as in transformers, for some 6 % more
-                bytes and one more operation a step. ``"blocks"``: none.
+            scales: ``"matrix"`` tells also a power of two for each row and column of a
+                parameter's matrix: closer by far where these differ, as in transformers, for a
+                few percent more bytes and one more operation a step. ``"blocks"``: none.
         """
         _check_whole("onebit", "min_elements", min_elements)
         if scales not in ("blocks", "matrix"):
             raise CompressionError(
                 f"Compression.onebit(scales={scales!r}): use 'blocks' or 'matrix'"
             )
-        compressor = _quantised(codecs.signs(1024), feedback, even=scales == "matrix")
+        sized = codecs.sized_signs(1024) if scales == "matrix" else None
+        compressor = _quantised(codecs.signs(1024), feedback, sized=sized)
         return _finished(
             min_size(min_elements, compressor),
             min_elements=(min_elements, _SMALL),
@@ -302,9 +303,9 @@ def _names() -> list[str]:
 
 
 def _quantised(
-    codec: codecs.Codec, feedback: bool, seed: int = 0, even: bool = False
+    codec: codecs.Codec, feedback: bool, seed: int = 0, sized: codecs.Codec | None = None
 ) -> Compressor:
-    compressor = exchange(codec, owner_feedback=feedback, seed=seed, even=even)
+    compressor = exchange(codec, owner_feedback=feedback, seed=seed, sized=sized)
     if feedback:
         compressor = error_feedback(compressor)
     updates = None if codec.noisy else coded(codec)

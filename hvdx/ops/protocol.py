@@ -10,7 +10,7 @@ class Ops(Protocol):
     """Verbs on tensors of one framework. They change no argument, but where they say so.
 
     Results are the same to the last bit on every framework, unless a verb says otherwise.
-    Tensors also know ``+ - *``, comparisons, indexing and ``.shape``, alike everywhere.
+    Tensors also know ``+ - * /``, comparisons, indexing and ``.shape``, alike everywhere.
 
     On a GPU no verb waits for it: none brings a value or a size to the host.
     """

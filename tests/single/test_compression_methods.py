@@ -136,6 +136,19 @@ def test_residuals_stay_bounded(name):
     assert max(norms[150:]) <= 1.1 * max(norms[50:100])
 
 
+@pytest.mark.parametrize("name", ["onebit by matrix", "int4"])
+def test_an_outlier_is_sent(name):
+    """Signs of one size for 1024 elements hold it back for hundreds of steps. With sizes by rows
+    and columns, a mean magnitude in place of least squares would send it several times over:
+    residuals would grow, and sizes with them."""
+    job, random = Job(METHODS[name], 2), np.random.default_rng(0)
+    for _ in range(100):
+        grads = random.normal(size=(2, *SHAPE)).astype(np.float32)
+        grads[:, 20, 30] = 100
+        job.step(list(grads))
+    assert max(float(np.abs(state.residual).max()) for state in job.states) <= 100
+
+
 @pytest.mark.parametrize(("method", "factor"), [("onebit", 0.35), ("int4", 0.05)])
 def test_without_feedback_codecs_end_elsewhere(method, factor):
     """The negative control. Ranks pull to places of their own, and meet in the middle only
@@ -260,6 +273,19 @@ def test_padding_is_no_part_of_the_gradient(name, ranks, size):
     job = Job(METHODS[name], ranks, (size,))
     for grads in gradients(ranks, 5, (size,)):
         assert np.abs(job.step(list(grads))).max() <= 8 * np.abs(grads).max()
+
+
+@pytest.mark.parametrize("name", ["onebit", "onebit by matrix"])
+def test_what_owners_owe_to_rows_that_fell_silent_harms_no_others(name):
+    """Levels must leave room for it: against those of the new gradients alone, signs of 1 that
+    three ranks do not share leave a billion times too much, in blocks that other rows share."""
+    job, random = Job(METHODS[name], 3), np.random.default_rng(0)
+    for step in range(6):
+        grads = np.sign(random.normal(size=(3, *SHAPE))).astype(np.float32)
+        if step:
+            grads[:, 1:] *= 1e-9
+        mean = job.step(list(grads))
+        assert np.abs(mean).max() <= 3, step
 
 
 @every
