@@ -129,11 +129,15 @@ class Wire(NamedTuple):
         more += [] if sizes is None else [sizes]
         return self.ops.reshape(self.codec.encode(self.ops, rows, used, *more), (-1,))
 
-    def read(self, data: Any, rows: int, columns: int, sizes: Any) -> Any:
-        """Return the rows whose bytes these are, all of the sizes given."""
+    def read(self, data: Any, rows: int, columns: int) -> Any:
+        """Return the rows whose bytes these are, still without sizes."""
         data = self.ops.reshape(data, (rows, self.codec.row_bytes(columns)))
-        decoded = self.codec.decode(self.ops, data, columns)
-        return decoded if sizes is None else decoded * sizes
+        return self.codec.decode(self.ops, data, columns)
+
+
+def _of(sizes: Any, read: Any) -> Any:
+    """Multiply by sizes, if there are any; by powers of two, so that sums may be taken before."""
+    return read if sizes is None else read * sizes
 
 
 def _one_phase(wire: Wire, flat: Any, size: int) -> Work[tuple[Any, Callable[[], Any]]]:
@@ -141,9 +145,9 @@ def _one_phase(wire: Wire, flat: Any, size: int) -> Work[tuple[Any, Callable[[],
     rank = yield Rank()
     sizes = wire.sizes_in(0, size, 1, columns)
     data = wire.write(wire.laid(flat, size, 1, columns), size, rank, sizes)
-    rows = wire.read((yield Allgather(data)), 2, columns, sizes)
-    mean = wire.ops.scale(rows[0] + rows[1], 0.5)
-    return mean[:size], lambda: rows[rank][:size]
+    rows = wire.read((yield Allgather(data)), 2, columns)
+    mean = _of(sizes, _mean(wire.ops, rows, 2))
+    return mean[0, :size], lambda: _of(sizes, rows[rank : rank + 1])[0, :size]
 
 
 def _two_phases(
@@ -154,24 +158,29 @@ def _two_phases(
     sizes = wire.sizes_in(0, size, ranks, columns)
     own_sizes = None if sizes is None else sizes[rank : rank + 1]
     data = wire.write(wire.laid(flat, size, ranks, columns), size, rank, sizes)
-    rows = wire.read((yield Alltoall(data)), ranks, columns, own_sizes)
-    total = rows[0]
-    for row in range(1, ranks):  # in rank order: another order rounds otherwise
-        total = total + rows[row]
-    piece = ops.scale(total, 1.0 / ranks)
+    rows = wire.read((yield Alltoall(data)), ranks, columns)
+    piece = _of(own_sizes, _mean(ops, rows, ranks))[0]
     if owner is not None:
         piece = piece + owner.lost
     used = min(max(size - rank * columns, 0), columns)
     rows = wire.laid(piece[:used], used, 1, columns)  # padding has decoded to anything
     everyone = yield Allgather(wire.write(rows, used, ranks + rank, own_sizes))
-    means = wire.read(everyone, ranks, columns, sizes)
+    means = _of(sizes, wire.read(everyone, ranks, columns))
     if owner is not None:
         owner = Owner(ops.finite_or(rows[0] - means[rank], owner.lost))
 
     def own() -> Any:
-        return ops.reshape(wire.read(data, ranks, columns, sizes), (-1,))[:size]
+        return ops.reshape(_of(sizes, wire.read(data, ranks, columns)), (-1,))[:size]
 
     return ops.reshape(means, (-1,))[:size], own, owner
+
+
+def _mean(ops: Ops, rows: Any, ranks: int) -> Any:
+    """Return the mean of the ranks' rows, as one row."""
+    total = rows[:1]
+    for rank in range(1, ranks):  # in their order: another order rounds otherwise
+        total = total + rows[rank : rank + 1]
+    return ops.scale(total, 1.0 / ranks)
 
 
 def _in_place(ops: Ops, piece: Any, ranks: int, size: int) -> Work[Any]:
@@ -206,17 +215,15 @@ def _to_owners(
     start, stop = spans[rank]
     parts = [ops.zeros((start,), "float32"), ops.zeros((flat.shape[0] - stop,), "float32")]
     if stop > start:
-        rows = wire.read(received, ranks, columns[rank], sizes(rank))
-        total = rows[0]
-        for row in range(1, ranks):  # in rank order: another order rounds otherwise
-            total = total + rows[row]
-        parts.insert(1, ops.scale(total, 1.0 / ranks)[: stop - start])
+        rows = wire.read(received, ranks, columns[rank])
+        parts.insert(1, _of(sizes(rank), _mean(ops, rows, ranks))[0, : stop - start])
 
     def own() -> Any:
         pieces = []
         for one, place in zip(data, pushed, strict=True):
             start, stop = spans[place]
-            pieces.append(wire.read(one, 1, columns[place], sizes(place))[0][: stop - start])
+            read = _of(sizes(place), wire.read(one, 1, columns[place]))
+            pieces.append(read[0, : stop - start])
         return ops.concat(pieces)
 
     return ops.concat(parts), own

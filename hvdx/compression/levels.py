@@ -20,7 +20,7 @@ from hvdx.compression.powersgd import matrix_shape
 from hvdx.ops import Ops
 from hvdx.reduce_op import ReduceOp
 
-_LEAST = 67  # the biased exponent of 2^-60
+_LEAST = 97  # the biased exponent of 2^-30
 _EXPONENT = 2**23  # where the exponent begins in a float32
 _FEW = 8  # ranks up to which all can have a byte of all as cheaply as Horovod's maxima of int32
 
@@ -35,7 +35,8 @@ def sizes_of(ops: Ops, flat: Any, shape: tuple[int, ...], lost: Any = None) -> W
     """Agree with the other ranks on the sizes of a gradient's elements, against the largest.
 
     With e and f the exponents of the largest magnitudes in an element's row and column, on any
-    rank, and t that of the largest of all, its size is 2^(e + f - 2t), or 2^-60 if that is less.
+    rank, and t that of the largest of all, its size is 2^(e - t) 2^(f - t), of which neither counts
+    as less than 2^-30.
 
     Args:
         ops: the verbs.
@@ -55,10 +56,10 @@ def sizes_of(ops: Ops, flat: Any, shape: tuple[int, ...], lost: Any = None) -> W
     bits = ops.reshape(bits, (rows, columns))
     largest = ops.concat([ops.max(bits), ops.max(bits, 0)])
     told = yield from _largest_anywhere(ops, ops.shift_right(largest, 23))
-    told = told - ops.max(told)
-    exponents = told[:rows, None] + told[None, rows:] + 127
+    exponents = told - ops.max(told) + 127
     exponents = ops.where(exponents < _LEAST, ops.constant(_LEAST, "int32"), exponents)
-    return ops.reshape(ops.from_bits(exponents * _EXPONENT), (math.prod(shape),))
+    sides = ops.from_bits(exponents * _EXPONENT)
+    return ops.reshape(sides[:rows, None] * sides[None, rows:], (math.prod(shape),))
 
 
 def _largest_anywhere(ops: Ops, exponents: Any) -> Work[Any]:
