@@ -62,8 +62,8 @@ BARS = {
 CONTROL_BAR = Bar(2.0, 2.0)
 DIGITS = ["fp16", "bf16", "int8", "int4", "onebit", "topk", "dgc:warmup_steps=200", "randomk",
           "powersgd", CONTROL]  # fmt: skip
-TEXT = ["fp16", "bf16", "int8", "int4", "onebit", "onebit:scales='matrix'", "topk", "powersgd",
-        "diloco", CONTROL]  # fmt: skip
+TEXT = ["fp16", "bf16", "int8", "int8:feedback=True", "int4", "onebit", "onebit:scales='matrix'",
+        "topk", "powersgd", "diloco", CONTROL]  # fmt: skip
 #: dgc brings its own momentum, which Adam has already.
 MOMENTUM_ONLY = ["dgc:warmup_steps=100"]
 
