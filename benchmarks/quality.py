@@ -204,7 +204,9 @@ def text_keras(method: Any, seed: int, told: argparse.Namespace) -> float:
 def text(framework: str, method: str, seed: int, told: argparse.Namespace) -> float:
     """Return the loss on text, in nats per byte."""
     compressor: Any = method
-    if method != PEER:
+    if method == "diloco":  # no compressor, but a way of training
+        compressor = importlib.import_module("hvdx").Compression.diloco
+    elif method != PEER:
         compressor = importlib.import_module("compression_sweep").method(method)
         if told.warm_up and method != "none":
             compressor = after(told.warm_up, compressor)

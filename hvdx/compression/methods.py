@@ -55,7 +55,8 @@ class Compression:
         """8 bits an element and a power-of-two scale for every 256.
 
         Args:
-            feedback: send later what rounding lost; seldom needed with 8 bits.
+            feedback: send later what rounding lost; seldom needed with 8 bits, but may be where
+                an optimizer, as Adam, makes much of small elements.
             rounding: ``"nearest"``, or ``"stochastic"``: up or down at random, so that the mean
                 of many steps, or ranks, has no bias. It errs twice as much in a single step.
             seed: of stochastic rounding, equal on all ranks.
