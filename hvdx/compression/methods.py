@@ -81,7 +81,7 @@ class Compression:
         """Signs, and the mean magnitude of every 1024 elements, with error feedback.
 
         Args:
-            feedback: without it training stalls; for experiments.
+            feedback: without it SGD stalls; docs/compression.md shows what Adam makes of it.
             min_elements: smaller parameters, and vectors, travel raw.
             scales: ``"matrix"`` tells also a power of two for each row and column of a
                 parameter's matrix: closer by far where these differ, as in transformers, for a
